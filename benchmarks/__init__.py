@@ -1,0 +1,1 @@
+"""Measurements of generated ops and the records that are kept of them."""

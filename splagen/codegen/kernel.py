@@ -1,0 +1,76 @@
+"""What a kernel is before it is text: arrays in and out, the equations it covers, and the source that fills its holes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from splagen.ir.program import Equation
+
+Layout: TypeAlias = Literal[
+    "query_rows",  # [B, L, Hq, width]
+    "query_scalars",  # [B, L, Hq]
+    "key_rows",  # [B, L, Hkv, width]
+    "cell_rows",  # [B, nJ * C, Hkv, width]
+    "head_rows",  # [Hq, width]
+    "kv_head_scalars",  # [Hkv]
+    "states",  # [B, Hkv, chunks + 1, left width, right width]
+    "indices",  # [B, Hkv, nT, budget]
+    "counts",  # [B, Hkv, nT]
+    "work",  # the inverse index: which queries chose each key block, cut into segments
+    "segments",  # [B, Hkv, segments, BLOCK, width]: partial sums of key rows
+    "partials",  # one partial sum per program, summed over programs by the launcher
+]
+
+
+@dataclass(frozen=True)
+class Array:
+    """A tensor that kernels hand on.
+
+    `width` is the extent of the last dimension as it lies in memory (internal arrays are padded to a power of two),
+    `features` the axes behind it, `dtype` "input" (that of q), "float32" or "int32".
+    """
+
+    name: str
+    layout: Layout
+    features: tuple[str, ...] = ()
+    width: tuple[int, ...] = ()
+    dtype: Literal["input", "float32", "int32"] = "input"
+    padded: bool = False
+
+    @property
+    def stride_names(self) -> tuple[str, ...]:
+        """Kernel arguments that carry this array's strides, in the order batch, position, head."""
+        match self.layout:
+            case "query_rows" | "query_scalars" | "key_rows" | "cell_rows":
+                return tuple(f"{self.name}_{w}" for w in "blh")
+            case "head_rows":
+                return (f"{self.name}_h",)
+        return ()
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Kernel arguments: the pointer, then the strides."""
+        if self.layout == "work":
+            return tuple(f"{self.name}_{part}_ptr" for part in ("tiles", "offsets", "blocks", "firsts"))
+        return (f"{self.name}_ptr", *self.stride_names)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch: `template` rendered with `holes` gives its device code.
+
+    `covers` lists the equations it computes, so that it can be tested alone against the oracle.  `grid` is host source
+    for the launch grid; `tunable` names the constexpr arguments that a Schedule sets.
+    """
+
+    name: str
+    template: str
+    covers: tuple[Equation, ...]
+    inputs: tuple[Array, ...]
+    outputs: tuple[Array, ...]
+    holes: Mapping[str, object]
+    grid: str
+    scalars: tuple[str, ...] = ("L", "Hkv")
+    tunable: tuple[str, ...] = ("BLOCK_M", "BLOCK_N")

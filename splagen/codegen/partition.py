@@ -1,0 +1,299 @@
+"""From equations to kernels.
+
+A lowered Program with its gradient is cut where rows leave a kernel: values per (query row, key) never do, and block
+states only as prefixes.  Matchers look at operations and axes, never at a spec.  Every equation must be covered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from splagen.codegen.attention_kernels import (
+    COUNTS,
+    INDICES,
+    Walk,
+    dkv_kernel,
+    dq_kernel,
+    forward_kernel,
+    merge_kernel,
+    sums_of_tiles,
+)
+from splagen.codegen.geometry import (
+    Geometry,
+    array_of,
+    features_of,
+    is_key_row,
+    is_parameter,
+    is_query_row,
+    is_state,
+    is_tile_value,
+)
+from splagen.codegen.kernel import Array, Kernel
+from splagen.codegen.region import slice_back
+from splagen.codegen.row_kernels import partial_array, rows_kernel
+from splagen.codegen.state_kernels import StateChain, read_kernel, scan_kernel, state_array, state_chains, states_kernel
+from splagen.errors import PartitionError
+from splagen.ir.program import Contract, Equation, Iota, Map, Program, TopK, Var
+from splagen.ir.text import equation_text
+
+
+@dataclass
+class Partition:
+    """The kernels of a spec in launch order, and the arrays between forward and backward."""
+
+    program: Program
+    forward: list[Kernel] = field(default_factory=list)
+    backward: list[Kernel] = field(default_factory=list)
+    inputs: list[Array] = field(default_factory=list)
+    outputs: list[Array] = field(default_factory=list)
+    saved: list[Array] = field(default_factory=list)
+    cotangents: list[Array] = field(default_factory=list)
+    gradients: list[tuple[str, Var]] = field(default_factory=list)
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        """Every kernel once, by name."""
+        return list({k.name: k for k in (*self.forward, *self.backward)}.values())
+
+
+def partition(program: Program) -> Partition:
+    """Cut a lowered forward-and-gradient Program into kernels; PartitionError prints equations that no family takes."""
+    return _Partitioner(program).run()
+
+
+class _Partitioner:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.geometry = Geometry.of(program)
+        self.walk = Walk.of(program)
+        self.result = Partition(program)
+        cotangents = {dy for _, dy in program.cotangents}
+        self.arrays = {v: array_of(v, self.geometry, internal=False) for v in program.inputs}
+        self.result.inputs = [a for v, a in self.arrays.items() if v not in cotangents]
+        self.result.cotangents = [a for v, a in self.arrays.items() if v in cotangents]
+        self.forward_equations = slice_back(program, program.outputs, program.inputs)
+        forward = set(self.forward_equations)
+        self.backward_equations = [eq for eq in program.equations if eq not in forward]
+
+    def run(self) -> Partition:
+        """All kernels, then the check that every equation is covered."""
+        self._forward()
+        if self.program.gradients:
+            self._backward()
+        self._check_coverage()
+        return self.result
+
+    # -- forward --------------------------------------------------------------------------------------------------
+
+    def _forward(self) -> None:
+        kernels = self.result.forward
+        available = dict(self.arrays)
+        if self.walk.chosen:
+            self.result.saved += [INDICES, COUNTS]
+        self._key_features(kernels, available)
+        self._states(kernels, available, self.forward_equations)
+        outputs = [(v, array_of(v, self.geometry, internal=False)) for v in self.program.outputs]
+        saved = [(v, self._saved_array(v)) for v in self._saved() if v not in self.program.outputs]
+        kernels.append(forward_kernel(self.walk, available, [*outputs, *saved]))
+        self.result.outputs = [a for _, a in outputs]
+        self.result.saved += [a for _, a in saved]
+        self.arrays.update(saved)
+        self.arrays.update(outputs)
+
+    def _saved_array(self, v: Var) -> Array:
+        return array_of(v, self.geometry, internal=True)
+
+    def _saved(self) -> list[Var]:
+        """Row variables that backward reads and cannot form again from inputs and other saved rows."""
+        forward = {eq.out for eq in self.forward_equations}
+        read = dict.fromkeys(v for eq in self.backward_equations for v in eq.args if v in forward)
+        tile_needs = [v for eq in self.forward_equations if is_tile_value(eq.out) for v in eq.args if is_query_row(v)]
+        read.update(dict.fromkeys(v for v in tile_needs if v in forward))
+        saved: list[Var] = []
+        for eq in self.forward_equations:
+            v = eq.out
+            if v in read and is_query_row(v) and v.kind != "bool" and self._is_stateless(v) and not self._again(v, saved):
+                saved.append(v)
+        backward_reads = {v for eq in self.backward_equations for v in eq.args}
+        selection = self._selection_only()
+        return [v for v in saved if v in backward_reads or (v not in selection and self._read_by_tiles(v))]
+
+    def _is_stateless(self, v: Var) -> bool:
+        return not is_state(v)
+
+    def _read_by_tiles(self, v: Var) -> bool:
+        """A row scalar of forward (lse) that the tiles of backward read again."""
+        backward_tiles = slice_back(self.program, [g for _, g in self.program.gradients], self.program.inputs)
+        return any(v in eq.args for eq in backward_tiles if is_tile_value(eq.out))
+
+    def _selection_only(self) -> set[Var]:
+        """Variables that only the top-k depends on."""
+        if not self.walk.chosen:
+            return set()
+        stop = [*self.program.inputs]
+        return {eq.out for eq in slice_back(self.program, [self.walk.chosen], stop)}
+
+    def _again(self, v: Var, saved: Sequence[Var]) -> bool:
+        """True if v follows from inputs and saved rows by row equations alone."""
+        try:
+            equations = slice_back(self.program, [v], [*self.program.inputs, *saved])
+        except PartitionError:
+            return False
+        return all(_is_row_local(eq) for eq in equations)
+
+    # -- backward -------------------------------------------------------------------------------------------------
+
+    def _backward(self) -> None:
+        kernels = self.result.backward
+        available = dict(self.arrays)
+        gradients = dict(self.program.gradients)
+        self._key_features(kernels, available)
+        self._row_cotangents(kernels, available)
+        self._states(kernels, available, self.backward_equations)
+        self._query_gradients(kernels, available, gradients)
+        self._key_gradients(kernels, available, gradients)
+        for x, g in self.program.gradients:
+            self.result.gradients.append((x.name, g))
+
+    def _key_features(self, kernels: list[Kernel], available: dict[Var, Array]) -> None:
+        """Feature maps of keys are formed once: a tile of keys is read by many query tiles."""
+        wanted = []
+        for eq in self.program.equations:
+            if isinstance(eq.op, Contract) and not _is_row_local(eq):
+                for v in eq.args:
+                    if is_key_row(v) and features_of(v) and v not in available and self._again(v, []):
+                        wanted.append(v)
+        outputs = [(v, array_of(v, self.geometry, internal=True)) for v in dict.fromkeys(wanted)]
+        if outputs:
+            kernels.append(rows_kernel("key_features", self.program, "key", available, outputs))
+            available.update(outputs)
+
+    def _states(self, kernels: list[Kernel], available: dict[Var, Array], equations: Sequence[Equation]) -> None:
+        """States, scan and read-outs whose result is among `equations`."""
+        within = set(equations)
+        for chain in state_chains(self.program, list(self.program.equations)):
+            reads = [eq for eq in chain.reads if eq in within]
+            if not reads:
+                continue
+            kernels.append(states_kernel(chain, self.program, available))
+            available[chain.states.out] = state_array(chain.states.out, self.geometry)
+            kernels.append(scan_kernel(chain, self.program))
+            for eq in reads:
+                output = array_of(eq.out, self.geometry, internal=True, dtype="float32")
+                kernels.append(read_kernel(chain, eq, self.walk, available, output))
+                available[eq.out] = output
+
+    def _row_cotangents(self, kernels: list[Kernel], available: dict[Var, Array]) -> None:
+        """Rows that backward's tiles and states read and that need only rows in memory: cotangents of the branches."""
+        cross = self._cross_row(self.backward_equations)
+        cotangents = [dy for _, dy in self.program.cotangents]
+        wanted: dict[Var, None] = {}
+        for eq in self.backward_equations:
+            if eq in cross or is_tile_value(eq.out) or is_state(eq.out):
+                wanted.update(dict.fromkeys(v for v in eq.args if is_query_row(v) and v not in available))
+        late = self._after(cross)
+        rows = [v for v in wanted if v not in late and self._depends(v, cotangents) and not is_state(v)]
+        outputs = [(v, array_of(v, self.geometry, internal=True)) for v in rows if v.kind == "real"]
+        for x, g in self.program.gradients:
+            if g in late or g in available:
+                continue
+            if is_parameter(x):
+                outputs.append((g, partial_array(g, self.geometry, per_query_head=True)))
+            elif is_query_row(x):
+                outputs.append((g, array_of(g, self.geometry, internal=False)))
+        if outputs:
+            kernels.append(rows_kernel("row_cotangents", self.program, "query", available, outputs))
+            available.update(outputs)
+
+    def _cross_row(self, equations: Iterable[Equation]) -> set[Equation]:
+        """Equations of kernels that go beyond a row: sums of tiles, states, read-outs."""
+        return {eq for eq in equations if isinstance(eq.op, Contract) and not _is_row_local(eq)}
+
+    def _after(self, equations: set[Equation]) -> set[Var]:
+        """Variables that depend on the result of one of the equations."""
+        late = {eq.out for eq in equations}
+        for eq in self.program.equations:
+            if late & set(eq.args):
+                late.add(eq.out)
+        return late
+
+    def _depends(self, v: Var, on: Sequence[Var]) -> bool:
+        reached = set(on)
+        for eq in self.program.equations:
+            if reached & set(eq.args):
+                reached.add(eq.out)
+        return v in reached
+
+    def _query_gradients(self, kernels: list[Kernel], available: dict[Var, Array], gradients: dict[Var, Var]) -> None:
+        outputs = []
+        for x, g in gradients.items():
+            if is_query_row(x) and g not in available:
+                outputs.append((g, array_of(g, self.geometry, internal=False)))
+        outputs += self._late_parameters(available, "query")
+        kernels.append(dq_kernel(self.walk, available, outputs))
+        available.update(outputs)
+
+    def _key_gradients(self, kernels: list[Kernel], available: dict[Var, Array], gradients: dict[Var, Var]) -> None:
+        wanted = [g for x, g in gradients.items() if is_key_row(x)]
+        late = self._late_parameters(available, "key")
+        kernel, parts = dkv_kernel(self.walk, available, [*wanted, *(v for v, _ in late)])
+        outputs = [(g, array_of(g, self.geometry, internal=False)) for g in wanted]
+        kernels.append(kernel)
+        kernels.append(merge_kernel(self.walk, available, parts, [*outputs, *late]))
+        available.update(outputs)
+        available.update(late)
+
+    def _late_parameters(self, available: dict[Var, Array], side: str) -> list[tuple[Var, Array]]:
+        """Sums over rows of one side that reach a parameter's gradient only after the tiles."""
+        found = []
+        axes = {"T", "m"} if side == "query" else {"J", "n"}
+        wanted = {g for x, g in self.program.gradients if is_parameter(x) and g not in available}
+        for eq in slice_back(self.program, wanted, [*self.program.inputs, *available]):
+            if is_parameter(eq.out) and not isinstance(eq.op, Map) and axes & {a for v in eq.args for a in v.axes}:
+                found.append((eq.out, partial_array(eq.out, self.geometry, per_query_head=False)))
+        return found
+
+    # -- coverage -------------------------------------------------------------------------------------------------
+
+    def _check_coverage(self) -> None:
+        covered = {eq for k in self.result.kernels for eq in k.covers}
+        loose = [eq for eq in self.program.equations if eq not in covered and not self._is_free(eq)]
+        if loose:
+            lines = "\n  ".join(equation_text(eq) for eq in loose)
+            raise PartitionError(f"no kernel family takes these equations of {self.program.name}:\n  {lines}")
+
+    def _is_free(self, eq: Equation) -> bool:
+        """Positions, block-level masks and the selection need no kernel of their own here."""
+        if isinstance(eq.op, (Iota, TopK)) or eq.out.kind == "bool":
+            return True
+        if eq.out in self._selection_only():
+            return True
+        return is_parameter(eq.out) and isinstance(eq.op, Map)
+
+
+def _is_row_local(eq: Equation) -> bool:
+    """Computable from values of the same row: no sum over, and no meeting of, positions of another side."""
+    if isinstance(eq.op, (Iota, TopK)):
+        return isinstance(eq.op, Iota)
+    sides = {side(v) for v in (eq.out, *eq.args) if not is_parameter(v)}
+    if len(sides) > 1 or any(is_state(v) for v in (eq.out, *eq.args)):
+        return False
+    if isinstance(eq.op, Contract):
+        places = {"T", "m", "J", "C", "n"}
+        return {a for v in eq.args for a in v.axes} & places == set(eq.out.axes) & places
+    return True
+
+
+def side(v: Var) -> str:
+    """Which rows a variable belongs to."""
+    if is_tile_value(v):
+        return "tile"
+    if is_query_row(v):
+        return "query"
+    if is_key_row(v):
+        return "key"
+    return "block"
+
+
+__all__ = ["Partition", "StateChain", "partition", "sums_of_tiles"]

@@ -1,0 +1,139 @@
+"""Row code: loading rows, the equations on them, and storing rows, as prologue, epilogue or body of a kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from splagen.codegen.geometry import Geometry, Rows, column_name, features_of, is_parameter
+from splagen.codegen.kernel import Array
+from splagen.codegen.region import Region, slice_back
+from splagen.ir.program import Equation, Iota, Program, Reduce, Var
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Source lines, the arrays that they load, the equations that they compute, and what stands for each variable."""
+
+    lines: tuple[str, ...]
+    arrays: tuple[Array, ...]
+    equations: tuple[Equation, ...]
+    names: Mapping[Var, str]
+
+
+@dataclass
+class RowCode:
+    """Prints row code of one side; remembers which columns and rows the kernel has already defined.
+
+    `available` maps each variable that lies in memory to its array; `tile_rows` is the constexpr that counts rows.
+    """
+
+    program: Program
+    geometry: Geometry
+    side: str
+    tile_rows: str
+    available: Mapping[Var, Array]
+    defined_columns: set[str] = field(default_factory=set)
+    loaded: set[Var] = field(default_factory=set)
+
+    def rows(self, equations: Iterable[Equation]) -> Rows:
+        """The rank that these equations need: 3 where the feature map has two signs."""
+        signed = any("s" in v.axes for eq in equations for v in (eq.out, *eq.args))
+        return Rows(self.geometry, self.side, signed)
+
+    def columns(self, features: tuple[str, ...]) -> list[str]:
+        """Lines that define the columns of these features, once per kernel."""
+        name = column_name(features)
+        if not {"d", "e"} & set(features) or name in self.defined_columns:
+            return []
+        self.defined_columns.add(name)
+        return self.geometry.columns(features)
+
+    def compute(self, wanted: Sequence[Var], bound: Mapping[Var, str], held: Iterable[Var] = ()) -> Piece:
+        """Load what is needed and compute the wanted row variables.
+
+        `bound` gives flat source ([rows, columns] or [rows]) of variables that the kernel holds already.
+        """
+        stop = [*self.available, *bound]
+        equations = slice_back(self.program, wanted, stop)
+        rows = self.rows(equations)
+        read = dict.fromkeys(v for eq in equations for v in eq.args)
+        read.update(dict.fromkeys(wanted))
+        lines: list[str] = []
+        arrays: list[Array] = []
+        names: dict[Var, str] = {}
+        needed = [v for v in read if v in self.available or v in bound]
+        features = {features_of(v) for v in needed} | {features_of(eq.out) for eq in equations}
+        features |= {f[-1:] for f in features if f}  # padding masks are per feature axis
+        for f in sorted(features):
+            lines += self.columns(f)
+        for v in needed:
+            if v in bound:
+                source = bound[v]
+            else:
+                array, source = self.available[v], v.name
+                arrays.append(array)
+                if v not in self.loaded:
+                    lines.append(f"{v.name} = {Rows(self.geometry, self.side, False).load(array)}")
+                    self.loaded.add(v)
+            names[v] = self._lifted(source, v, rows, exact=v in bound)
+        region = Region(rows.dims, self.program.order, self.program.extents)
+        body, after = region.emit(equations, names)
+        lines += body
+        flat = {v: bound.get(v, v.name) for v in needed}
+        for v in wanted:
+            if v not in flat:
+                flat[v] = after[v] if is_parameter(v) else rows.flat(after[v], v, self.tile_rows)
+        return Piece(tuple(lines), tuple(arrays), tuple(equations), flat)
+
+    def _lifted(self, source: str, v: Var, rows: Rows, *, exact: bool) -> str:
+        array = self.available.get(v)
+        if array is not None and array.layout == "kv_head_scalars":
+            return source
+        wide = source if exact or (array and array.dtype == "float32") else f"{source}.to(tl.float32)"
+        features = features_of(v)
+        if not features:
+            return rows.vector(wide)
+        if array is not None and array.layout == "head_rows" and self.side == "key":
+            return wide
+        if not rows.signed:
+            return wide
+        if "s" in features:
+            width = self.geometry.width(features[1:], pad=True)
+            return f"tl.reshape({wide}, ({self.tile_rows}, {self.geometry.signs}, {width}))"
+        return f"{wide}[:, None, :]" if wide.isidentifier() or exact or "(" in wide else wide
+
+    def operand(self, v: Var, source: str, like: str) -> list[str]:
+        """Line that turns a computed matrix into an operand of a product: zero in padded columns, input type."""
+        features = features_of(v)
+        value = f"({source})" if not source.isidentifier() else source
+        if self.geometry.is_padded(features) and v not in self.available:
+            value = f"tl.where({self.padding(features)}, {source}, 0.0)"
+        return [f"{v.name} = {value}.to({like}.dtype)"]
+
+    def padding(self, features: tuple[str, ...]) -> str:
+        """Source of the mask [1, columns] of the columns that are data."""
+        if len(features) == 1:
+            return f"{features[0]}_ok[None, :]"
+        axis = features[-1]
+        width = self.geometry.width((axis,), pad=True)
+        return f"({column_name(features)} % {width} < {self.geometry.size(axis)})[None, :]"
+
+    def store(self, array: Array, v: Var, source: str) -> list[str]:
+        """Lines that store a row variable."""
+        lines = self.columns(array.features)
+        value = source
+        if array.padded and self.geometry.is_padded(array.features):
+            value = f"tl.where({self.padding(array.features)}, {source}, 0.0)"
+        return [*lines, Rows(self.geometry, self.side, False).store(array, value)]
+
+
+def reduces_to_parameter(eq: Equation) -> bool:
+    """A sum over rows that leaves a parameter's shape: the gradient of a gain or a temperature."""
+    return isinstance(eq.op, Reduce) and is_parameter(eq.out) and bool(set(eq.op.axes) & {"T", "m", "J", "n"})
+
+
+def is_position(program: Program, v: Var) -> bool:
+    """An Iota over sequence axes."""
+    eq = program.definitions.get(v)
+    return eq is not None and isinstance(eq.op, Iota) and bool({"T", "m", "J", "C", "n"} & set(v.axes))

@@ -1,0 +1,255 @@
+"""The kernels of the global part of linear attention: block states, their prefix over blocks, and the read-out.
+
+A sum over the far blocks of a query, `contract(far, S)` with S the states of blocks, is never formed per query: far is
+a union of intervals, so it is a difference of prefixes.  The same holds with the roles of queries and keys exchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from splagen.codegen.attention_kernels import Walk
+from splagen.codegen.geometry import Geometry, Rows, features_of, is_key_row, is_query_row, is_state, padded
+from splagen.codegen.kernel import Array, Kernel
+from splagen.codegen.predicates import J, T
+from splagen.codegen.row_code import RowCode
+from splagen.codegen.triton_expr import interval_text
+from splagen.errors import PartitionError
+from splagen.ir.program import Contract, Equation, Program, Var
+from splagen.ir.text import equation_text
+
+VECTOR = padded(1)  # columns that a state without a value feature takes; only the first holds data
+
+
+@dataclass(frozen=True)
+class StateChain:
+    """states[chunk] = sum over the chunk's rows of left (x) right;  read[x] = sum over x's interval of states."""
+
+    states: Equation
+    summed: tuple[Equation, ...]  # contract(mask, states): never formed
+    reads: tuple[Equation, ...]  # contract(row, summed)
+    from_queries: bool
+
+
+def state_chains(program: Program, equations: list[Equation]) -> list[StateChain]:
+    """Every block state among the equations, with what reads it."""
+    chains = []
+    for eq in equations:
+        if not (isinstance(eq.op, Contract) and is_state(eq.out)) or any(is_state(v) for v in eq.args):
+            continue
+        summed = tuple(e for e in equations if isinstance(e.op, Contract) and eq.out in e.args and is_state(e.out))
+        outs = {e.out for e in summed}
+        reads = tuple(e for e in equations if outs & set(e.args))
+        for e in (*summed, *reads):
+            if not isinstance(e.op, Contract):
+                raise PartitionError(f"no kernel reads a state as `{equation_text(e)}`")
+        chains.append(StateChain(eq, summed, reads, "T" in eq.out.axes))
+    return chains
+
+
+def state_array(v: Var, geometry: Geometry) -> Array:
+    """The prefix states of a chain: [B, Hkv, chunks + 1, left, right] float32."""
+    left, right = _widths(v, geometry)
+    return Array(v.name, "states", features_of(v), (left, right), "float32", True)
+
+
+def _widths(v: Var, geometry: Geometry) -> tuple[int, int]:
+    features = features_of(v)
+    left = geometry.width([a for a in features if a != "e"], pad=True)
+    return left, geometry.width(["e"], pad=True) if "e" in features else VECTOR
+
+
+@dataclass(frozen=True)
+class _RowIndex:
+    """Rows of a chunk of positions, on either side."""
+
+    chunk: int
+    per_position: str
+    lines: str
+    side: str
+
+
+def _row_index(geometry: Geometry, of_queries: bool) -> _RowIndex:
+    if of_queries:
+        lines = [
+            "qpos = chunk * CHUNK + row // GROUP  # [BLOCK_M]",
+            "head = h * GROUP + row % GROUP",
+            "row_ok = (row < ROWS) & (qpos < L)",
+        ]
+        return _RowIndex(geometry.chunk, "GROUP", "\n".join(lines), "query")
+    lines = ["kpos = chunk * CHUNK + row  # [BLOCK_M]", "key_ok = (row < ROWS) & (kpos < L)"]
+    return _RowIndex(geometry.block, "1", "\n".join(lines), "key")
+
+
+def _as_columns(vector: str | None, mask: str) -> str:
+    """A number per row (or 1) as a matrix whose first column holds it."""
+    value = f"{vector}[:, None]" if vector else f"{mask}[:, None].to(tl.float32)"
+    return f"tl.where(tl.arange(0, {VECTOR})[None, :] == 0, {value}, 0.0)"
+
+
+def states_kernel(chain: StateChain, program: Program, available: Mapping[Var, Array]) -> Kernel:
+    """The states of all chunks."""
+    geometry = Geometry.of(program)
+    eq = chain.states
+    index = _row_index(geometry, chain.from_queries)
+    code = RowCode(program, geometry, index.side, "BLOCK_M", available)
+    code.defined_columns.add("")
+    rows = [v for v in eq.args if v.kind == "real"]
+    left = [v for v in rows if "d" in features_of(v)]
+    right = [v for v in rows if v not in left]
+    if len(left) != 1 or len(right) > 1:
+        raise PartitionError(f"`{equation_text(eq)}` is not one outer product of rows")
+    array = state_array(eq.out, geometry)
+    loaded = [left[0], *(v for v in right if not features_of(v))]
+    piece = code.compute(loaded, {})
+    lines = list(piece.lines)
+    if left[0] not in available:
+        lines += code.operand(left[0], piece.names[left[0]], program.inputs[0].name)
+    inputs = {a.name: a for a in piece.arrays}
+    if right and features_of(right[0]):
+        source = available[right[0]]
+        inputs[source.name] = source
+        load = _load_right(Rows(geometry, index.side, False), source, geometry)
+        lines.append(f"{right[0].name} = {load}  # [BLOCK_M, BLOCK_E]")
+        right_name = right[0].name
+    else:
+        mask = "row_ok" if chain.from_queries else "key_ok"
+        vector = piece.names[right[0]] if right else None
+        lines.append(f"column = {_as_columns(vector, mask)}.to({left[0].name}.dtype)  # [BLOCK_M, {VECTOR}]")
+        right_name = "column"
+    holes = {
+        "chunk": index.chunk,
+        "rows_per_position": index.per_position,
+        "row_index": index.lines,
+        "prologue": "\n".join(lines),
+        "left": left[0].name,
+        "right": right_name,
+        "left_size": array.width[0],
+        "right_size": array.width[1],
+        "state": array.name,
+    }
+    return Kernel(
+        f"states_{eq.out.name}",
+        "block_states",
+        (*piece.equations, eq),
+        tuple(inputs.values()),
+        (array,),
+        holes,
+        f"(cdiv(L, {index.chunk}), B * Hkv, {array.width[1]} // BLOCK_E)",
+        tunable=("BLOCK_M", "BLOCK_E"),
+    )
+
+
+def _load_right(rows: Rows, array: Array, geometry: Geometry) -> str:
+    """Load one slice of value features: columns `right`."""
+    source = rows.load(array)
+    source = source.replace(" + e[None, :]", " + right[None, :]")
+    if geometry.is_padded(("e",)) and not array.padded:
+        source = source.replace("e_ok[None, :]", f"(right < {geometry.value_dim})[None, :]")
+    return source
+
+
+def scan_kernel(chain: StateChain, program: Program) -> Kernel:
+    """states -> prefix sums over chunks, in place: entry c is the sum of the chunks before c."""
+    geometry = Geometry.of(program)
+    array = state_array(chain.states.out, geometry)
+    size = array.width[0] * array.width[1]
+    chunk = geometry.chunk if chain.from_queries else geometry.block
+    return Kernel(
+        f"scan_{chain.states.out.name}",
+        "state_scan",
+        chain.summed,
+        (array,),
+        (),
+        {"state": array.name, "size": size, "chunk": chunk},
+        f"(cdiv({size}, BLOCK_E), B * Hkv)",
+        tunable=("BLOCK_E",),
+    )
+
+
+def read_kernel(
+    chain: StateChain, eq: Equation, walk: Walk, available: Mapping[Var, Array], output: Array
+) -> Kernel:
+    """One read-out: rows times the difference of prefixes that their far interval asks for."""
+    program, geometry = walk.program, walk.geometry
+    to_queries = is_query_row(eq.out)
+    index = _row_index(geometry, to_queries)
+    code = RowCode(program, geometry, index.side, "BLOCK_M", available)
+    code.defined_columns.add("")
+    (state,) = [v for v in eq.args if is_state(v)]
+    summed = next(e for e in chain.summed if e.out == state)
+    array = state_array(chain.states.out, geometry)
+    left, right = array.width
+    rows = [v for v in eq.args if v.kind == "real" and not is_state(v) and (is_query_row(v) or is_key_row(v))]
+    piece = code.compute(rows, {})
+    lines = list(piece.lines)
+    features = features_of(rows[0]) if rows else ()
+    over_left = "d" in features
+    if rows and features:
+        if rows[0] not in available:
+            lines += code.operand(rows[0], piece.names[rows[0]], program.inputs[0].name)
+        operand = rows[0].name
+    else:
+        mask = "row_ok" if to_queries else "key_ok"
+        lines.append(f"column = {_as_columns(piece.names[rows[0]] if rows else None, mask)}  # [BLOCK_M, {VECTOR}]")
+        operand = "column"
+    product = [f"out = dot_split({operand}, state)  # [BLOCK_M, BLOCK_E]"]
+    store = _read_store(eq.out, output, index, geometry)
+    mask_var = next(v for v in summed.args if v.kind == "bool")
+    bounds, intervals = _bounds(walk, mask_var, to_queries)
+    address = "kept[None, :] + summed[:, None] * RIGHT" if over_left else "summed[:, None] + kept[None, :] * RIGHT"
+    holes = {
+        "chunk": index.chunk,
+        "source_chunk": geometry.block if to_queries else geometry.chunk,
+        "rows_per_position": index.per_position,
+        "row_index": index.lines,
+        "extent": "(L + BLOCK - 1) // BLOCK" if to_queries else "(L + TILE - 1) // TILE",
+        "prologue": "\n".join(lines),
+        "bounds": "\n".join(bounds),
+        "state": array.name,
+        "left_size": left,
+        "right_size": right,
+        "summed_size": left if over_left else right,
+        "kept_size": right if over_left else left,
+        "address": address,
+        "intervals": intervals,
+        "product": "\n".join(product),
+        "store": "\n".join(store),
+    }
+    inputs = {a.name: a for a in (*piece.arrays, array)}
+    return Kernel(
+        f"read_{eq.out.name}",
+        "read_out",
+        (*piece.equations, *chain.summed, eq),
+        tuple(inputs.values()),
+        (output,),
+        holes,
+        f"(cdiv(L, {index.chunk}) * cdiv({index.chunk} * {'GROUP' if to_queries else '1'}, BLOCK_M), B * Hkv)",
+        tunable=("BLOCK_M", "BLOCK_E"),
+    )
+
+
+def _bounds(walk: Walk, mask: Var, to_queries: bool) -> tuple[list[str], list[dict[str, str]]]:
+    """Lines that define the ends of every interval in units of state chunks, and the names of the ends."""
+    variable, names = (J, {"T": "tile", "L": "L"}) if to_queries else (T, {"J": "chunk", "L": "L"})
+    lines = ["tile = chunk * CHUNK // TILE"] if to_queries else []
+    ends = []
+    for k, interval in enumerate(walk.predicates.intervals(mask, variable, {})):
+        low, high = interval_text(interval, names, "extent")
+        if not to_queries:
+            low, high = (f"(({x}) * TILE + SOURCE_CHUNK - 1) // SOURCE_CHUNK" for x in (low, high))
+        lines += [f"low_{k} = {low}", f"high_{k} = {high}"]
+        ends.append({"low": f"low_{k}", "high": f"high_{k}"})
+    return lines, ends
+
+
+def _read_store(v: Var, output: Array, index: _RowIndex, geometry: Geometry) -> list[str]:
+    rows = Rows(geometry, index.side, False)
+    if not output.features:
+        return [
+            "value = tl.sum(tl.where(kept[None, :] == 0, out, 0.0), axis=1)",
+            rows.store(output, "value"),
+        ]
+    column = "".join(output.features)
+    return [rows.store(output, "out").replace(f" + {column}[None, :]", " + kept[None, :]")]

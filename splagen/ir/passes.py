@@ -1,0 +1,334 @@
+"""Passes: each takes a valid Program and returns an equal one.
+
+`run` applies a list of them and verifies between them.  The law of each stands in its docstring and in a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeAlias
+
+import sympy as sp
+
+from splagen.ir.build import Builder
+from splagen.ir.check import check
+from splagen.ir.program import (
+    Contract,
+    Equation,
+    Lse,
+    Map,
+    Op,
+    Program,
+    Reduce,
+    Rename,
+    Softmax,
+    TopK,
+    Var,
+    placeholder,
+    rename_arguments,
+)
+
+Pass: TypeAlias = Callable[[Program], Program]
+
+LEAST = -sp.Integer(10) ** 30  # below every finite score
+
+
+def run(program: Program, passes: Iterable[Pass]) -> Program:
+    """Apply the passes in order; every result is verified."""
+    for apply in passes:
+        program = check(apply(program))
+    return program
+
+
+def substitute(program: Program, new: Mapping[Var, Var]) -> Program:
+    """Read `new[v]` wherever v was read (equations keep their order)."""
+
+    def see(v: Var) -> Var:
+        while v in new:
+            v = new[v]
+        return v
+
+    equations = []
+    for eq in program.equations:
+        args = tuple(see(v) for v in eq.args)
+        op: Op = eq.op
+        if isinstance(op, Map):
+            merged = tuple(dict.fromkeys(args))
+            where = {v: i for i, v in enumerate(merged)}
+            swap = {placeholder(i): placeholder(where[v]) for i, v in enumerate(args)}
+            op, args = Map(op.expr.xreplace(swap)), merged
+        equations.append(Equation(eq.out, op, args))
+    return replace(
+        program,
+        equations=tuple(equations),
+        outputs=tuple(see(v) for v in program.outputs),
+        gradients=tuple((x, see(g)) for x, g in program.gradients),
+    )
+
+
+def drop_unused(program: Program) -> Program:
+    """Remove equations that nothing asked for depends on.  Law: value unchanged, idempotent."""
+    wanted = {*program.outputs, *(g for _, g in program.gradients)}
+    kept = []
+    for eq in reversed(program.equations):
+        if eq.out in wanted:
+            kept.append(eq)
+            wanted.update(eq.args)
+    return program.with_equations(reversed(kept))
+
+
+def copy_prop(program: Program) -> Program:
+    """y = x  (a Map of x0, or a contraction of one array over nothing)  ->  x itself.  Value unchanged, idempotent.
+
+    An output keeps its name: a copy that is asked for stays.
+    """
+    asked = {*program.outputs, *(g for _, g in program.gradients)}
+    copies = {}
+    for eq in program.equations:
+        plain = isinstance(eq.op, Map) and eq.op.expr == placeholder(0)
+        plain = plain or (isinstance(eq.op, Contract) and len(eq.args) == 1)
+        if plain and eq.out.axes == eq.args[0].axes and eq.out.kind == eq.args[0].kind and eq.out not in asked:
+            copies[eq.out] = eq.args[0]
+    rest = [eq for eq in program.equations if eq.out not in copies]
+    return substitute(program.with_equations(rest), copies)
+
+
+def share(program: Program) -> Program:
+    """Equal equations become one; the order of a contraction's factors does not matter.  Value unchanged, idempotent."""
+    place: dict[Var, int] = {v: i for i, v in enumerate(program.inputs)}
+    seen: dict[tuple[Op, tuple[Var, ...]], Var] = {}
+    new: dict[Var, Var] = {}
+    asked = {*program.outputs, *(g for _, g in program.gradients)}
+    kept = []
+    for eq in program.equations:
+        args = tuple(new.get(v, v) for v in eq.args)
+        op = eq.op
+        if isinstance(op, Map):
+            merged = tuple(sorted(set(args), key=place.__getitem__))
+            op, args = Map(rename_arguments(op.expr, args, merged)), merged
+        elif isinstance(op, Contract):
+            args = tuple(sorted(args, key=place.__getitem__))
+        first = seen.setdefault((op, args), eq.out)
+        if first != eq.out and eq.out not in asked:
+            new[eq.out] = first
+            continue
+        place[eq.out] = len(place)
+        kept.append(Equation(eq.out, op, args))
+    return substitute(program.with_equations(kept), new)
+
+
+def expose_lse(program: Program) -> Program:
+    """p = softmax(x over sequence axes)  ->  l = lse(x);  p = exp(x - l) where the mask holds, else 0.
+
+    Only softmaxes over axes of run-time extent: l is what forward keeps for backward.  Where x itself may be -oo (a
+    score function that masks), l may be too: p is 0 there.  Law: value unchanged.
+    """
+    masking = {eq.out for eq in program.equations if isinstance(eq.op, Map) and eq.op.expr.has(-sp.oo)}
+    b = Builder(program.name, program.axes)
+    b._taken = set(program.names())
+    extents = program.extents
+    for eq in program.equations:
+        if not isinstance(eq.op, Softmax) or all(isinstance(extents[a], int) for a in eq.op.axes):
+            b.equations.append(eq)
+            continue
+        lse = b.add("lse" if eq.out.name == "p" else f"lse_{eq.out.name}", Lse(eq.op.axes), *eq.args)
+        x, ell = placeholder(0), placeholder(1)
+        expr = sp.exp(x - ell)
+        holds = [placeholder(2)] if len(eq.args) > 1 else []
+        if eq.args[0] in masking:
+            holds.append(x > LEAST)
+        if holds:
+            expr = sp.Piecewise((expr, sp.And(*holds)), (0, True))
+        b.equations.append(Equation(eq.out, Map(expr), (eq.args[0], lse, *eq.args[1:])))
+    return program.with_equations(b.equations)
+
+
+def split_complement(program: Program) -> Program:
+    """sum over (P and not F) of X  ->  (sum over P of X) - (sum over (P and F) of X).
+
+    Exact for any masks.  P and F is F itself where F is a top-k among P.  Applies to contractions and to counts, so
+    after derive_gradient it splits forward, dphi_q, dphi_k and dv at once: SPLA's subtraction (arXiv 2601.22379) is
+    found, not written.
+    """
+    definitions = program.definitions
+    b = Builder(program.name, program.axes)
+    b._taken = set(program.names())
+    for eq in program.equations:
+        found = next((c for v in eq.args if (c := _complement(definitions.get(v)))), None)
+        summed = isinstance(eq.op, Contract) or (isinstance(eq.op, Reduce) and eq.op.how == "sum" and len(eq.args) == 1)
+        if not found or not summed:
+            b.equations.append(eq)
+            continue
+        rest, whole, chosen = found
+        chooser = definitions.get(chosen)
+        if not (chooser and isinstance(chooser.op, TopK) and chooser.args[1:] == (whole,)):
+            chosen = b.map(f"{chosen.name}_in_{whole.name}", lambda p, f: sp.And(p, f), whole, chosen)
+        counted = set(rest.axes) - {a for v in (whole, *eq.args) if v != rest for a in v.axes}
+        if isinstance(eq.op, Reduce):
+            counted &= set(eq.op.axes)
+        if counted:  # an axis that only F carries: P is summed along it too
+            along = [b.iota(f"along_{a}", a) for a in sorted(counted, key=b.order.__getitem__)]
+            whole = b.map(f"{whole.name}_along", placeholder(0), whole, *along)
+        parts = [
+            b.add(f"{eq.out.name}_{word}", eq.op, *(mask if v == rest else v for v in eq.args))
+            for word, mask in (("all", whole), ("chosen", chosen))
+        ]
+        b.equations.append(Equation(eq.out, Map(placeholder(0) - placeholder(1)), tuple(parts)))
+    return program.with_equations(b.equations)
+
+
+def _complement(eq: Equation | None) -> tuple[Var, Var, Var] | None:
+    """(rest, P, F) for an equation rest = P and not F."""
+    if eq is None or not isinstance(eq.op, Map) or len(eq.args) != 2:
+        return None
+    for whole, chosen in ((0, 1), (1, 0)):
+        if eq.op.expr == sp.And(placeholder(whole), sp.Not(placeholder(chosen))):
+            return eq.out, eq.args[whole], eq.args[chosen]
+    return None
+
+
+LONG = 2**20  # the hint for run-time extents: associate for sequences much longer than any feature axis
+
+
+def associate(program: Program) -> Program:
+    """Products of many factors become products of few, the smallest intermediate first.
+
+    Under a mask that depends on data (a top-k) a product stays in score form: only factors that jointly carry every
+    axis of the mask may be summed together, so that the pair (query row, key row) is what the mask applies to.
+    Elsewhere private axes are summed first, which finds the block states phi_k^T v and the prefix over blocks.
+    Law: value unchanged.
+    """
+    b = Builder(program.name, program.axes)
+    b._taken = set(program.names())
+    data = _data_masks(program)
+    sizes = {a: e if isinstance(e, int) else LONG for a, e in program.axes}
+    for eq in program.equations:
+        if not isinstance(eq.op, Contract):
+            b.equations.append(eq)
+            continue
+        todo = list(eq.args)
+        while group := _next_group(todo, set(eq.op.keep), data, sizes):
+            outside = set(eq.op.keep).union(*(v.axes for v in todo if v not in group))
+            keep = {a for v in group for a in v.axes} & outside
+            todo = [v for v in todo if v not in group] + [b.contract(f"{eq.out.name}_part", keep, *group)]
+        b.equations.append(Equation(eq.out, eq.op, tuple(todo)))
+    return program.with_equations(b.equations)
+
+
+def _data_masks(program: Program) -> set[Var]:
+    """Bool variables that depend on a top-k."""
+    found: set[Var] = set()
+    for eq in program.equations:
+        if eq.out.kind == "bool" and (isinstance(eq.op, TopK) or found & set(eq.args)):
+            found.add(eq.out)
+    return found
+
+
+def _next_group(
+    todo: Sequence[Var], keep: set[str], data: set[Var], sizes: Mapping[str, int]
+) -> list[Var] | None:
+    """The factors to multiply next: those that carry some summed axis, at the smallest intermediate."""
+    masks = [v for v in todo if v in data]
+    must = {a for v in masks for a in v.axes}
+    factors = [v for v in todo if v not in data]
+    barred = {a for v in todo if masks and v.kind == "bool" for a in v.axes}
+    best: tuple[float, int, list[Var]] | None = None
+    summed = {a for v in todo for a in v.axes} - keep - barred
+    for axis in sorted(summed, key=lambda a: list(sizes).index(a)):
+        group = [v for v in factors if axis in v.axes]
+        carried = {a for v in group for a in v.axes}
+        if len(group) < 2 or len(group) == len(todo):
+            continue
+        if masks and (not must <= carried or any(must <= set(v.axes) for v in group)):
+            continue
+        others = [v for v in todo if v not in group]
+        if all(v.kind == "bool" and set(v.axes) <= keep for v in others):
+            continue
+        outside = keep.union(*(v.axes for v in others))
+        size = 1.0
+        for a in carried & outside:
+            size *= sizes[a]
+        if best is None or (size, len(group)) < best[:2]:
+            best = (size, len(group), group)
+    return best[2] if best else None
+
+
+def reuse(program: Program) -> Program:
+    """contract(A, contract(B, C)) -> contract(contract(A, B), C) where contract(A, B) is already known.
+
+    It turns delta = sum p dp, with dp = do . v and o = p . v, into delta = sum do . o, which needs no scores.
+    Law: value unchanged, idempotent.
+    """
+    known: list[Equation] = []
+    definitions = program.definitions
+    out = []
+    for eq in program.equations:
+        plain = isinstance(eq.op, Contract) and all(v.kind == "real" for v in eq.args)
+        new = _reassociated(eq, definitions, known) if plain else None
+        out.append(new or eq)
+        if isinstance(eq.op, Contract):
+            known.append(new or eq)
+    return program.with_equations(out)
+
+
+def _reassociated(eq: Equation, definitions: Mapping[Var, Equation], known: Sequence[Equation]) -> Equation | None:
+    assert isinstance(eq.op, Contract)
+    keep = set(eq.op.keep)
+    for i, inner in enumerate(eq.args):
+        made = definitions.get(inner)
+        if made is None or not isinstance(made.op, Contract):
+            continue
+        others = [*eq.args[:i], *eq.args[i + 1 :]]
+        hidden = {a for v in made.args for a in v.axes} - set(made.op.keep)
+        if hidden & ({a for v in others for a in v.axes} | keep):
+            continue
+        flat = [*others, *made.args]
+        for old in known:
+            assert isinstance(old.op, Contract)
+            rest = _without(flat, old.args)
+            if rest is None or not rest or set(old.args) <= set(made.args) or old is made:
+                continue
+            outside = keep.union(*(v.axes for v in rest))
+            carried = {a for v in old.args for a in v.axes}
+            wide = {a for v in (*rest, old.out) for a in v.axes}
+            if set(old.op.keep) == carried & outside and len(wide) < len({a for v in eq.args for a in v.axes}):
+                return Equation(eq.out, eq.op, (*rest, old.out))
+    return None
+
+
+def _without(items: Sequence[Var], taken: Sequence[Var]) -> list[Var] | None:
+    rest = list(items)
+    for v in taken:
+        if v not in rest:
+            return None
+        rest.remove(v)
+    return rest
+
+
+def specialise(sizes: Mapping[str, int]) -> Pass:
+    """Fix run-time extents: axis name to integer.  Law: value unchanged at those sizes."""
+
+    def apply(program: Program) -> Program:
+        fixed = {e: sp.Integer(sizes[a]) for a, e in program.axes if a in sizes and not isinstance(e, int)}
+        axes = tuple((a, int(fixed[e]) if e in fixed else e) for a, e in program.axes)
+        equations = []
+        for eq in program.equations:
+            op = Map(eq.op.expr.xreplace(fixed)) if isinstance(eq.op, Map) else eq.op
+            equations.append(Equation(eq.out, op, eq.args))
+        return replace(program, axes=axes, equations=tuple(equations))
+
+    return apply
+
+
+LOWERING: tuple[Pass, ...] = (
+    share,
+    split_complement,
+    associate,
+    share,
+    reuse,
+    expose_lse,
+    copy_prop,
+    share,
+    drop_unused,
+)

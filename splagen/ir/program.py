@@ -1,0 +1,236 @@
+"""The Program: a straight list of equations over arrays with named axes.
+
+    program  ::= axes inputs equations outputs
+    equation ::= var[axes] = op(var, ...)
+    op       ::= Iota | Map | Contract | Reduce | Softmax | Lse | TopK | CumSum | Rename
+
+There are no loops, branches, tiles, permutes or float types.  Every variable carries its axes in the one order that
+the program declares, so broadcasting is by name.  An axis has an extent (an integer, or a symbol known at run time),
+and a sequence is stored already blocked: key position j is the mixed-radix number (J, C, n).  Scalars that are known
+only at run time (the length L) are symbols that any Map may read.
+
+Not in the language, on purpose: control flow, in-place update, data-dependent shapes, random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
+
+import sympy as sp
+
+from splagen.errors import ProgramError
+from splagen.expression import symbol
+
+Kind: TypeAlias = Literal["real", "int", "bool"]
+Extent: TypeAlias = int | sp.Expr
+
+
+@dataclass(frozen=True)
+class Var:
+    """A named array: `axes` in the program's declared order; `kind` is real, int or bool."""
+
+    name: str
+    axes: tuple[str, ...]
+    kind: Kind = "real"
+
+    def __str__(self) -> str:
+        """Name and axes, as equations print them."""
+        return f"{self.name}[{' '.join(self.axes)}]"
+
+
+@dataclass(frozen=True)
+class Iota:
+    """Position along a mixed-radix group of axes, coarse to fine: Iota((J, n)) = J * |n| + n."""
+
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Map:
+    """Elementwise: `expr` in the placeholders x0, x1, ... (the arguments) and run-time scalars such as L."""
+
+    expr: sp.Basic
+
+
+@dataclass(frozen=True)
+class Contract:
+    """Sum of products of all arguments over the axes not in `keep`; a bool argument counts as 0 or 1."""
+
+    keep: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Reduce:
+    """Sum, mean or max of x over `axes`, where the optional second argument holds (nothing held: 0)."""
+
+    how: Literal["sum", "mean", "max"]
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Softmax of x over `axes` where the optional mask holds; 0 elsewhere and in an all-masked row."""
+
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Lse:
+    """Log-sum-exp of x over `axes` where the optional mask holds; -inf in an all-masked row."""
+
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TopK:
+    """True at the k largest along `axis` where the mask holds; ties go to the lowest index; no gradient."""
+
+    k: int
+    axis: str
+
+
+@dataclass(frozen=True)
+class CumSum:
+    """Inclusive prefix sum along a mixed-radix group of axes, coarse to fine."""
+
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rename:
+    """The same array under other axis names: pairs of (old, new)."""
+
+    pairs: tuple[tuple[str, str], ...]
+
+
+Op: TypeAlias = Iota | Map | Contract | Reduce | Softmax | Lse | TopK | CumSum | Rename
+OPS: tuple[type, ...] = (Iota, Map, Contract, Reduce, Softmax, Lse, TopK, CumSum, Rename)
+
+
+@dataclass(frozen=True)
+class Equation:
+    """`out = op(args)`."""
+
+    out: Var
+    op: Op
+    args: tuple[Var, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """Equations in order, every variable defined once and before it is read.
+
+    `axes` declares the order and the extent of every axis.  `inputs` are given; `outputs` are asked for.
+    `cotangents` pairs each differentiated output with the input that carries its cotangent, and `gradients` each input
+    with the variable that holds its gradient; both are empty before derive_gradient.
+    """
+
+    name: str
+    axes: tuple[tuple[str, Extent], ...]
+    inputs: tuple[Var, ...]
+    equations: tuple[Equation, ...]
+    outputs: tuple[Var, ...]
+    cotangents: tuple[tuple[Var, Var], ...] = ()
+    gradients: tuple[tuple[Var, Var], ...] = ()
+
+    @property
+    def order(self) -> dict[str, int]:
+        """Axis name to its place in the declared order."""
+        return {name: i for i, (name, _) in enumerate(self.axes)}
+
+    @property
+    def extents(self) -> dict[str, Extent]:
+        """Axis name to its extent."""
+        return dict(self.axes)
+
+    @property
+    def definitions(self) -> dict[Var, Equation]:
+        """Variable to the equation that defines it."""
+        return {eq.out: eq for eq in self.equations}
+
+    def var(self, name: str) -> Var:
+        """The variable of this name; raises ProgramError if there is none."""
+        for v in (*self.inputs, *(eq.out for eq in self.equations)):
+            if v.name == name:
+                return v
+        raise ProgramError(f"{self.name} has no variable {name}", hint=f"it has {', '.join(self.names())}")
+
+    def names(self) -> list[str]:
+        """Every variable's name, in order."""
+        return [v.name for v in (*self.inputs, *(eq.out for eq in self.equations))]
+
+    def with_equations(self, equations: Iterable[Equation]) -> Program:
+        """The same program with other equations."""
+        return replace(self, equations=tuple(equations))
+
+
+def placeholder(i: int) -> sp.Symbol:
+    """The symbol that stands for argument i in a Map's expression."""
+    return symbol(f"x{i}")
+
+
+def ordered(axes: Iterable[str], order: Mapping[str, int]) -> tuple[str, ...]:
+    """The distinct axes in declared order."""
+    return tuple(sorted(set(axes), key=order.__getitem__))
+
+
+def union_axes(variables: Iterable[Var], order: Mapping[str, int]) -> tuple[str, ...]:
+    """Every axis that some variable carries, in declared order."""
+    return ordered((a for v in variables for a in v.axes), order)
+
+
+def is_predicate(expr: sp.Basic) -> bool:
+    """True for an expression whose value is a truth value."""
+    return isinstance(expr, (sp.logic.boolalg.Boolean, sp.logic.boolalg.BooleanAtom)) and not isinstance(
+        expr, sp.Symbol
+    )
+
+
+def result(op: Op, args: tuple[Var, ...], order: Mapping[str, int]) -> tuple[tuple[str, ...], Kind]:
+    """Axes and kind of `op(args)`: the typing rule of every operation."""
+    match op:
+        case Iota(axes):
+            return ordered(axes, order), "int"
+        case Map(expr):
+            axes = union_axes(args, order)
+            if is_predicate(expr) or (_is_bool_alias(expr, args)):
+                return axes, "bool"
+            whole = all(v.kind == "int" for v in args) and _is_whole(expr)
+            return axes, "int" if whole else "real"
+        case Contract(keep):
+            return ordered(keep, order), "real"
+        case Reduce(how, axes):
+            rest = ordered(set(union_axes(args, order)) - set(axes), order)
+            return rest, "int" if args[0].kind != "real" and how != "mean" else "real"
+        case Softmax():
+            return union_axes(args, order), "real"
+        case Lse(axes):
+            return ordered(set(union_axes(args, order)) - set(axes), order), "real"
+        case TopK():
+            return union_axes(args, order), "bool"
+        case CumSum():
+            return args[0].axes, args[0].kind
+        case Rename(pairs):
+            new = dict(pairs)
+            return ordered((new.get(a, a) for a in args[0].axes), order), args[0].kind
+
+
+def _is_bool_alias(expr: sp.Basic, args: tuple[Var, ...]) -> bool:
+    return any(expr == placeholder(i) and v.kind == "bool" for i, v in enumerate(args))
+
+
+def _is_whole(expr: sp.Basic) -> bool:
+    return all(
+        isinstance(e, (sp.Integer, sp.Symbol, sp.Add, sp.Mul, sp.Piecewise))
+        or is_predicate(e)
+        or isinstance(e, sp.functions.elementary.piecewise.ExprCondPair)
+        for e in sp.preorder_traversal(expr)
+    )
+
+
+def rename_arguments(expr: sp.Basic, old: tuple[Var, ...], new: tuple[Var, ...]) -> sp.Basic:
+    """`expr` over the arguments `old`, rewritten over the arguments `new` (every old one is in new)."""
+    where = {v: i for i, v in enumerate(new)}
+    return expr.xreplace({placeholder(i): placeholder(where[v]) for i, v in enumerate(old)})

@@ -1,0 +1,21 @@
+"""The environment variables that splagen reads, and the only place that reads them.
+
+Each is read when asked for, so that a test or a program may set it after the import.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """Folder of tuned schedules: SPLAGEN_CACHE_DIR, else splagen/ in the user's cache; not created here."""
+    if chosen := os.environ.get("SPLAGEN_CACHE_DIR"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "splagen"
+
+
+def interpreted() -> bool:
+    """True if TRITON_INTERPRET asks Triton to run kernels on the CPU, read as Triton reads it."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on", "y", "yes"}

@@ -1,0 +1,341 @@
+"""What is computed: frozen, validated specs, their TOML form and their digest.
+
+How it runs is a schedule's business: nothing here mentions a tile, a warp or a device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import json
+import keyword
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from splagen.errors import SpecError
+from splagen.library import FEATURE_MAPS, FeatureMap, Metric, ScoreFunction, hedgehog, score_function
+from splagen.library import feature_map as make_feature_map
+
+__all__ = [
+    "FeatureMap", "Metric", "Numerics", "Residual", "SPLASpec", "ScoreFunction", "Select", "Statistics",
+    "canonical", "digest", "from_toml", "load", "to_toml", "windows",
+]  # fmt: skip
+
+_toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+
+
+def _whole(path: str, value: object, low: int, high: int | None = None, step: int = 1) -> None:
+    if type(value) is not int or value < low or (high is not None and value > high) or value % step:
+        span = f"a whole number from {low}" + (f" to {high}" if high is not None else "")
+        raise SpecError(f"{path} is {value!r}", span + (f", a multiple of {step}" if step > 1 else ""))
+
+
+def _one_of(path: str, value: object, choices: tuple[object, ...]) -> None:
+    if not any(type(value) is type(c) and value == c for c in choices):
+        listed = ", ".join("None (leave it out)" if c is None else json.dumps(c) for c in choices)
+        raise SpecError(f"{path} is {value!r}", f"one of {listed}")
+
+
+def _is_a(path: str, value: object, kinds: tuple[type, ...], hint: str) -> None:
+    if not isinstance(value, kinds):
+        raise SpecError(f"{path} is {value!r}", hint)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Which keys share one mean and variance, and how a block gets its score (arXiv 2601.22379).
+
+    Attributes:
+        cell: keys per non-overlapping cell: 16, or None for the whole block.
+        width: keys per window, or None for windows that are the cells; see `windows`.
+        stride: keys from one window's start to the next, or None.
+        pool: "logsum" adds the masses of a block's cells; "max" takes the largest window touching it.
+    """
+
+    cell: int | None = None
+    width: int | None = None
+    stride: int | None = None
+    pool: Literal["logsum", "max"] = "logsum"
+
+    def __post_init__(self) -> None:
+        _one_of("select.statistics.pool", self.pool, ("logsum", "max"))
+        _one_of("select.statistics.cell", self.cell, (None, 16))
+        _one_of("select.statistics.width", self.width, (None, 32))
+        _one_of("select.statistics.stride", self.stride, (None, 16))
+        wanted = (None, None) if self.pool == "logsum" else (32, 16)
+        for name, value in zip(("width", "stride"), wanted, strict=True):
+            if getattr(self, name) != value:
+                given = f"select.statistics.{name} is {getattr(self, name)!r} with pool {self.pool!r}"
+                raise SpecError(given, 'overlapping windows are windows(): pool "max", width 32, stride 16')
+        if self.pool == "max" and self.cell != 16:
+            raise SpecError(
+                f"select.statistics.cell is {self.cell!r} with windows", "windows are built from cells of 16"
+            )
+
+
+def windows() -> Statistics:
+    """InfLLM-v2's overlapping windows of 32 keys every 16, max-pooled; for comparison: it selects worse."""
+    return Statistics(cell=16, width=32, stride=16, pool="max")
+
+
+@dataclass(frozen=True)
+class Select:
+    """Which blocks of keys a query attends to exactly (SPLA, arXiv 2601.22379).
+
+    Attributes:
+        block_size: keys per block: 16, 32, 64 or 128.
+        budget: freely chosen blocks per query (or tile) and KV head, 1 to 256; sinks and local come on top.
+        sinks: blocks at the start that are always attended, 0 to 64.
+        local: complete blocks next to the query's own always attended, 0 to 1024; both sides if not causal.
+        granularity: "token" chooses for every query, "tile" for `tile` neighbouring queries together.
+        tile: queries that share a choice: 1 with "token"; 16, 32, 64 or 128 with "tile".
+        metric: the log score of a block.
+        statistics: what the metric is computed from.
+    """
+
+    block_size: int = 64
+    budget: int = 13
+    sinks: int = 1
+    local: int = 1
+    granularity: Literal["token", "tile"] = "token"
+    tile: int = 1
+    metric: Metric = field(default_factory=Metric)
+    statistics: Statistics = Statistics()
+
+    def __post_init__(self) -> None:
+        _one_of("select.block_size", self.block_size, (16, 32, 64, 128))
+        _whole("select.budget", self.budget, 1, 256)
+        _whole("select.sinks", self.sinks, 0, 64)
+        _whole("select.local", self.local, 0, 1024)
+        _one_of("select.granularity", self.granularity, ("token", "tile"))
+        _one_of("select.tile", self.tile, (1,) if self.granularity == "token" else (16, 32, 64, 128))
+        _is_a("select.metric", self.metric, (Metric,), "taylor() or cumulant()")
+        _is_a("select.statistics", self.statistics, (Statistics,), "Statistics() or windows()")
+        if self.statistics.width and self.block_size < self.statistics.width:
+            what = f"select.statistics.width {self.statistics.width} with select.block_size {self.block_size}"
+            raise SpecError(what, "a window must fit into a block: a larger block_size, or Statistics()")
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Linear attention over the blocks not selected (SPLA, arXiv 2601.22379; phi: RAttention, 2506.15545).
+
+    Attributes:
+        feature_map: phi, of raw (unscaled) queries and keys; a name or a formula is converted.
+        temperature: whether x is multiplied by exp(temperature[h]), a learned input per KV head, before phi.
+        normaliser: whether the branch is divided by phi(q)·Σ phi(k), at least 1e-6; for phi >= 0 only.
+    """
+
+    feature_map: FeatureMap = hedgehog
+    temperature: bool = False
+    normaliser: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "feature_map", make_feature_map(self.feature_map))
+        _one_of("linear.temperature", self.temperature, (False, True))
+        _one_of("linear.normaliser", self.normaliser, (False, True))
+        if self.normaliser and not self.feature_map.non_negative:
+            what = (
+                f"linear.normaliser with linear.feature_map {self.feature_map.expression}, which may be < 0"
+            )
+            raise SpecError(what, "use hedgehog, softmax, relu, relu2, elu1 or exp, or declare non_negative")
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """How the arithmetic rounds; accumulators, softmax and states are float32 whatever is chosen.
+
+    Attributes:
+        split: "hilo" multiplies states as two halves of the input type, hi + lo, so that subtracting
+            nearly equal states stays accurate; "none" rounds them to the input type.
+        deterministic: whether equal inputs give equal bits (fixed order of sums, no atomics).
+    """
+
+    split: Literal["none", "hilo"] = "hilo"
+    deterministic: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("numerics.split", self.split, ("none", "hilo"))
+        _one_of("numerics.deterministic", self.deterministic, (False, True))
+
+
+@dataclass(frozen=True)
+class SPLASpec:
+    """Block-sparse softmax attention plus linear attention over the rest: SPLA, arXiv 2601.22379.
+
+    Fields given as None are filled in, so `dataclasses.replace` of head_dim keeps value_dim and scale.
+
+    Attributes:
+        head_dim: D of q and k, a multiple of 8 from 16 to 256.
+        value_dim: E of v and o, likewise; None is head_dim.
+        group_size: query heads per KV head, 1 to 64.
+        causal: whether a query sees only keys at or before it.
+        scale: factor of q·k in the softmax and the metric; None is head_dim ** -0.5.
+        score: what is done to a scaled score before the softmax, or None.
+        select: the choice of blocks, or None for dense attention.
+        linear: the residual branch, or None for block-sparse attention alone.
+        combine: o from o_s and o_r: "add"; "rms", both normalised (None with a residual); "rms_residual":
+            o_s + RMS(o_r); "gate": g_s o_s + g_r o_r, gates [B, L, Hq] from the caller; "none" without one.
+        dense_below: sequences shorter than this attend to every key, and o_r is 0; 0 switches it off.
+        numerics: how the arithmetic rounds.
+        name: of the op and of its module, an identifier.
+    """
+
+    head_dim: int = 128
+    value_dim: int = None  # type: ignore[assignment]
+    group_size: int = 1
+    causal: bool = True
+    scale: float = None  # type: ignore[assignment]
+    score: ScoreFunction | None = None
+    select: Select | None = field(default_factory=Select)
+    linear: Residual | None = field(default_factory=Residual)
+    combine: Literal["none", "add", "rms", "rms_residual", "gate"] = None  # type: ignore[assignment]
+    dense_below: int = 0
+    numerics: Numerics = Numerics()
+    name: str = "spla"
+
+    def __post_init__(self) -> None:
+        _whole("head_dim", self.head_dim, 16, 256, 8)
+        combine = "none" if self.linear is None else "rms"
+        for key, value in (
+            ("value_dim", self.head_dim),
+            ("scale", self.head_dim**-0.5),
+            ("combine", combine),
+        ):
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, value)
+        _whole("value_dim", self.value_dim, 16, 256, 8)
+        _whole("group_size", self.group_size, 1, 64)
+        _one_of("causal", self.causal, (False, True))
+        if type(self.scale) not in (int, float) or not 0 < self.scale < math.inf:
+            raise SpecError(f"scale is {self.scale!r}", "a positive finite number; None is head_dim ** -0.5")
+        object.__setattr__(self, "scale", float(self.scale))
+        if callable(self.score):
+            object.__setattr__(self, "score", score_function(self.score))
+        _is_a(
+            "score", self.score, (ScoreFunction, type(None)), "softcap(), alibi(), score_function() or None"
+        )
+        _is_a("select", self.select, (Select, type(None)), "Select(), or None for dense attention")
+        _is_a("linear", self.linear, (Residual, type(None)), "Residual(), or None")
+        _is_a("numerics", self.numerics, (Numerics,), "Numerics()")
+        _whole("dense_below", self.dense_below, 0)
+        name = self.name
+        if not (isinstance(name, str) and name.isascii() and name.isidentifier()) or keyword.iskeyword(name):
+            raise SpecError(f"name is {name!r}", "an identifier in ASCII such as spla_64")
+        branches = ("none",) if self.linear is None else ("add", "rms", "rms_residual", "gate")
+        _one_of("combine", self.combine, branches)
+        if self.select is None and self.linear is not None:
+            raise SpecError(
+                "linear is set but select is None: nothing is left over", "set linear to None too"
+            )
+        if self.select is None and self.dense_below:
+            raise SpecError("dense_below is set but select is None: it is dense already", "set dense_below=0")
+        if self.linear is not None and self.score is not None and self.score.masks:
+            what = (
+                f"score {self.score.name} masks keys (-oo), which the residual of linear would still contain"
+            )
+            raise SpecError(what, "set linear to None, or use a score function without -oo")
+
+
+# -- text --------------------------------------------------------------------------------------------------
+
+_PARTS = {"select": Select, "linear": Residual, "numerics": Numerics, "score": ScoreFunction}
+_PARTS |= {"select.metric": Metric, "select.statistics": Statistics, "linear.feature_map": FeatureMap}
+
+
+def _plain(value: object) -> Any:
+    """A spec as nested dicts of what its constructors take; a named feature map is its name."""
+    if isinstance(value, FeatureMap) and FEATURE_MAPS.get(value.name) == value:
+        return value.name
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    return value
+
+
+def to_toml(spec: SPLASpec) -> str:
+    """The spec as TOML that `from_toml` reads back to an equal one; an absent select or linear is "none"."""
+    lines: list[str] = []
+
+    def table(path: str, values: Mapping[str, Any]) -> None:
+        lines.extend([f"\n[{path}]"] if path else [])
+        for key, value in values.items():
+            if value is None and key in ("select", "linear"):
+                value = "none"
+            if value is not None and not isinstance(value, dict):
+                lines.append(f"{key} = {json.dumps(value)}")
+        for key, value in values.items():
+            if isinstance(value, dict):
+                table(f"{path}.{key}" if path else key, value)
+
+    table("", _plain(spec))
+    return "\n".join(lines) + "\n"
+
+
+def from_toml(text: str) -> SPLASpec:
+    """Read a spec from TOML; what is left out takes its default.
+
+    Raises:
+        SpecError: not TOML, an unknown key (with the closest known one), or a value that is refused.
+    """
+    try:
+        values = _toml.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise SpecError(
+            f"not a TOML file: {error}", "compare it with the output of to_toml(SPLASpec())"
+        ) from None
+    made = _build("", SPLASpec, values)
+    assert isinstance(made, SPLASpec)
+    return made
+
+
+def _build(path: str, kind: type[Any], values: object) -> object:
+    if not isinstance(values, dict):
+        raise SpecError(f"{path} is {values!r}", f"a table [{path}]")
+    known = [f.name for f in dataclasses.fields(kind) if f.init]
+    made: dict[str, object] = {}
+    for key, value in values.items():
+        where = f"{path}.{key}" if path else key
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.0)[0]
+            raise SpecError(f"unknown key {where}", f"did you mean {near}? keys: {', '.join(known)}")
+        if where in ("select", "linear") and value == "none":
+            made[key] = None
+        elif where in _PARTS and not (where == "linear.feature_map" and isinstance(value, str)):
+            made[key] = _build(where, _PARTS[where], value)
+        else:
+            made[key] = value
+    if "expression" in known and "expression" not in made:
+        raise SpecError(f"{path}.expression is missing", "give the formula as text")
+    return kind(**made)
+
+
+def load(path: str | Path) -> SPLASpec:
+    """Read a spec from a TOML file; the error of a bad one names the file.
+
+    Raises:
+        SpecError: the file cannot be read, or as for `from_toml`.
+    """
+    try:
+        return from_toml(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"cannot read {path}: {error}", "give the path of a TOML file") from error
+    except SpecError as error:
+        raise type(error)(f"{path}: {error.message}", error.hint) from error
+
+
+def canonical(spec: SPLASpec) -> str:
+    """Sorted JSON of every field, floats by repr: equal text means equal specs, on every machine."""
+    return json.dumps(
+        {"kind": "spla", **_plain(spec)}, sort_keys=True, separators=(",", ":"), allow_nan=False
+    )
+
+
+def digest(spec: SPLASpec) -> str:
+    """SHA-256 of `canonical(spec)`, 64 hexadecimal digits."""
+    return hashlib.sha256(canonical(spec).encode()).hexdigest()
