@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """Folder of tuned schedules: SPLAGEN_CACHE_DIR, else splagen/ in the user's cache; not created here."""
+    """Folder of generated kernels and tuned schedules: SPLAGEN_CACHE_DIR, else splagen/ in the user's cache; not created here."""
     if chosen := os.environ.get("SPLAGEN_CACHE_DIR"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "splagen"
@@ -19,3 +19,8 @@ def cache_dir() -> Path:
 def interpreted() -> bool:
     """True if TRITON_INTERPRET asks Triton to run kernels on the CPU, read as Triton reads it."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on", "y", "yes"}
+
+
+def interpret() -> None:
+    """Ask Triton to run kernels on the CPU; it listens when it is imported, so this comes before."""
+    os.environ["TRITON_INTERPRET"] = "1"

@@ -24,7 +24,7 @@ from splagen.library import feature_map as make_feature_map
 
 __all__ = [
     "FeatureMap", "Metric", "Numerics", "Residual", "SPLASpec", "ScoreFunction", "Select", "Statistics",
-    "canonical", "digest", "from_toml", "load", "to_toml", "windows",
+    "canonical", "digest", "from_toml", "read_spec", "to_toml", "windows",
 ]  # fmt: skip
 
 _toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
@@ -315,7 +315,7 @@ def _build(path: str, kind: type[Any], values: object) -> object:
     return kind(**made)
 
 
-def load(path: str | Path) -> SPLASpec:
+def read_spec(path: str | Path) -> SPLASpec:
     """Read a spec from a TOML file; the error of a bad one names the file.
 
     Raises:

@@ -19,7 +19,9 @@ ROWS = [
     {"spec"},
     {"ir"},
     {"codegen"},
-    {"ops", "verify"},
+    {"layout"},
+    {"ops"},
+    {"verification"},
     {"autotune"},
     {"pipeline", "cli", "__main__", "__init__"},
 ]

@@ -18,7 +18,7 @@ from splagen.spec import (
     canonical,
     digest,
     from_toml,
-    load,
+    read_spec,
     to_toml,
     windows,
 )
@@ -44,7 +44,7 @@ def test_digest_does_not_depend_on_the_hash_seed(tmp_path):
     )
     path = tmp_path / "spec.toml"
     path.write_text(to_toml(spec))
-    program = f"from splagen.spec import digest, load; print(digest(load({str(path)!r})))"
+    program = f"from splagen.spec import digest, read_spec; print(digest(read_spec({str(path)!r})))"
     for seed in ("0", "7"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         ran = subprocess.run(
@@ -153,12 +153,12 @@ def test_bad_file_is_refused(source, says, tmp_path):
     path = tmp_path / "bad.toml"
     path.write_text(source)
     with pytest.raises(SpecError, match=r"bad\.toml"):
-        load(path)
+        read_spec(path)
 
 
 def test_missing_file(tmp_path):
     with pytest.raises(SpecError, match="cannot read"):
-        load(tmp_path / "none.toml")
+        read_spec(tmp_path / "none.toml")
 
 
 def test_readme_spec():

@@ -442,10 +442,10 @@ def dkv_kernel(walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var]
     for s in sums:
         features = features_of(s.out)
         width = geometry.width(features, pad=True) if features else 1
-        outputs[s.out] = Array(s.out.name, "segments", features, (width,), "float32", True)
+        outputs[s.out] = Array(f"{s.out.name}_parts", "segments", features, (width,), "float32", True)
         stores += key_rows.columns(features)
         column = "".join(features)
-        stores.append(f"tl.store({s.out.name}_ptr + at[:, None] * {width} + {column}[None, :], {s.out.name})")
+        stores.append(f"tl.store({s.out.name}_parts_ptr + at[:, None] * {width} + {column}[None, :], {s.out.name})")
     order = {eq.out: i for i, eq in enumerate(program.equations)}
     holes = {
         "forced": {"setup": "\n".join(setup), "count": count},
@@ -487,11 +487,11 @@ def merge_kernel(
         epilogue += rows.store(array, v, piece.names[v])
     accumulators = [
         {
-            "name": a.name,
+            "name": v.name,
             "shape": f"(BLOCK_N, {a.width[0]})",
             "source": f"{a.name}_ptr + ((bh * SEGMENTS + segment) * BLOCK + key[:, None]) * {a.width[0]} + {''.join(a.features)}[None, :]",
         }
-        for a in parts.values()
+        for v, a in parts.items()
     ]
     holes = {"columns": "\n".join(columns), "accumulators": accumulators, "epilogue": "\n".join(epilogue)}
     inputs = {a.name: a for a in (WORK, *parts.values(), *piece.arrays)}

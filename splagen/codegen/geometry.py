@@ -13,21 +13,13 @@ from dataclasses import dataclass
 import sympy as sp
 
 from splagen.codegen.kernel import Array
-from splagen.codegen.region import Dim
+from splagen.codegen.region import Dim, padded_extent as padded
 from splagen.expression import symbol
 from splagen.ir.program import Iota, Program, Var
 
 QUERY_AXES = frozenset({"T", "m"})
 KEY_AXES = frozenset({"J", "C", "n"})
 FEATURE_AXES = ("s", "d", "e")
-SMALLEST_DOT = 16  # tl.dot needs at least 16 columns to sum over
-
-
-def padded(size: int) -> int:
-    """The tile extent that holds a feature axis: a power of two, at least 16."""
-    return max(SMALLEST_DOT, 1 << (size - 1).bit_length())
-
-
 @dataclass(frozen=True)
 class Geometry:
     """The integer extents of a program's axes by role."""

@@ -52,6 +52,12 @@ class Partition:
     gradients: list[tuple[str, Var]] = field(default_factory=list)
 
     @property
+    def residuals(self) -> list[Array]:
+        """What backward is given beside inputs and cotangents: outputs that it reads, then what forward saved."""
+        read = {a.name for k in self.backward for a in k.inputs}
+        return [*(a for a in self.outputs if a.name in read), *self.saved]
+
+    @property
     def kernels(self) -> list[Kernel]:
         """Every kernel once, by name."""
         return list({k.name: k for k in (*self.forward, *self.backward)}.values())

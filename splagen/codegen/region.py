@@ -7,6 +7,7 @@ All arithmetic is float32.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ import sympy as sp
 
 from splagen.codegen.triton_expr import triton_text
 from splagen.errors import PartitionError
+from splagen.expression import symbol
 from splagen.ir.program import Contract, Equation, Iota, Lse, Map, Program, Reduce, Softmax, Var, placeholder
 from splagen.ir.text import equation_text
 
@@ -71,7 +73,7 @@ class Region:
             case Softmax(axes):
                 return self._softmax(eq, axes, names, lines)
             case Iota((axis,)) if isinstance(self.extents[axis], int):
-                source = self._index(axis)
+                return self._index(axis)
             case _:
                 raise PartitionError(f"no region computes `{equation_text(eq)}`")
         lines.append(f"{eq.out.name} = {source}")
@@ -87,8 +89,19 @@ class Region:
         if expr in (sp.true, sp.false):
             return str(bool(expr))
         symbols = {placeholder(i).name: names[v] for i, v in enumerate(eq.args)} | dict(self.scalars)
+        if eq.out.kind == "real":
+            expr = self._as_floats(expr, eq.args, symbols)
         lines.append(f"{eq.out.name} = {triton_text(expr, symbols)}")
         return eq.out.name
+
+    def _as_floats(self, expr: sp.Basic, args: tuple[Var, ...], symbols: dict[str, str]) -> sp.Basic:
+        """Integers become float32 in arithmetic and stay exact in comparisons of integers."""
+        whole = {placeholder(i): v for i, v in enumerate(args) if v.kind == "int"}
+        exact = whole.keys() | {symbol(s) for s in self.scalars}
+        kept = {r: sp.Dummy() for r in expr.atoms(sp.core.relational.Relational) if r.free_symbols <= exact}
+        floats = {x: symbol(f"{x.name}_float") for x in whole}
+        symbols.update({f.name: f"{_atom(symbols[x.name])}.to(tl.float32)" for x, f in floats.items()})
+        return expr.xreplace(kept).xreplace(floats).xreplace({d: r for r, d in kept.items()})
 
     def _masked(self, eq: Equation, names: Mapping[Var, str]) -> tuple[str, str | None]:
         where = names[eq.args[1]] if len(eq.args) > 1 else "True"
@@ -140,7 +153,17 @@ class Region:
     def _index(self, axis: str) -> str:
         (d,) = self._dims_of([axis])
         view = ", ".join(":" if i == d else "None" for i in range(len(self.dims)))
-        return f"tl.arange(0, {self.extents[axis]})[{view}]"
+        size = self.extents[axis] if axis == "s" else padded_extent(int(str(self.extents[axis])))
+        return f"tl.arange(0, {size})[{view}]"
+
+
+def padded_extent(size: int) -> int:
+    """The tile extent that holds a feature axis: a power of two, at least 16 (tl.dot sums over no fewer)."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _atom(source: str) -> str:
+    return source if re.fullmatch(r"[\w.]+(\[[^\]]*\]|\(.*\)(\[[^\]]*\])?)?", source) else f"({source})"
 
 
 def slice_back(program: Program, wanted: Iterable[Var], stop: Iterable[Var]) -> list[Equation]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from splagen.codegen.geometry import Geometry, Rows, column_name, features_of, is_parameter
 from splagen.codegen.kernel import Array
 from splagen.codegen.region import Region, slice_back
-from splagen.ir.program import Equation, Iota, Program, Reduce, Var
+from splagen.ir.program import Equation, Program, Var
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,9 @@ class RowCode:
         return f"({column_name(features)} % {width} < {self.geometry.size(axis)})[None, :]"
 
     def store(self, array: Array, v: Var, source: str) -> list[str]:
-        """Lines that store a row variable."""
+        """Lines that store a row variable, or this program's part of a sum over rows."""
+        if array.layout == "partials":
+            return self._store_partial(array, source)
         lines = self.columns(array.features)
         value = source
         if array.padded and self.geometry.is_padded(array.features):
@@ -128,12 +130,13 @@ class RowCode:
         return [*lines, Rows(self.geometry, self.side, False).store(array, value)]
 
 
-def reduces_to_parameter(eq: Equation) -> bool:
-    """A sum over rows that leaves a parameter's shape: the gradient of a gain or a temperature."""
-    return isinstance(eq.op, Reduce) and is_parameter(eq.out) and bool(set(eq.op.axes) & {"T", "m", "J", "n"})
+    def _store_partial(self, array: Array, source: str) -> list[str]:
+        features, width = array.features[:-1], array.width[0]
+        column = column_name(features) or "tl.arange(0, 1)"
+        heads, head = ("Hkv * GROUP", "query_head") if array.features[-1] == "Hq" else ("Hkv", "h")
+        row = f"(b * tl.num_programs(0) + tl.program_id(0)) * ({heads}) + {head}"
+        return [
+            *self.columns(features),
+            f"tl.store({array.name}_ptr + ({row}) * {width} + {column}, tl.reshape({source}, ({width},)))",
+        ]
 
-
-def is_position(program: Program, v: Var) -> bool:
-    """An Iota over sequence axes."""
-    eq = program.definitions.get(v)
-    return eq is not None and isinstance(eq.op, Iota) and bool({"T", "m", "J", "C", "n"} & set(v.axes))

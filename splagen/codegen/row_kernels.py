@@ -24,10 +24,7 @@ def rows_kernel(
     if side == "query":
         lines[:0] = ["h = query_head // GROUP", "head = query_head + tl.zeros((BLOCK_M,), tl.int64)"]
     for v, array in outputs:
-        if array.layout == "partials":
-            lines += store_partial(code, array, v, piece.names[v], "query_head" if side == "query" else "h")
-        else:
-            lines += code.store(array, v, piece.names[v])
+        lines += code.store(array, v, piece.names[v])
     holes = {
         "heads": "(Hkv * GROUP)" if side == "query" else "Hkv",
         "head": "query_head" if side == "query" else "h",
@@ -57,18 +54,4 @@ def partial_array(v: Var, geometry: Geometry, per_query_head: bool) -> Array:
     return Array(v.name, "partials", (*features, "Hq" if per_query_head else "Hkv"), (width,), "float32", True)
 
 
-def store_partial(code: RowCode, array: Array, v: Var, source: str, head: str) -> list[str]:
-    """Lines that store this program's part of a sum over all rows."""
-    features = features_of(v)
-    lines = code.columns(features)
-    column = "".join(features) or "tl.arange(0, 1)"
-    heads = "Hkv * GROUP" if array.features[-1] == "Hq" else "Hkv"
-    program = "b * tl.num_programs(0) + tl.program_id(0)"
-    value = f"tl.reshape({source}, ({array.width[0]},))"
-    lines.append(
-        f"tl.store({array.name}_ptr + (({program}) * ({heads}) + {head}) * {array.width[0]} + {column}, {value})"
-    )
-    return lines
-
-
-__all__ = ["partial_array", "rows_kernel", "store_partial"]
+__all__ = ["partial_array", "rows_kernel"]

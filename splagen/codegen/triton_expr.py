@@ -30,15 +30,16 @@ def triton_text(expr: sp.Basic, names: Mapping[str, str]) -> str:
 
 
 def _print(e: sp.Basic, names: Mapping[str, str]) -> tuple[str, int]:
+    if isinstance(e, sp.Expr) and e.is_number and e.is_finite and not e.is_Integer:
+        return repr(float(e)), _ATOM if e >= 0 else _SUM
     match e:
         case sp.Symbol():
             if e.name not in names:
                 raise PartitionError(f"nothing stands for {e.name} in a kernel", hint=f"known: {sorted(names)}")
             return names[e.name], _ATOM
         case sp.Integer():
-            return str(int(e)), _ATOM if e >= 0 else _SUM
-        case sp.Rational() | sp.Float() | sp.core.numbers.NumberSymbol():
-            return repr(float(e)), _ATOM if e >= 0 else _SUM
+            small = abs(int(e)) < 2**31
+            return str(int(e)) if small else repr(float(e)), _ATOM if e >= 0 else _SUM
         case sp.core.numbers.Infinity():
             return 'float("inf")', _ATOM
         case sp.core.numbers.NegativeInfinity():

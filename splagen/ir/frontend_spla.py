@@ -200,7 +200,7 @@ class _Frontend:
         return b.map("o_r", lambda x, z, count: sp.Piecewise((x / z, count > 0), (0, True)), total, den, left)
 
     def features(self, name: str, x: Var, phi: FeatureMap, temperature: Var | None) -> Var:
-        """phi of every row, in float32, from the raw (unscaled) query or key; both signs on the axis s."""
+        """Phi of every row, in float32, from the raw (unscaled) query or key; both signs on the axis s."""
         b = self.b
         expr = parse(phi.expression, {"x"})
         value, args = symbol("x0"), [x]
@@ -214,7 +214,7 @@ class _Frontend:
         return b.softmax(name, ("d",), mapped) if phi.softmax else mapped
 
     def combine(self, o_s: Var, o_r: Var) -> Var:
-        """o from the two branches (spla.md section 5.3)."""
+        """O from the two branches (spla.md section 5.3)."""
         b = self.b
         match self.spec.combine:
             case "add":

@@ -113,7 +113,7 @@ def _contract(b: Builder, eq: Equation, dy: Var, active: set[Var]) -> Iterator[t
 
 
 def _softmax(b: Builder, eq: Equation, dy: Var, active: set[Var]) -> Iterator[tuple[Var, Var]]:
-    """dx = p (dp - delta), delta = sum p dp."""
+    """Dx = p (dp - delta), delta = sum p dp."""
     assert isinstance(eq.op, Softmax)
     x, p = eq.args[0], eq.out
     delta = b.contract(f"delta_{p.name}", set(p.axes) - set(eq.op.axes), p, dy)
@@ -121,7 +121,7 @@ def _softmax(b: Builder, eq: Equation, dy: Var, active: set[Var]) -> Iterator[tu
 
 
 def _lse(b: Builder, eq: Equation, dy: Var, active: set[Var]) -> Iterator[tuple[Var, Var]]:
-    """dx = softmax(x) dl."""
+    """Dx = softmax(x) dl."""
     assert isinstance(eq.op, Lse)
     p = b.add(f"softmax_{eq.args[0].name}", Softmax(eq.op.axes), *eq.args)
     yield eq.args[0], b.map(f"d{eq.args[0].name}", lambda w, g: w * g, p, dy)

@@ -21,7 +21,6 @@ from splagen.ir.program import (
     Op,
     Program,
     Reduce,
-    Rename,
     Softmax,
     TopK,
     Var,
@@ -79,10 +78,11 @@ def drop_unused(program: Program) -> Program:
 
 
 def copy_prop(program: Program) -> Program:
-    """y = x  (a Map of x0, or a contraction of one array over nothing)  ->  x itself.  Value unchanged, idempotent.
+    """Y = x  (a Map of x0, or a contraction of one array over nothing)  ->  x itself.  Value unchanged, idempotent.
 
     An output keeps its name: a copy that is asked for stays.
     """
+    program = substitute(program, {})  # merges repeated arguments, which may leave a copy
     asked = {*program.outputs, *(g for _, g in program.gradients)}
     copies = {}
     for eq in program.equations:
@@ -91,7 +91,7 @@ def copy_prop(program: Program) -> Program:
         if plain and eq.out.axes == eq.args[0].axes and eq.out.kind == eq.args[0].kind and eq.out not in asked:
             copies[eq.out] = eq.args[0]
     rest = [eq for eq in program.equations if eq.out not in copies]
-    return substitute(program.with_equations(rest), copies)
+    return copy_prop(substitute(program.with_equations(rest), copies)) if copies else program
 
 
 def share(program: Program) -> Program:
@@ -119,7 +119,7 @@ def share(program: Program) -> Program:
 
 
 def expose_lse(program: Program) -> Program:
-    """p = softmax(x over sequence axes)  ->  l = lse(x);  p = exp(x - l) where the mask holds, else 0.
+    """P = softmax(x over sequence axes)  ->  l = lse(x);  p = exp(x - l) where the mask holds, else 0.
 
     Only softmaxes over axes of run-time extent: l is what forward keeps for backward.  Where x itself may be -oo (a
     score function that masks), l may be too: p is 0 there.  Law: value unchanged.
@@ -145,7 +145,7 @@ def expose_lse(program: Program) -> Program:
 
 
 def split_complement(program: Program) -> Program:
-    """sum over (P and not F) of X  ->  (sum over P of X) - (sum over (P and F) of X).
+    """Sum over (P and not F) of X  ->  (sum over P of X) - (sum over (P and F) of X).
 
     Exact for any masks.  P and F is F itself where F is a top-k among P.  Applies to contractions and to counts, so
     after derive_gradient it splits forward, dphi_q, dphi_k and dv at once: SPLA's subtraction (arXiv 2601.22379) is
@@ -243,8 +243,8 @@ def _next_group(
         if masks and (not must <= carried or any(must <= set(v.axes) for v in group)):
             continue
         others = [v for v in todo if v not in group]
-        if all(v.kind == "bool" and set(v.axes) <= keep for v in others):
-            continue
+        if all(v.kind == "bool" and set(v.axes) <= keep for v in others) and all(v.kind == "real" for v in group):
+            continue  # only a mask of rows is left: one product
         outside = keep.union(*(v.axes for v in others))
         size = 1.0
         for a in carried & outside:

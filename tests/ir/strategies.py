@@ -69,7 +69,9 @@ class _Growing:
     def map(self) -> None:
         x, y = self.real(), self.real()
         if self.masks and self.draw(st.booleans()):
-            out = self.b.map("pick", lambda a, c, m: sp.Piecewise((a, m), (c, True)), x, y, self.any_of(self.masks))
+            out = self.b.map(
+                "pick", lambda a, c, m: sp.Piecewise((a, m), (c, True)), x, y, self.any_of(self.masks)
+            )
         else:
             out = self.b.map("map", self.any_of(SMOOTH), x, y)
         self.keep(out, 1 + 3 * (self.bound[x] + self.bound[y]))
@@ -112,7 +114,9 @@ class _Growing:
 
     def rename(self) -> None:
         pairs = (("i", "j"), ("j", "i"))
-        able = [(v, old, new) for v in self.reals for old, new in pairs if old in v.axes and new not in v.axes]
+        able = [
+            (v, old, new) for v in self.reals for old, new in pairs if old in v.axes and new not in v.axes
+        ]
         if able:
             v, old, new = self.any_of(able)
             self.keep(self.b.rename("renamed", v, **{old: new}), self.bound[v])
@@ -157,7 +161,7 @@ MASK_STEPS = ("affine", "above", "topk", "topk", "complement")
 
 @st.composite
 def programs(draw: st.DrawFn) -> Program:
-    """A valid Program whose every input reaches an output; all real variables that nothing reads are outputs."""
+    """A valid Program whose every input reaches an output; real variables that nothing reads are outputs."""
     grow = _Growing(draw)
     names = [a for a, _ in AXES]
     given = [grow.b.input(n, grow.some_axes(names, 1)) for n in "xyz"]

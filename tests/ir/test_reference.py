@@ -1,4 +1,4 @@
-"""The oracle: every operation against plain torch, and what `evaluate` promises about chunks and overrides."""
+"""The oracle: every operation against plain torch, and what `evaluate` says of chunks and overrides."""
 
 import itertools
 import math
@@ -276,7 +276,9 @@ def test_inputs_behind_a_given_value_are_not_needed() -> None:
 def test_axes_of_one_symbol_have_one_size() -> None:
     b = builder()
     x = b.input("x", ("J", "d"))
-    pairs = b.contract("out", ("J", "Jw"), x, b.rename("y", x, J="Jw"), b.map("w", sp.Ge(X, 0), b.iota("at", "Jw")))
+    pairs = b.contract(
+        "out", ("J", "Jw"), x, b.rename("y", x, J="Jw"), b.map("w", sp.Ge(X, 0), b.iota("at", "Jw"))
+    )
     arrays = {"x": normal(3, 4)}
     assert_close(single(b, pairs, arrays), arrays["x"] @ arrays["x"].T, rtol=1e-13, atol=1e-13)
     only = b.map("only", lambda i: i + 1, b.iota("at_w", "Jw"))

@@ -1,0 +1,269 @@
+"""Every kernel of a generated module compiled ahead of time, for GPUs that this machine does not have."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Timer
+from typing import IO, Any
+
+import splagen
+from splagen.codegen.geometry import Geometry
+from splagen.codegen.kernel import Array, Kernel
+from splagen.codegen.partition import Partition
+from splagen.codegen.render import unique
+from splagen.codegen.schedule import DTYPES, TARGETS, Schedule, default_schedule
+from splagen.errors import CompileError, InputError
+
+_GPU = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+_TYPES = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "float32": "fp32", "int32": "i32"}
+_BATCH, _LENGTH, _KV_HEADS = 2, 65_536, 2  # the sizes whose strides decide what the JIT would specialise on
+_SECONDS = 600  # for one kernel
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Built:
+    """One kernel compiled for one target, or the reason why not.
+
+    `registers` and `spilled` (bytes) are per thread, `shared` bytes per program; `register_a` counts wgmma
+    instructions with A in registers.  None is unknown on that target.
+    """
+
+    kernel: str
+    arch: str
+    dtype: str
+    schedule: Schedule
+    registers: int | None = None
+    shared: int | None = None
+    spilled: int | None = None
+    register_a: int | None = None
+    seconds: float | None = None
+    error: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """True if there is machine code that the target can launch."""
+        return self.error is None
+
+
+def compile_module(
+    path: str | Path,
+    part: Partition,
+    *,
+    targets: Sequence[str] = tuple(TARGETS),
+    dtypes: Sequence[str] = ("bf16",),
+    jobs: int | None = None,
+    progress: bool | None = None,
+) -> list[Built]:
+    """Compile the kernels of a generated module with their default Schedules: one row per job.
+
+    Args:
+        path: the module that was generated from `part`.
+        part: its kernels.
+        targets: some of sm_80, sm_90, sm_100, gfx942.
+        dtypes: some of bf16, fp16, fp32.
+        jobs: compilers side by side; None is one per CPU.
+        progress: whether a bar is drawn on stderr; None is: if that is a terminal.
+
+    Raises:
+        InputError: an unknown target or dtype.
+    """
+    _known("target", targets, TARGETS)
+    _known("dtype", dtypes, DTYPES)
+    geometry = Geometry.of(part.program)
+    wanted = [
+        (k, arch, dtype, default_schedule(k, geometry, arch, dtype))
+        for arch in targets
+        for dtype in dtypes
+        for k in part.kernels
+    ]
+    requests = [_request(Path(path).resolve(), geometry, *w) for w in wanted]
+    count = min(jobs or os.cpu_count() or 1, len(requests))
+    with _workers(count) as run, ThreadPoolExecutor(count) as pool:
+        futures = [pool.submit(run, r) for r in requests]
+        try:
+            for _ in _shown(as_completed(futures), len(futures), progress):
+                pass
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        rows = [
+            _row(k, arch, dtype, s, f.result())
+            for (k, arch, dtype, s), f in zip(wanted, futures, strict=True)
+        ]
+    return rows + _undescribed(Path(path), part)
+
+
+def raise_if_failed(rows: Sequence[Built]) -> None:
+    """Raise CompileError that lists the rows without machine code."""
+    failed = [
+        f"{r.kernel} for {r.arch} in {r.dtype} with {dict(r.schedule)}: {r.error}" for r in rows if not r.ok
+    ]
+    if failed:
+        raise CompileError(f"{len(failed)} of {len(rows)} kernels do not compile:\n" + "\n".join(failed))
+
+
+def _known(what: str, given: Sequence[str], choices: Mapping[str, object]) -> None:
+    for name in given:
+        if name not in choices:
+            raise InputError(f"unknown {what} {name!r}", f"one of {', '.join(choices)}")
+
+
+def _row(kernel: Kernel, arch: str, dtype: str, schedule: Schedule, answer: dict[str, Any]) -> Built:
+    limit = TARGETS[arch].shared_bytes
+    if (answer.get("shared") or 0) > limit:
+        answer["error"] = f"it needs {answer['shared']} bytes of shared memory; {arch} has {limit}"
+    return Built(kernel.name, arch, dtype, schedule, **answer)
+
+
+def _undescribed(path: Path, part: Partition) -> list[Built]:
+    """Kernels in the file that no Kernel describes would go unchecked: each is a failure."""
+    known = {f"{k.name}_kernel" for k in part.kernels}
+    loose = [n for n in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE) if n not in known]
+    return [
+        Built(n.removesuffix("_kernel"), "", "", {}, error="not part of the partition: not compiled")
+        for n in loose
+    ]
+
+
+# -- what the launcher would pass ------------------------------------------------------------------------
+
+
+def _request(
+    path: Path, geometry: Geometry, kernel: Kernel, arch: str, dtype: str, schedule: Schedule
+) -> dict[str, Any]:
+    types: dict[str, str] = {}
+    constants: dict[str, int] = {}
+    aligned: list[str] = []
+    for array in unique(kernel.inputs, kernel.outputs):
+        pointers = [a for a in array.arguments if a not in array.stride_names]
+        types |= dict.fromkeys(pointers, f"*{_TYPES[dtype if array.dtype == 'input' else array.dtype]}")
+        aligned += pointers
+        for name, stride in zip(array.stride_names, _strides(array, geometry), strict=True):
+            types[name] = "constexpr" if stride == 1 else "i32"
+            constants |= {name: 1} if stride == 1 else {}
+            aligned += [name] if stride > 1 and stride % ALIGNMENT == 0 else []
+    types |= dict.fromkeys(kernel.scalars, "i32")
+    types |= dict.fromkeys(kernel.tunable, "constexpr")
+    return {
+        "module": str(path),
+        "kernel": f"{kernel.name}_kernel",
+        "types": types,
+        "constants": constants | {name: schedule[name] for name in kernel.tunable},
+        "aligned": aligned,
+        "target": _GPU[arch],
+        "options": {name: schedule[name] for name in ("num_warps", "num_stages")},
+    }
+
+
+def _strides(array: Array, geometry: Geometry) -> list[int]:
+    """Strides of a contiguous array in elements, in the order of its stride names."""
+    heads = _KV_HEADS * (geometry.group if array.layout.startswith("query") else 1)
+    width = array.width[-1] if array.width else 1
+    rows = [_LENGTH * heads * width, heads * width, width]
+    return rows[len(rows) - len(array.stride_names) :]
+
+
+# -- worker processes ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _workers(count: int) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
+    """A function that has a request answered by one of `count` processes, from at most that many threads."""
+    idle: SimpleQueue[_Worker] = SimpleQueue()
+    workers = [_Worker() for _ in range(count)]
+    for worker in workers:
+        idle.put(worker)
+
+    def run(request: dict[str, Any]) -> dict[str, Any]:
+        worker = idle.get()
+        try:
+            return worker.answer(request)
+        finally:
+            idle.put(worker)
+
+    try:
+        yield run
+    finally:
+        for worker in workers:
+            worker.close()
+
+
+class _Worker:
+    """A `compile_worker` process, started when first needed and again after it died."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+        self.log: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self.process is None:
+            self.process = self._start()
+        process = self.process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        clock = Timer(_SECONDS, process.kill)
+        clock.start()
+        try:
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            clock.cancel()
+        if line:
+            return dict(json.loads(line))
+        status = process.wait()
+        self.process = None
+        self.log.seek(0)
+        tail = self.log.read().strip().splitlines()[-3:]
+        return {"error": "\n".join([f"the compiler ended with status {status}", *tail])}
+
+    def _start(self) -> subprocess.Popen[str]:
+        self.log.seek(0)
+        self.log.truncate()
+        root = str(Path(splagen.__file__).parent.parent)
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        return subprocess.Popen(
+            [sys.executable, "-m", "splagen.codegen.compile_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            env=environment,
+            text=True,
+        )
+
+    def close(self) -> None:
+        if self.process is not None and self.process.stdin is not None:
+            self.process.stdin.close()
+            self.process.wait()
+        self.log.close()
+
+
+def _shown(items: Iterator[Any], total: int, progress: bool | None) -> Iterator[Any]:
+    if progress is None:
+        progress = sys.stderr.isatty()
+    if not progress:
+        return items
+    from rich.console import Console
+    from rich.progress import track
+
+    return iter(track(items, "compiling", total=total, console=Console(stderr=True), transient=True))

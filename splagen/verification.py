@@ -1,0 +1,189 @@
+"""A generated op against the oracle: forward, every gradient, the selection, over shapes and dtypes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from splagen.errors import InputError, WrongResult
+from splagen.ops import Oracle
+
+# Limits on the relative RMS error, by dtype: (outputs, gradients, selection margin).  float32 follows from its rounding
+# over sums of thousands of terms; the 16-bit ones from the rounding of operands.  The margin is how far below the best
+# block left out, relative to the largest score of its row, a chosen block's score may lie.
+TOLERANCE: Mapping[torch.dtype, tuple[float, float, float]] = {
+    torch.float32: (1e-5, 1e-5, 1e-5),
+    torch.float16: (2e-3, 4e-3, 4e-3),
+    torch.bfloat16: (5e-3, 1e-2, 3e-2),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: `quantity` at `shape` (B, Hq, L) in `dtype`."""
+
+    quantity: str
+    shape: tuple[int, int, int]
+    dtype: str
+    error: float
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        """Within the limit; NaN is not."""
+        return self.error <= self.limit
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every comparison of a verification."""
+
+    name: str
+    rows: tuple[Row, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True if every row is."""
+        return all(r.ok for r in self.rows)
+
+    def raise_if_wrong(self) -> None:
+        """Raise WrongResult that names the first quantity beyond its limit."""
+        for r in self.rows:
+            if not r.ok:
+                raise WrongResult(
+                    f"{self.name}: {r.quantity} at (B, Hq, L) = {r.shape}, {r.dtype}: error {r.error:.2e} > {r.limit:.0e}",
+                    hint="report it with the spec, the GPU and the versions that `splagen doctor` prints",
+                )
+
+
+def verify(
+    module: ModuleType,
+    oracle: Oracle,
+    *,
+    shapes: Sequence[tuple[int, int, int]],
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    schedules: Mapping[str, Mapping[str, int]] | None = None,
+) -> Report:
+    """Compare the kernels of a generated module with the oracle at shapes (B, Hq, L).
+
+    The oracle evaluates in float64 the same rounded inputs, with the blocks that the kernels chose; that choice is
+    compared on its own.  `schedules` replaces the Schedules of some kernels.
+    """
+    rows: list[Row] = []
+    for dtype in dtypes:
+        for shape in shapes:
+            inputs = random_inputs(oracle, shape, dtype, device, seed)
+            rows += compare(module, oracle, inputs, shape, schedules)
+    return Report(module.__name__, tuple(rows))
+
+
+def random_inputs(
+    oracle: Oracle, shape: tuple[int, int, int], dtype: torch.dtype, device: str | torch.device, seed: int
+) -> dict[str, Tensor]:
+    """Normal inputs and cotangents of an op by name; blocks of keys differ by a drift, so that selection has a meaning."""
+    batch, heads, length = shape
+    part, definition = oracle.partition, oracle.definition
+    sizes = {a: e for a, e in definition.axes if isinstance(e, int)}
+    group = sizes["g"]
+    if heads % group:
+        raise InputError(f"Hq = {heads} is not a multiple of group_size {group}", hint=f"try Hq = {group}")
+    draw = torch.Generator().manual_seed(seed)
+    found = {}
+    for a in (*part.inputs, *part.cotangents):
+        v = definition.var(a.name)
+        features = [sizes[x] for x in v.axes if x in ("d", "e")]
+        match a.layout:
+            case "head_rows":
+                x = 1 + 0.3 * torch.randn(heads, *features, generator=draw)
+            case "kv_head_scalars":
+                x = 0.3 * torch.randn(heads // group, generator=draw)
+            case _:
+                x = torch.randn(batch, length, heads if "g" in v.axes else heads // group, *features, generator=draw)
+        if a.name == "k":
+            blocks = -(-length // 16)
+            drift = torch.randn(batch, blocks, heads // group, *features, generator=draw)
+            x = x + 0.7 * drift.repeat_interleave(16, dim=1)[:, :length]
+        found[a.name] = x.to(device=device, dtype=torch.float32 if a.layout == "kv_head_scalars" else dtype)
+    return found
+
+
+def compare(
+    module: ModuleType,
+    oracle: Oracle,
+    inputs: Mapping[str, Tensor],
+    shape: tuple[int, int, int],
+    schedules: Mapping[str, Mapping[str, int]] | None = None,
+) -> list[Row]:
+    """Run forward and backward kernels on the inputs and compare everything with the oracle."""
+    part = oracle.partition
+    dtype = inputs[part.inputs[0].name].dtype
+    limits = TOLERANCE[dtype]
+    arguments = [inputs[a.name] for a in part.inputs]
+    chosen = {**module.schedules_for(arguments[0]), **(schedules or {})}
+    results = module.forward(chosen, *arguments)
+    results = results if isinstance(results, tuple) else (results,)
+    outputs = dict(zip([a.name for a in (*part.outputs, *part.saved)], results, strict=True))
+    label = str(dtype).removeprefix("torch.")
+    rows = []
+
+    def add(quantity: str, error: float, limit: float) -> None:
+        rows.append(Row(quantity, shape, label, error, limit))
+
+    indices = outputs.get("block_indices")
+    names = [a.name for a in part.outputs]
+    empty = [a.name for a in part.saved if a.name in ("o_r", "n_unsel")]
+    wanted = oracle.values({n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}, names, indices)
+    for name, want in zip(names, wanted, strict=True):
+        add(name, relative_error(outputs[name], want), limits[0])
+    if len(empty) == 2:
+        none = outputs["n_unsel"] == 0
+        residue = outputs["o_r"][none].abs().max().item() if none.any() else 0.0
+        add("o_r where nothing is unselected", residue, 0.0)
+    if indices is not None:
+        add("selection", selection_error(oracle, inputs, indices, outputs["block_counts"]), limits[2])
+    residuals = [outputs[a.name] for a in part.residuals]
+    gradients = module.backward(chosen, *arguments, *residuals, *(inputs[a.name] for a in part.cotangents))
+    truth = oracle.gradients(inputs, indices)
+    largest = max(want.norm().item() for want in truth.values())
+    for (name, want), got in zip(truth.items(), gradients, strict=True):
+        add(f"d{name}", relative_error(got, want, vanishing=1e-9 * largest, otherwise=largest), limits[1])
+    return rows
+
+
+def relative_error(got: Tensor, want: Tensor, vanishing: float = 0.0, otherwise: float = 1.0) -> float:
+    """Relative RMS error |got - want| / |want| in float64; infinite where got is not finite.
+
+    A truth that vanishes by cancellation (dq of a row that sees one key is exactly 0) has no relative error: where
+    |want| <= vanishing the error is taken relative to `otherwise`, the size of the terms that cancel.
+    """
+    got, want = got.double(), want.double()
+    if not bool(torch.isfinite(got).all()):
+        return math.inf
+    size = want.norm().item()
+    return (got - want).norm().item() / (size if size > vanishing else otherwise)
+
+
+def selection_error(oracle: Oracle, inputs: Mapping[str, Tensor], indices: Tensor, counts: Tensor) -> float:
+    """How far the kernels' choice is from a best one: 0 if equal, small where scores tie, infinite if not a choice.
+
+    For each row the best score left out minus the worst chosen, relative to the row's largest score.
+    """
+    ordered = (indices[..., 1:] > indices[..., :-1]) | (indices[..., 1:] < 0)
+    if not bool(ordered.all()) or not torch.equal((indices >= 0).sum(-1).to(counts.dtype), counts):
+        return math.inf
+    score, far, free = oracle.selection(inputs)
+    chosen = oracle.mask(inputs, indices)
+    if bool((chosen & ~far).any()) or not torch.equal(chosen.sum(-1), free.sum(-1)):
+        return math.inf
+    worst = score.masked_fill(~chosen, math.inf).amin(-1)
+    best = score.masked_fill(chosen | ~far, -math.inf).amax(-1)
+    top = score.masked_fill(~far, 0).amax(-1).clamp(min=1e-300)
+    gap = ((best - worst) / top).clamp(min=0)
+    return float(gap.nan_to_num(0.0, posinf=0.0, neginf=0.0).max()) if gap.numel() else 0.0
