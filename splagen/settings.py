@@ -6,6 +6,7 @@ Each is read when asked for, so that a test or a program may set it after the im
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 
@@ -22,5 +23,9 @@ def interpreted() -> bool:
 
 
 def interpret() -> None:
-    """Ask Triton to run kernels on the CPU; it listens when it is imported, so this comes before."""
+    """Ask Triton to run kernels on the CPU; it listens when it is imported, so this comes before.
+
+    NumPy's warnings about log 0 and inf - inf are silenced: both occur in lanes that a mask drops.
+    """
     os.environ["TRITON_INTERPRET"] = "1"
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"triton\.runtime\.interpreter")

@@ -166,8 +166,8 @@ def relative_error(got: Tensor, want: Tensor, vanishing: float = 0.0, otherwise:
     got, want = got.double(), want.double()
     if not bool(torch.isfinite(got).all()):
         return math.inf
-    size = want.norm().item()
-    return (got - want).norm().item() / (size if size > vanishing else otherwise)
+    size, error = float(want.norm()), float((got - want).norm())
+    return error / (size if size > vanishing else otherwise)
 
 
 def selection_error(oracle: Oracle, inputs: Mapping[str, Tensor], indices: Tensor, counts: Tensor) -> float:

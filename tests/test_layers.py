@@ -23,7 +23,7 @@ ROWS = [
     {"ops"},
     {"verification"},
     {"autotune"},
-    {"pipeline", "cli", "__main__", "__init__"},
+    {"pipeline", "cli", "doctor", "__main__", "__init__"},
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}
 

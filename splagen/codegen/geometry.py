@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import sympy as sp
 
 from splagen.codegen.kernel import Array
-from splagen.codegen.region import Dim, padded_extent as padded
+from splagen.codegen.region import Dim
+from splagen.codegen.region import padded_extent as padded
 from splagen.expression import symbol
 from splagen.ir.program import Iota, Program, Var
 

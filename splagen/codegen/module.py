@@ -7,13 +7,13 @@ import hashlib
 import sympy as sp
 
 from splagen.codegen.affine import Interval
-from splagen.codegen.attention_kernels import Walk
 from splagen.codegen.geometry import Geometry
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.partition import Partition
 from splagen.codegen.predicates import T
 from splagen.codegen.render import _allocation, kernel_text, launcher_text, render, unique
 from splagen.codegen.schedule import default_schedules
+from splagen.codegen.tile_code import Walk
 from splagen.codegen.triton_expr import interval_text
 from splagen.ir.program import Map, Var
 from splagen.ir.text import equation_text
@@ -67,6 +67,7 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
             "cells": geometry.cells,
             "host_count": host_lines,
             "host_total": host_total,
+            "has_topk": any("merge_topk(" in k["device"] for k in kernels),
             "kernels": kernels,
             "inputs": ", ".join(inputs),
             "forward_doc": f"Launch the forward kernels: returns {', '.join(forward_out)}.",
@@ -96,7 +97,8 @@ def _host_count(walk: Walk) -> tuple[str, str]:
     """Python that counts the tiles that see block j by position."""
     facts = {walk.chosen: False} if walk.chosen else {}
     found: list[Interval] = walk.predicates.intervals(walk.seen, T, facts)
-    lines, names = [], {"J": "j", "L": "L"}
+    lines: list[str] = []
+    names = {"J": "j", "L": "L"}
     for k, interval in enumerate(found):
         low, high = interval_text(interval, names, "nT", host=True)
         lines += [f"low_{k} = {low}", f"high_{k} = {high}"]

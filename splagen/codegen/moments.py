@@ -63,7 +63,7 @@ class Moments:
     def statistic(self, v: Var) -> tuple[sp.Expr, int]:
         """A variable over cells as an expression in MEAN and VARIANCE of a window, and the window's width in cells."""
         expr = self.of(v)
-        widths = {w for w in range(1, 65) for p in (1, 2) if expr.has(moment(p, w))}
+        widths = {int(s.name.split("_")[1]) for s in expr.free_symbols if s.name.startswith("M")}
         if len(widths) != 1 or expr.has(KEY) or len(self.keys) != 1:
             raise PartitionError(f"{v} is not a statistic of one window of keys")
         (w,) = widths

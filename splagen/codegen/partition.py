@@ -9,16 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from splagen.codegen.attention_kernels import (
-    COUNTS,
-    INDICES,
-    Walk,
-    dkv_kernel,
-    dq_kernel,
-    forward_kernel,
-    merge_kernel,
-    sums_of_tiles,
-)
 from splagen.codegen.geometry import (
     Geometry,
     array_of,
@@ -30,10 +20,17 @@ from splagen.codegen.geometry import (
     is_tile_value,
 )
 from splagen.codegen.kernel import Array, Kernel
+from splagen.codegen.key_kernels import dkv_kernel, merge_kernel
+from splagen.codegen.query_kernels import dq_kernel, forward_kernel
 from splagen.codegen.region import slice_back
 from splagen.codegen.row_kernels import partial_array, rows_kernel
-from splagen.codegen.state_kernels import StateChain, read_kernel, scan_kernel, state_array, state_chains, states_kernel
+from splagen.codegen.selection import Selection
+from splagen.codegen.selection_kernels import selection_kernels
+from splagen.codegen.state_kernels import read_kernel, scan_kernel, state_array, state_chains, states_kernel
+from splagen.codegen.tile_code import COUNTS, INDICES, Walk, is_sum_of_tiles
 from splagen.errors import PartitionError
+from splagen.ir.check import check
+from splagen.ir.passes import join_sums, settle_names
 from splagen.ir.program import Contract, Equation, Iota, Map, Program, TopK, Var
 from splagen.ir.text import equation_text
 
@@ -65,7 +62,7 @@ class Partition:
 
 def partition(program: Program) -> Partition:
     """Cut a lowered forward-and-gradient Program into kernels; PartitionError prints equations that no family takes."""
-    return _Partitioner(program).run()
+    return _Partitioner(check(settle_names(join_sums(is_sum_of_tiles)(program)))).run()
 
 
 class _Partitioner:
@@ -95,7 +92,8 @@ class _Partitioner:
     def _forward(self) -> None:
         kernels = self.result.forward
         available = dict(self.arrays)
-        if self.walk.chosen:
+        if selection := Selection.of(self.program):
+            kernels += selection_kernels(selection, available)
             self.result.saved += [INDICES, COUNTS]
         self._key_features(kernels, available)
         self._states(kernels, available, self.forward_equations)
@@ -191,16 +189,24 @@ class _Partitioner:
                 available[eq.out] = output
 
     def _row_cotangents(self, kernels: list[Kernel], available: dict[Var, Array]) -> None:
-        """Rows that backward's tiles and states read and that need only rows in memory: cotangents of the branches."""
+        """Rows that backward's tiles and states read and that follow from rows in memory.
+
+        These are the cotangents of the branches, and the feature maps of queries: a query row is read by every block
+        that it chose, so that forming its features once is cheaper than in each.
+        """
         cross = self._cross_row(self.backward_equations)
-        cotangents = [dy for _, dy in self.program.cotangents]
         wanted: dict[Var, None] = {}
         for eq in self.backward_equations:
             if eq in cross or is_tile_value(eq.out) or is_state(eq.out):
                 wanted.update(dict.fromkeys(v for v in eq.args if is_query_row(v) and v not in available))
         late = self._after(cross)
-        rows = [v for v in wanted if v not in late and self._depends(v, cotangents) and not is_state(v)]
-        outputs = [(v, array_of(v, self.geometry, internal=True)) for v in rows if v.kind == "real"]
+        rows = [v for v in wanted if v not in late and not is_state(v) and v.kind == "real"]
+        cotangents = _descendants(self.program, {dy for _, dy in self.program.cotangents})
+        features = [(v, array_of(v, self.geometry, internal=True)) for v in rows if v not in cotangents]
+        if features:
+            kernels.append(rows_kernel("query_features", self.program, "query", available, features))
+            available.update(features)
+        outputs = [(v, array_of(v, self.geometry, internal=True)) for v in rows if v in cotangents]
         for x, g in self.program.gradients:
             if g in late or g in available:
                 continue
@@ -217,19 +223,8 @@ class _Partitioner:
         return {eq for eq in equations if isinstance(eq.op, Contract) and not _is_row_local(eq)}
 
     def _after(self, equations: set[Equation]) -> set[Var]:
-        """Variables that depend on the result of one of the equations."""
-        late = {eq.out for eq in equations}
-        for eq in self.program.equations:
-            if late & set(eq.args):
-                late.add(eq.out)
-        return late
-
-    def _depends(self, v: Var, on: Sequence[Var]) -> bool:
-        reached = set(on)
-        for eq in self.program.equations:
-            if reached & set(eq.args):
-                reached.add(eq.out)
-        return v in reached
+        """Variables that depend on the result of one of the equations, and these results."""
+        return _descendants(self.program, {eq.out for eq in equations})
 
     def _query_gradients(self, kernels: list[Kernel], available: dict[Var, Array], gradients: dict[Var, Var]) -> None:
         outputs = []
@@ -270,12 +265,19 @@ class _Partitioner:
             raise PartitionError(f"no kernel family takes these equations of {self.program.name}:\n  {lines}")
 
     def _is_free(self, eq: Equation) -> bool:
-        """Positions, block-level masks and the selection need no kernel of their own here."""
-        if isinstance(eq.op, (Iota, TopK)) or eq.out.kind == "bool":
-            return True
-        if eq.out in self._selection_only():
+        """Positions and masks that follow from them are printed where they are read."""
+        if isinstance(eq.op, Iota) or (eq.out.kind == "bool" and not isinstance(eq.op, TopK)):
             return True
         return is_parameter(eq.out) and isinstance(eq.op, Map)
+
+
+def _descendants(program: Program, sources: set[Var]) -> set[Var]:
+    """The variables that depend on one of the sources, and the sources."""
+    found = set(sources)
+    for eq in program.equations:
+        if found & set(eq.args):
+            found.add(eq.out)
+    return found
 
 
 def _is_row_local(eq: Equation) -> bool:
@@ -302,4 +304,4 @@ def side(v: Var) -> str:
     return "block"
 
 
-__all__ = ["Partition", "StateChain", "partition", "sums_of_tiles"]
+__all__ = ["Partition", "partition"]

@@ -36,38 +36,124 @@ DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 def default_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> dict[str, int]:
     """A legal Schedule that is reasonable before tuning."""
     size, shared = DTYPES[dtype], TARGETS[arch].shared_bytes
-    wide = sum(a.width[-1] for a in kernel.inputs if a.layout == "key_rows" and a.width)
-    rows = 1 << (geometry.tile * geometry.group - 1).bit_length()
     schedule: dict[str, int]
     match kernel.template:
         case "block_sparse_forward" | "block_sparse_dq":
-            block_n = min(geometry.block, 64)
-            while block_n > 16 and 2 * block_n * wide * size > shared:
-                block_n //= 2
-            stages = 2 if 2 * block_n * wide * size <= shared else 1
-            block_m = max(16, min(rows, 64))
-            schedule = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": stages}
+            schedule = _query_schedule(kernel, geometry, size, shared)
         case "block_sparse_dkv":
-            block_n = min(geometry.block, 64)
-            accumulators = sum(a.width[-1] for a in kernel.outputs)
-            while block_n > 16 and block_n * (accumulators * 4 + wide * size) > 192 << 10:
-                block_n //= 2
-            schedule = {"BLOCK_M": 64 if size == 2 else 32, "BLOCK_N": block_n, "num_warps": 8, "num_stages": 1}
+            schedule = _key_schedule(kernel, geometry, size, shared)
         case "merge_segments":
             schedule = {"BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
         case "rows":
-            schedule = {"BLOCK_M": 16, "num_warps": 4, "num_stages": 1}
+            schedule = {"BLOCK_M": 16, "num_warps": 4 if _columns(kernel) > 1024 else 2, "num_stages": 1}
         case "block_states":
-            rows_of_chunk = int(str(kernel.holes["chunk"]))
-            schedule = {"BLOCK_M": min(32, rows_of_chunk), "BLOCK_E": 16, "num_warps": 4, "num_stages": 2}
+            left, right = kernel.outputs[0].width
+            rows_of_chunk = int(str(kernel.holes["chunk"])) * (geometry.group if "GROUP" in str(kernel.holes) else 1)
+            block_m = max(16, min(64, 1 << (rows_of_chunk.bit_length() - 1)))
+            block_e, stages = right, 3
+            while block_e > 16 and left * block_e > 32768:
+                block_e //= 2
+            while size * stages * block_m * (left + block_e) > shared // 2 and (stages > 1 or block_m > 16):
+                stages, block_m = (stages - 1, block_m) if stages > 1 else (1, block_m // 2)
+            warps = 8 if left * block_e > 16384 else 4
+            schedule = {"BLOCK_M": block_m, "BLOCK_E": block_e, "num_warps": warps, "num_stages": stages}
         case "state_scan":
             schedule = {"BLOCK_E": 256, "num_warps": 4, "num_stages": 4}
         case "read_out":
-            schedule = {"BLOCK_M": 64 if size == 2 else 32, "BLOCK_E": 16, "num_warps": 4, "num_stages": 1}
+            summed, kept = (int(str(kernel.holes[x])) for x in ("summed_size", "kept_size"))
+            block_m, block_e = 64 if size == 2 else 32, min(32, kept)
+            while (block_m + block_e) * summed * 4 > shared and (block_m > 16 or block_e > 16):
+                block_m, block_e = (block_m // 2, block_e) if block_m > block_e else (block_m, block_e // 2)
+            schedule = {"BLOCK_M": block_m, "BLOCK_E": block_e, "num_warps": 4, "num_stages": 1}
+        case "statistics":
+            width, cell = (int(str(kernel.holes[x])) for x in ("width", "cell_size"))
+            block_n = geometry.block
+            while block_n > max(cell, 16) and block_n // cell * width * kernel.outputs[0].width[0] > 8192:
+                block_n //= 2
+            wide_tile = block_n // cell * width * kernel.outputs[0].width[0] > 8192
+            schedule = {"BLOCK_N": block_n, "num_warps": 8 if wide_tile else 4, "num_stages": 1}
+        case "score_lse" | "score_topk":
+            schedule = _score_schedule(kernel, geometry, size, shared)
         case _:
             raise ScheduleError(f"no default Schedule for template {kernel.template}")
     check_schedule(kernel, geometry, schedule)
     return schedule
+
+
+def _columns(kernel: Kernel) -> int:
+    """Columns of all rows that a kernel reads and writes."""
+    return sum(a.width[-1] for a in (*kernel.inputs, *kernel.outputs) if a.layout.endswith("_rows") and a.width)
+
+
+def _width(kernel: Kernel, layout: str) -> int:
+    return sum(a.width[-1] for a in kernel.inputs if a.layout == layout and a.width)
+
+
+def _query_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) -> dict[str, int]:
+    """Few rows share a list of blocks: small tiles and few warps, so that many programs hide the latency of loads."""
+    rows = geometry.tile * geometry.group
+    block_m = max(16, min(64, 1 << (rows - 1).bit_length()))
+    few = block_m < 64
+    block_n, stages = min(geometry.block, 32 if few else 64), 2
+    keys, queries = _width(kernel, "key_rows"), _width(kernel, "query_rows")
+
+    def used() -> int:
+        return size * (stages * block_n * keys + block_m * queries) + 4 * block_m * block_n
+
+    while used() > shared and (stages > 1 or block_n > 16 or block_m > 16):
+        if stages > 1:
+            stages -= 1
+        elif block_n > 16 and block_n >= block_m:
+            block_n //= 2
+        elif block_m > 16:
+            block_m //= 2
+        else:
+            block_n //= 2
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 2 if few else 4, "num_stages": stages}
+
+
+def _key_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) -> dict[str, int]:
+    """The accumulators of a key tile stay in registers: narrow tiles where the rows are wide."""
+    accumulators = sum(a.width[-1] for a in kernel.outputs)
+    keys, queries = _width(kernel, "key_rows"), _width(kernel, "query_rows")
+    block_m, block_n = 32, min(geometry.block, 64)
+    while block_n > 16 and block_n * accumulators > 16384:
+        block_n //= 2
+    while size * (block_n * keys + block_m * queries) + 4 * block_m * block_n > shared and block_m + block_n > 32:
+        block_m, block_n = (16, block_n) if block_m > 16 else (16, block_n // 2)
+    warps = 8 if block_n * accumulators > 16384 else 4
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": 1}
+
+
+def _score_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) -> dict[str, int]:
+    """Scores of (query, cell): the largest tiles whose operands fit into shared memory.
+
+    A top-k sorts every tile of blocks once per tile of queries: few of them per program where the lists are long.
+    """
+    cells = [a.width[0] for a in kernel.inputs if a.layout == "cell_rows"]
+    rows = len(cells) * cells[0]  # a row operand for each statistic
+    if kernel.template == "score_lse":
+        block_m, block_c, warps, stages = (128, 64, 8, 3) if size == 2 else (32, 32, 4, 2)
+        least = 16
+    else:
+        rows_of_tile, kept, span = (int(str(kernel.holes[x])) for x in ("rows_of_tile", "kept", "span"))
+        block_m, block_j = (64, 32) if rows_of_tile > 1 else (32, 64)
+        while block_m > 16 and block_m // rows_of_tile * max(kept, block_j) > 2048:
+            block_m //= 2
+        least = max(16, 2 * span)
+        block_c, warps, stages = max(least, min(block_j * span, 64)), 4, 2
+        if size == 4:
+            block_m, block_c = min(block_m, 32), max(least, min(block_c, 32))
+    while size * (block_m * rows + stages * block_c * sum(cells)) > shared:
+        if stages > 1:
+            stages -= 1
+        elif block_c > least and block_c * sum(cells) >= block_m * rows:
+            block_c //= 2
+        elif block_m > 16:
+            block_m //= 2
+        else:
+            break
+    return {"BLOCK_M": block_m, "BLOCK_C": block_c, "num_warps": warps, "num_stages": stages}
 
 
 def check_schedule(kernel: Kernel, geometry: Geometry, schedule: Schedule) -> None:
@@ -81,6 +167,10 @@ def check_schedule(kernel: Kernel, geometry: Geometry, schedule: Schedule) -> No
     block_n = schedule.get("BLOCK_N", 16)
     if geometry.block % block_n:
         raise ScheduleError(f"BLOCK_N={block_n} does not divide the block of {geometry.block} in {kernel.name}")
+    if kernel.template == "statistics" and block_n % geometry.cell:
+        raise ScheduleError(f"BLOCK_N={block_n} of {kernel.name} is not a multiple of the cell of {geometry.cell}")
+    if kernel.template == "score_topk" and schedule["BLOCK_C"] < 2 * int(str(kernel.holes["span"])):
+        raise ScheduleError(f"BLOCK_C={schedule['BLOCK_C']} of {kernel.name} holds fewer than two blocks")
 
 
 def default_schedules(kernels: list[Kernel], geometry: Geometry) -> dict[str, dict[str, dict[str, dict[str, int]]]]:

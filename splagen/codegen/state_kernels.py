@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from splagen.codegen.attention_kernels import Walk
-from splagen.codegen.geometry import Geometry, Rows, features_of, is_key_row, is_query_row, is_state, padded
+from splagen.codegen.geometry import Geometry, Rows, features_of, is_key_row, is_query_row, is_state
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.predicates import J, T
+from splagen.codegen.region import padded_extent
 from splagen.codegen.row_code import RowCode
+from splagen.codegen.tile_code import Walk
 from splagen.codegen.triton_expr import interval_text
 from splagen.errors import PartitionError
 from splagen.ir.program import Contract, Equation, Program, Var
 from splagen.ir.text import equation_text
 
-VECTOR = padded(1)  # columns that a state without a value feature takes; only the first holds data
+VECTOR = padded_extent(1)  # columns that a state without a value feature takes; only the first holds data
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
@@ -211,9 +212,18 @@ def associate(program: Program) -> Program:
         while group := _next_group(todo, set(eq.op.keep), data, sizes):
             outside = set(eq.op.keep).union(*(v.axes for v in todo if v not in group))
             keep = {a for v in group for a in v.axes} & outside
-            todo = [v for v in todo if v not in group] + [b.contract(f"{eq.out.name}_part", keep, *group)]
+            name = f"{eq.out.name}_{_part_name(group, todo, data)}"
+            todo = [v for v in todo if v not in group] + [b.contract(name, keep, *group)]
         b.equations.append(Equation(eq.out, eq.op, tuple(todo)))
     return program.with_equations(b.equations)
+
+
+def _part_name(group: Sequence[Var], todo: Sequence[Var], data: set[Var]) -> str:
+    """Scores under a mask that depends on data; a prefix where a mask of positions is summed over; else states."""
+    if any(v in data for v in todo):
+        return "scores"
+    reals = {a for v in group if v.kind == "real" for a in v.axes}
+    return "prefix" if any(v.kind == "bool" and not set(v.axes) <= reals for v in group) else "states"
 
 
 def _data_masks(program: Program) -> set[Var]:
@@ -306,6 +316,93 @@ def _without(items: Sequence[Var], taken: Sequence[Var]) -> list[Var] | None:
     return rest
 
 
+def join_sums(together: Callable[[Equation], bool]) -> Pass:
+    """y = (a - b) + c  ->  y = (a + c) - b  with the terms that belong together added first.
+
+    Chains of +- whose inner results are read once are flattened; `together` says which equations' results belong
+    together, so that a kernel can add them in one accumulator.  Law: value unchanged.
+    """
+
+    def apply(program: Program) -> Program:
+        definitions = program.definitions
+        uses: dict[Var, int] = {}
+        for v in (*(a for eq in program.equations for a in eq.args), *program.outputs, *(g for _, g in program.gradients)):
+            uses[v] = uses.get(v, 0) + 1
+        b = Builder(program.name, program.axes)
+        b._taken = set(program.names())
+        for eq in program.equations:
+            terms = _signed_terms(eq, definitions, uses)
+            joined = {v: sign for v, sign in terms.items() if v in definitions and together(definitions[v])}
+            rest = {v: sign for v, sign in terms.items() if v not in joined}
+            if len(joined) < 2 or not rest:
+                b.equations.append(eq)
+                continue
+            total = b.map(f"{eq.out.name}_joined", _combination(joined), *joined)
+            b.equations.append(Equation(eq.out, Map(_combination({total: 1, **rest})), (total, *rest)))
+        return drop_unused(program.with_equations(b.equations))
+
+    return apply
+
+
+def signed_terms(eq: Equation) -> dict[Var, int]:
+    """{x: +1, y: -1} for an equation z = x - y; empty for anything but sums and differences of its arguments."""
+    if not isinstance(eq.op, Map) or len(eq.args) < 2 or not isinstance(eq.op.expr, sp.Add):
+        return {}
+    signs = {v: eq.op.expr.coeff(placeholder(i)) for i, v in enumerate(eq.args)}
+    plain = all(c in (1, -1) for c in signs.values()) and all(v.axes == eq.out.axes for v in eq.args)
+    if not plain or sp.expand(eq.op.expr - _combination({v: int(c) for v, c in signs.items()})) != 0:
+        return {}
+    return {v: int(c) for v, c in signs.items()}
+
+
+def _signed_terms(eq: Equation, definitions: Mapping[Var, Equation], uses: Mapping[Var, int]) -> dict[Var, int]:
+    flat: dict[Var, int] = {}
+    for v, sign in signed_terms(eq).items():
+        inner = _signed_terms(definitions[v], definitions, uses) if v in definitions and uses[v] == 1 else {}
+        for x, s in (inner or {v: 1}).items():
+            if x in flat:
+                return {}
+            flat[x] = sign * s
+    return flat
+
+
+def _combination(signs: Mapping[Var, int]) -> sp.Expr:
+    return sp.Add(*(sign * placeholder(i) for i, sign in enumerate(signs.values())))
+
+
+def settle_names(program: Program) -> Program:
+    """In the gradient, the last of several equations of one stem gets the plain name: dq_4 -> dq, dq -> dq_1, ...
+
+    The total of a sum is defined last, so that it is the total that reads dq.  Forward equations keep their names.
+    """
+    forward = _ancestors(program, program.outputs)
+    fixed = {v.name for v in program.inputs} | {v.name for v in forward}
+    stems: dict[str, list[Var]] = {}
+    for eq in program.equations:
+        if eq.out not in forward:
+            stems.setdefault(re.sub(r"_\d+$", "", eq.out.name), []).append(eq.out)
+    new: dict[Var, Var] = {}
+    for stem, group in stems.items():
+        names = [f"{stem}_{i}" for i in range(1, len(group))] + [stem]
+        if stem in fixed:
+            names[-1] = f"{stem}_{len(group)}"
+        new.update({v: replace(v, name=n) for v, n in zip(group, names, strict=True)})
+    equations = [
+        Equation(new.get(eq.out, eq.out), eq.op, tuple(new.get(v, v) for v in eq.args)) for eq in program.equations
+    ]
+    gradients = tuple((x, new.get(g, g)) for x, g in program.gradients)
+    return replace(program, equations=tuple(equations), gradients=gradients)
+
+
+def _ancestors(program: Program, wanted: Iterable[Var]) -> set[Var]:
+    """The variables that the wanted ones depend on, and they themselves."""
+    found = set(wanted)
+    for eq in reversed(program.equations):
+        if eq.out in found:
+            found.update(eq.args)
+    return found
+
+
 def specialise(sizes: Mapping[str, int]) -> Pass:
     """Fix run-time extents: axis name to integer.  Law: value unchanged at those sizes."""
 
@@ -331,4 +428,5 @@ LOWERING: tuple[Pass, ...] = (
     copy_prop,
     share,
     drop_unused,
+    settle_names,
 )

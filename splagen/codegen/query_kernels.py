@@ -1,0 +1,185 @@
+"""The tile kernels that give each program the rows of one query tile: block-sparse forward, and dq."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from splagen.codegen.geometry import Rows, features_of
+from splagen.codegen.kernel import Array, Kernel
+from splagen.codegen.region import slice_back
+from splagen.codegen.row_code import RowCode
+from splagen.codegen.tile_code import (
+    COUNTS,
+    INDICES,
+    TileCode,
+    Walk,
+    accumulators,
+    operands,
+    row_scalars,
+    sums_of_tiles,
+)
+from splagen.ir.program import Equation, Lse, Reduce, Var
+
+
+class QuerySide:
+    """Common parts of the kernels that give each program the rows of one query tile."""
+
+    def __init__(self, walk: Walk, available: Mapping[Var, Array]) -> None:
+        """`available` maps variables in memory to their arrays."""
+        self.walk, self.program, self.geometry = walk, walk.program, walk.geometry
+        self.available = available
+        self.rows = RowCode(self.program, self.geometry, "query", "BLOCK_M", available)
+        self.arrays: dict[str, Array] = {}
+        self.covers: dict[Equation, None] = {}
+
+    def use(self, arrays: Iterable[Array]) -> None:
+        """Note arrays that the kernel reads."""
+        self.arrays.update({a.name: a for a in arrays})
+
+    def loops(self) -> list[tuple[str, TileCode, dict[str, object]]]:
+        """Title, tile code and holes of each loop."""
+        setup, count, block = self.walk.forced("J", {"T": "tile", "L": "L"}, "nJ", "i")
+        found = [("blocks seen by position", TileCode(self.walk, self.walk.forced_facts, to_keys=False), setup, count, block)]
+        if self.walk.chosen:
+            self.use([INDICES, COUNTS])
+            at = "((b * Hkv + h) * ((L + TILE - 1) // TILE) + tile)"
+            setup = [f"at = {at}", "chosen = tl.load(block_counts_ptr + at)"]
+            block = "tl.load(block_indices_ptr + at * BUDGET + i).to(tl.int64)"
+            found.append(("blocks chosen", TileCode(self.walk, self.walk.chosen_facts, to_keys=False), setup, "chosen", block))
+        return [(t, code, {"title": t, "setup": "\n".join(s), "count": c, "block": k}) for t, code, s, c, k in found]
+
+    def key_loads(self, tile_code: TileCode, keys: Sequence[Var]) -> list[str]:
+        """Lines that load the key rows of a tile."""
+        valid = [eq.out for eq in self.program.equations if eq.out.name == "valid"]
+        known = bool(valid) and tile_code.body(valid).names[valid[0]] == "True"
+        lines = [] if known else ["key_ok = kpos < L"]
+        for v in keys:
+            array = self.available[v]
+            self.use([array])
+            side = Rows(self.geometry, "key", False)
+            lines.append(f"{v.name} = {side.load(array, mask=not known)}  # [BLOCK_N, {array.width[0]}]")
+        return lines
+
+    def prologue(self, operands_: Sequence[Var], scalars: Sequence[Var], keys: Sequence[Var]) -> list[str]:
+        """Lines that bring the row operands and row scalars of the tiles."""
+        lines: list[str] = []
+        for v in keys:
+            for f in (features_of(v), features_of(v)[-1:]):
+                lines += self.rows.columns(f)
+        piece = self.rows.compute([*operands_, *scalars], {})
+        lines += piece.lines
+        self.use(piece.arrays)
+        self.covers.update(dict.fromkeys(piece.equations))
+        for v in (*operands_, *scalars):
+            if v not in self.available:
+                like = self.program.inputs[0].name
+                lines += self.rows.operand(v, piece.names[v], like) if features_of(v) else [f"{v.name} = {piece.names[v]}"]
+        return lines
+
+    def epilogue(self, outputs: Sequence[tuple[Var, Array]], held: Mapping[Var, str]) -> list[str]:
+        """Lines that finish the rows and store the outputs."""
+        piece = self.rows.compute([v for v, _ in outputs], held)
+        self.use(piece.arrays)
+        self.covers.update(dict.fromkeys(piece.equations))
+        lines = list(piece.lines)
+        for v, array in outputs:
+            lines += self.rows.store(array, v, piece.names[v])
+        return lines
+
+    def shape(self, v: Var) -> str:
+        """Tile shape of a sum."""
+        features = features_of(v)
+        return f"(BLOCK_M, {self.geometry.width(features, pad=True)})" if features else "(BLOCK_M,)"
+
+    def kernel(self, name: str, template: str, outputs: Sequence[Array], holes: dict[str, object]) -> Kernel:
+        """The finished kernel."""
+        order = {eq.out: i for i, eq in enumerate(self.program.equations)}
+        covers = tuple(sorted(self.covers, key=lambda eq: order[eq.out]))
+        grid = "(nT * cdiv(TILE * GROUP, BLOCK_M), B * Hkv)"
+        return Kernel(name, template, covers, tuple(self.arrays.values()), tuple(outputs), holes, grid)
+
+
+def forward_kernel(walk: Walk, available: Mapping[Var, Array], outputs: Sequence[tuple[Var, Array]]) -> Kernel:
+    """Block-sparse softmax with every other sum on the same tiles, and the row equations that follow."""
+    program, definitions = walk.program, walk.program.definitions
+    side = QuerySide(walk, available)
+    (lse,) = [eq for eq in program.equations if isinstance(eq.op, Lse) and "n" in eq.op.axes]
+    forward = slice_back(program, [v for v, _ in outputs], [*program.inputs, *available])
+    sums = [s for s in sums_of_tiles(program, forward, to_keys=False)]
+    softmax = [s for s in sums if any(lse.out in definitions[v].args for v in s.factors if v in definitions)]
+    linear = [s for s in sums if s not in softmax]
+    loops, tiles, keys_used = [], [], {}
+    for _, code, holes in side.loops():
+        active = [s for s in linear if s.in_loop(code.facts)]
+        tile = code.body([*lse.args, *code.wanted(active)])
+        keys = operands(tile.products, [*softmax, *active], of_queries=False)
+        keys_used.update(dict.fromkeys(keys))
+        score, mask = (tile.names[v] for v in lse.args)
+        lines = [code.product_line(eq) for eq in tile.products] + list(tile.lines)
+        if mask != "True":
+            lines.append(f'{lse.args[0].name} = tl.where({mask}, {score}, -float("inf"))')
+            score = lse.args[0].name
+        loops.append(holes | {
+            "loads": "\n".join(side.key_loads(code, keys)),
+            "scores": "\n".join(lines),
+            "score": score,
+            "softmax": [{"name": s.into.name, "operand": s.operand.name} for s in softmax if s.operand],
+            "linear": "\n".join(code.sum_line(s, tile.names) for s in active),
+        })  # fmt: skip
+        tiles.append(tile)
+    rows = operands([eq for t in tiles for eq in t.products], [], of_queries=True)
+    prologue = side.prologue(rows, row_scalars(tiles, linear), list(keys_used))
+    held = {s.into: s.into.name for s in sums} | {lse.out: lse.out.name}
+    finish = [f"{s.into.name} = {s.into.name} / row_sum[:, None]" for s in softmax]
+    finish.append(f"{lse.out.name} = row_max + tl.log(row_sum)")
+    if walk.chosen:
+        for eq in forward:
+            if isinstance(eq.op, Reduce) and eq.args == (walk.eligible,):
+                finish += walk.eligible_count() + [f"{eq.out.name} = (eligible + tl.zeros((BLOCK_M,), tl.int32)).to(tl.float32)"]
+                held[eq.out] = eq.out.name
+                side.covers[eq] = None
+            if isinstance(eq.op, Reduce) and eq.args == (walk.chosen,):
+                finish.append(f"{eq.out.name} = (chosen + tl.zeros((BLOCK_M,), tl.int32)).to(tl.float32)")
+                held[eq.out] = eq.out.name
+                side.covers[eq] = None
+    epilogue = finish + side.epilogue(outputs, held)
+    side.covers.update(dict.fromkeys([lse, *(s.equation for s in sums), *(eq for t in tiles for eq in (*t.products, *t.equations))]))
+    side.covers.update(dict.fromkeys(definitions[v] for s in softmax for v in s.factors))
+    holes = {
+        "prologue": "\n".join(prologue),
+        "accumulators": [{"name": v.name, "shape": side.shape(v)} for v in accumulators(sums)],
+        "loops": loops,
+        "epilogue": "\n".join(epilogue),
+    }
+    return side.kernel("block_sparse_forward", "block_sparse_forward", [a for _, a in outputs], holes)
+
+
+def dq_kernel(walk: Walk, available: Mapping[Var, Array], outputs: Sequence[tuple[Var, Array]]) -> Kernel:
+    """Gradients of query rows: the same walk as forward with the scores formed again."""
+    program = walk.program
+    side = QuerySide(walk, available)
+    backward = slice_back(program, [v for v, _ in outputs], [*program.inputs, *available])
+    sums = sums_of_tiles(program, backward, to_keys=False)
+    loops, tiles, keys_used = [], [], {}
+    for _, code, holes in side.loops():
+        active = [s for s in sums if s.in_loop(code.facts)]
+        tile = code.body(code.wanted(active))
+        keys = operands(tile.products, active, of_queries=False)
+        keys_used.update(dict.fromkeys(keys))
+        loops.append(holes | {
+            "loads": "\n".join(side.key_loads(code, keys)),
+            "tiles": "\n".join([*(code.product_line(eq) for eq in tile.products), *tile.lines]),
+            "sums": "\n".join(code.sum_line(s, tile.names) for s in active),
+        })  # fmt: skip
+        tiles.append(tile)
+    rows = operands([eq for t in tiles for eq in t.products], [], of_queries=True)
+    prologue = side.prologue(rows, row_scalars(tiles, sums), list(keys_used))
+    epilogue = side.epilogue(outputs, {s.into: s.into.name for s in sums})
+    side.covers.update(dict.fromkeys([*(s.equation for s in sums), *(eq for t in tiles for eq in (*t.products, *t.equations))]))
+    holes = {
+        "prologue": "\n".join(prologue),
+        "accumulators": [{"name": v.name, "shape": side.shape(v)} for v in accumulators(sums)],
+        "loops": loops,
+        "epilogue": "\n".join(epilogue),
+    }
+    return side.kernel("block_sparse_dq", "block_sparse_dq", [a for _, a in outputs], holes)

@@ -1,0 +1,260 @@
+"""Block selection as equations: what a top-k over blocks is made of, found from the top-k backwards.
+
+    free  = topk over blocks J of score where far
+    score = sum, or max over a band of cells, of the sum over the rows of a tile of share
+    share = exp(metric - lse) where usable,  lse = log-sum-exp of metric over cells where usable
+    metric = any expression in products of rows of q with statistics of keys, and in positions
+
+The log of a factor of exp(metric) is never taken: exp(e + log(w)) is exp(e) * w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import sympy as sp
+
+from splagen.codegen.affine import Atom, Interval, atom, implied, intervals, terms
+from splagen.codegen.geometry import Geometry, features_of, is_query_row
+from splagen.codegen.moments import BLOCK, LENGTH, THERE, Moments, offsets, predicate
+from splagen.codegen.triton_expr import interval_text
+from splagen.errors import PartitionError
+from splagen.expression import log1p, symbol
+from splagen.ir.program import (
+    Contract,
+    Equation,
+    Iota,
+    Lse,
+    Map,
+    Program,
+    Reduce,
+    Rename,
+    TopK,
+    Var,
+    placeholder,
+)
+from splagen.ir.text import equation_text
+
+TILE, QUERY, CELL = symbol("tile"), symbol("query"), symbol("cell")
+PLACES: dict[tuple[str, ...], sp.Expr] = {("T",): TILE, ("T", "m"): QUERY, ("J",): BLOCK, ("J", "C"): CELL}
+ROW_EXISTS: tuple[Atom, ...] = (LENGTH - 1 - QUERY,)
+LOG2E = sp.Float(1.4426950408889634)
+
+
+@dataclass(frozen=True)
+class Product:
+    """out = rows of queries . statistics of cells, summed over features; `scale` is folded into computed rows."""
+
+    equation: Equation
+    row: Var
+    cell: Var
+    scale: sp.Rational
+
+    @property
+    def out(self) -> Var:
+        """The product."""
+        return self.equation.out
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The parts of one top-k over blocks."""
+
+    program: Program
+    geometry: Geometry
+    topk: Equation
+    pooled: Var | None  # the band of cells whose maximum is a block's score; None where they are summed
+    share: Equation
+    lse: Equation
+    products: tuple[Product, ...]
+    metric: sp.Expr  # over the names of products and of `others`
+    others: tuple[Var, ...]  # what else the metric reads: numbers that follow from positions
+
+    @classmethod
+    def of(cls, program: Program) -> Selection | None:
+        """Match the program's top-k over blocks; None if it has none."""
+        found = [eq for eq in program.equations if isinstance(eq.op, TopK)]
+        if not found:
+            return None
+        if len(found) > 1 or len(found[0].args) != 2:
+            raise PartitionError("a selection is one top-k over blocks under a mask")
+        share, pooled = _pooling(program, found[0])
+        lse = _normaliser(program, share)
+        metric, leaves = _inlined(program, lse.args[0])
+        products, scaled = [], metric
+        for v in leaves:
+            eq = program.definitions[v]
+            if isinstance(eq.op, Contract):
+                product = _product(program, eq, metric)
+                products.append(product)
+                scaled = scaled.xreplace({symbol(v.name): symbol(v.name) / product.scale})
+        others = tuple(v for v in leaves if v not in [p.out for p in products])
+        return cls(program, Geometry.of(program), found[0], pooled, share, lse, tuple(products), scaled, others)
+
+    @property
+    def far(self) -> Var:
+        """The blocks that a tile may choose from."""
+        return self.topk.args[1]
+
+    @property
+    def usable(self) -> Var:
+        """The cells that a query may use."""
+        return self.lse.args[1]
+
+    @property
+    def statistics(self) -> tuple[Var, ...]:
+        """The statistics that the products read, each once."""
+        return tuple(dict.fromkeys(p.cell for p in self.products))
+
+    @property
+    def rows(self) -> tuple[Var, ...]:
+        """The rows of queries that the products read, each once."""
+        return tuple(dict.fromkeys(p.row for p in self.products))
+
+    def window(self, moments: Moments) -> int:
+        """Cells per window of the statistics.  Sums over windows are moments only of windows that are complete."""
+        widths = {moments.statistic(v)[1] for v in self.statistics}
+        if len(widths) != 1:
+            raise PartitionError(f"the statistics of {self.topk.out} are over windows of different widths")
+        (width,) = widths
+        if width > 1:
+            complete = LENGTH - self.geometry.cell * (CELL + width)
+            if not self.holds(self.usable, complete):
+                raise PartitionError(f"{self.usable} admits windows that end outside the sequence")
+        return width
+
+    def band(self) -> tuple[int, int]:
+        """(first, count) of the cells that make a block's score, counted from the block's first cell."""
+        if self.pooled is None:
+            return 0, self.geometry.cells
+        places: dict[tuple[str, ...], sp.Expr] = {("J",): BLOCK, ("Jw", "Cw"): THERE}
+        return offsets(self.program, self.pooled, places, self.geometry.cells * BLOCK)
+
+    # -- masks ----------------------------------------------------------------------------------------------------
+
+    def holds(self, mask: Var, target: Atom) -> bool:
+        """True if `target >= 0` wherever the mask holds, for rows and tiles that exist."""
+        exist = (*ROW_EXISTS, LENGTH - 1 - self.geometry.tile * TILE)
+        cases = terms(predicate(self.program, mask, PLACES))
+        return all(implied(sp.expand(target), (*case, *exist), {}) for case in cases)
+
+    def simplify(self, expr: sp.Basic, args: tuple[Var, ...]) -> sp.Basic:
+        """Drops comparisons that hold for every query row that exists: nothing is kept of the others."""
+        values = {}
+        for i, v in enumerate(args):
+            eq = self.program.definitions.get(v)
+            if eq is not None and isinstance(eq.op, Iota) and eq.op.axes in PLACES:
+                values[placeholder(i)] = PLACES[eq.op.axes]
+        proven = {}
+        for part in expr.atoms(sp.core.relational.Relational):
+            where = part.xreplace(values)
+            if where.free_symbols <= {LENGTH, QUERY} and all(implied(a, ROW_EXISTS, {}) for a in atom(where)):
+                proven[part] = sp.true
+        return expr.xreplace(proven) if proven else expr
+
+    def bounds(self, mask: Var, variable: sp.Symbol, of: sp.Symbol, ends: tuple[str, str], extent: str) -> list[str]:
+        """Lines that define low <= variable < high around all that the mask admits for `of` between its two ends."""
+        first, last = (symbol(e) for e in ends)
+        unit = self.geometry.tile if of == TILE else 1
+        exist = [LENGTH - 1 - unit * end for end in (first, last)]
+        cases = []
+        for case in terms(predicate(self.program, mask, PLACES)):
+            best = [sp.expand(a.subs(of, last if a.coeff(of) > 0 else first)) for a in case]
+            cases.append(sp.And(*(sp.Ge(a, 0) for a in best if not implied(a, exist, {}))))
+        found: list[Interval] = intervals(sp.Or(*cases), variable, {})
+        names = {s: s for s in (*ends, "L")}
+        lows, highs = zip(*(interval_text(i, names, extent) for i in found), strict=True)
+        return [f"low = {_nested('tl.minimum', lows)}", f"high = {_nested('tl.maximum', highs)}"]
+
+    # -- the metric -----------------------------------------------------------------------------------------------
+
+    def mass(self) -> tuple[sp.Expr, sp.Expr]:
+        """(x, w) such that exp(metric) = 2**x * w, with as few logarithms in x as there can be."""
+        exponent, weight = sp.S.Zero, sp.S.One
+        for term in sp.Add.make_args(self.metric):
+            match term:
+                case sp.log():
+                    weight *= term.args[0]
+                case log1p():
+                    weight *= 1 + term.args[0]
+                case _:
+                    exponent += term
+        return sp.expand(LOG2E * exponent), weight
+
+
+def _nested(function: str, items: Sequence[str]) -> str:
+    out = items[0]
+    for item in items[1:]:
+        out = f"{function}({out}, {item})"
+    return out
+
+
+def _pooling(program: Program, topk: Equation) -> tuple[Equation, Var | None]:
+    """From the score back to the share of one row and cell: (its equation, the band of a maximum)."""
+    eq, pooled, summed = program.definitions[topk.args[0]], None, set[str]()
+    while True:
+        match eq.op:
+            case Reduce("sum", axes) if len(eq.args) == 1:
+                summed |= set(axes)
+            case Reduce("max", ("Jw", "Cw")) if len(eq.args) == 2 and not summed:
+                pooled = eq.args[1]
+            case Rename():
+                pass
+            case _:
+                break
+        eq = program.definitions[eq.args[0]]
+    if summed != {"g", "m"} | (set() if pooled else {"C"}):
+        raise PartitionError(f"the score of `{equation_text(topk)}` is not a sum over heads and the queries of a tile")
+    return eq, pooled
+
+
+def _normaliser(program: Program, share: Equation) -> Equation:
+    """The log-sum-exp behind share = exp(metric - lse) where usable."""
+    for i, v in enumerate(share.args):
+        lse = program.definitions.get(v)
+        if lse is None or not isinstance(lse.op, Lse) or lse.op.axes != ("J", "C") or len(lse.args) != 2:
+            continue
+        if set(share.args) != {v, *lse.args} or not isinstance(share.op, Map):
+            continue
+        x, mask = (placeholder(share.args.index(a)) for a in lse.args)
+        if share.op.expr == sp.Piecewise((sp.exp(x - placeholder(i)), mask), (0, True)):
+            return lse
+    raise PartitionError(f"`{equation_text(share)}` is not a masked softmax over cells")
+
+
+def _inlined(program: Program, v: Var) -> tuple[sp.Expr, list[Var]]:
+    """The Maps over (row, cell) behind a variable as one expression over names, and the variables it reads."""
+    leaves: dict[Var, None] = {}
+
+    def expand(v: Var) -> sp.Expr:
+        eq = program.definitions.get(v)
+        if eq is not None and isinstance(eq.op, Map) and {"m", "C"} <= set(v.axes):
+            return eq.op.expr.xreplace({placeholder(i): expand(a) for i, a in enumerate(eq.args)})
+        if eq is None:
+            raise PartitionError(f"no kernel brings {v} to the scores of cells")
+        leaves[v] = None
+        return symbol(v.name)
+
+    return expand(v), list(leaves)
+
+
+def _product(program: Program, eq: Equation, metric: sp.Expr) -> Product:
+    """One product of rows and statistics, with the smallest factor that the metric multiplies it by.
+
+    Computed rows are rounded to the input type: with the factor inside, squares of queries do not overflow float16.
+    """
+    rows = [v for v in eq.args if is_query_row(v) and features_of(v) == ("d",)]
+    cells = [v for v in eq.args if {"J", "C", "d"} <= set(v.axes) and not {"n", "m"} & set(v.axes)]
+    if len(rows) != 1 or len(cells) != 1 or len(eq.args) != 2 or "d" in eq.out.axes:
+        raise PartitionError(f"`{equation_text(eq)}` is not one product of a query row and a statistic of keys")
+    x, scale = symbol(eq.out.name), sp.S.One
+    if rows[0] in program.definitions:
+        factors = [abs(t.as_coeff_Mul()[0]) for t in metric.atoms(sp.Mul) if x in t.args]
+        scale = min([f for f in factors if f.is_Rational], default=sp.S.One)
+    return Product(eq, rows[0], cells[0], scale)
+
+
+def names_of(variables: Mapping[Var, str]) -> dict[str, str]:
+    """Symbol names to source, for printing expressions over variables."""
+    return {v.name: source for v, source in variables.items()}

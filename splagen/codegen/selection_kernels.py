@@ -1,0 +1,274 @@
+"""The kernels of block selection: key statistics, the normaliser of the metric, and the streaming top-k over blocks.
+
+Scores of (query, cell) live in registers only: the normaliser is a first pass over the cells, and the second pass adds
+up the shares of a tile block by block and keeps the best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy as sp
+
+from splagen.codegen.geometry import Rows, array_of
+from splagen.codegen.kernel import Array, Kernel
+from splagen.codegen.moments import BLOCK, MEAN, VARIANCE, Moments
+from splagen.codegen.region import Dim, Region, slice_back
+from splagen.codegen.row_code import RowCode
+from splagen.codegen.selection import CELL, QUERY, TILE, Selection
+from splagen.codegen.tile_code import COUNTS, INDICES
+from splagen.codegen.triton_expr import triton_text
+from splagen.ir.program import Equation, Iota, TopK, Var
+
+
+class CellRows(Rows):
+    """Rows of cells: one statistic of a window of keys per row."""
+
+    @property
+    def mask(self) -> str:
+        """The vector that says which cells exist."""
+        return "cell_ok"
+
+    @property
+    def position(self) -> str:
+        """The vector of cells, wide enough for addresses."""
+        return "cell.to(tl.int64)"
+
+
+def selection_kernels(selection: Selection, available: Mapping[Var, Array]) -> list[Kernel]:
+    """`statistics`, `score_lse` and `score_topk`, in launch order."""
+    code = _Code(selection, dict(available))
+    return [code.statistics(), code.score_lse(), code.score_topk()]
+
+
+@dataclass
+class _Code:
+    """Prints the three kernels; `available` grows by what the earlier ones store."""
+
+    selection: Selection
+    available: dict[Var, Array]
+
+    def __post_init__(self) -> None:
+        self.program, self.geometry = self.selection.program, self.selection.geometry
+        self.cells = CellRows(self.geometry, "key", False)
+        self.lse_array = array_of(self.selection.lse.out, self.geometry, internal=True)
+
+    # -- statistics -----------------------------------------------------------------------------------------------
+
+    def statistics(self) -> Kernel:
+        """Every statistic of every cell, from the mean and the centred second moment of its window."""
+        geometry = self.geometry
+        moments = Moments(self.program, geometry)
+        values = {v: moments.statistic(v)[0] for v in self.selection.statistics}
+        width = self.selection.window(moments)
+        (keys,) = moments.keys
+        columns = geometry.width(("d",), pad=True)
+        arrays = {v: Array(v.name, "cell_rows", ("d",), (columns,), "input", True) for v in values}
+        lines = []
+        for v, expr in values.items():
+            value = triton_text(expr, {MEAN.name: "mu", VARIANCE.name: "var"})
+            if geometry.is_padded(("d",)):
+                value = f"tl.where(d_ok[None, :], {value}, 0.0)"
+            lines.append(self.cells.store(arrays[v], value))
+        self.available.update(arrays)
+        holes = {
+            "keys": keys.name,
+            "cell_size": geometry.cell,
+            "cells": geometry.cells,
+            "width": width * geometry.cell,
+            "columns": "\n".join(geometry.columns(("d",))),
+            "column_ok": " & d_ok[None, None, :]" if geometry.is_padded(("d",)) else "",
+            "second": any(expr.has(VARIANCE) for expr in values.values()),
+            "store": "\n".join(lines),
+        }
+        order = {eq: i for i, eq in enumerate(self.program.equations)}
+        return Kernel(
+            "statistics",
+            "statistics",
+            tuple(sorted(moments.equations, key=order.__getitem__)),
+            (self.available[keys],),
+            tuple(arrays.values()),
+            holes,
+            f"(cdiv(nC * {geometry.cell}, BLOCK_N), B * Hkv)",
+            tunable=("BLOCK_N",),
+        )
+
+    # -- scores ---------------------------------------------------------------------------------------------------
+
+    def score_lse(self) -> Kernel:
+        """The log-sum-exp of the metric over the cells that a query may use."""
+        selection = self.selection
+        exponent, weight = selection.mass()
+        lines, names = self._scores()
+        usable = names.pop(selection.usable.name)
+        text = triton_text(exponent, names)
+        mass = _times("tl.exp2(exponent - safe[:, None])", weight, names)
+        rows = Rows(self.geometry, "query", False)
+        holes = {
+            "cells": self.geometry.cells,
+            "columns": "\n".join(self.geometry.columns(("d",))),
+            "rows": "\n".join(self._rows()),
+            "bounds": "\n".join(selection.bounds(selection.usable, CELL, QUERY, ("first_query", "last_query"), "nC")),
+            "loads": "\n".join(self._loads()),
+            "scores": "\n".join(lines),
+            "exponent": text if usable == "True" else f'tl.where({usable}, {text}, -float("inf"))',
+            "mass": mass,
+            "store": rows.store(self.lse_array, "lse"),
+        }
+        return Kernel(
+            "score_lse",
+            "score_lse",
+            self._covers([selection.lse.out], [*self.program.inputs, *selection.statistics]),
+            (*self._inputs(),),
+            (self.lse_array,),
+            holes,
+            "(cdiv(L * GROUP, BLOCK_M), B * Hkv)",
+            tunable=("BLOCK_M", "BLOCK_C"),
+        )
+
+    def score_topk(self) -> Kernel:
+        """The blocks of the largest share among those that a tile may choose from."""
+        selection, geometry = self.selection, self.geometry
+        lse = selection.lse.out
+        exponent, weight = selection.mass()
+        lines, names = self._scores()
+        usable = names.pop(selection.usable.name)
+        load = Rows(geometry, "query", False).load(self.lse_array).replace("other=0.0", 'other=float("inf")')
+        rows = [*_ROW_INDEX, *self._rows(), f"norm = {load} * {_LOG2E}  # base 2; rows that do not exist have no share"]
+        share = _times(f"tl.exp2({triton_text(exponent, names)} - norm[:, None])", weight, names)
+        lines.append(f"share = {share if usable == 'True' else f'tl.where({usable}, {share}, 0.0)'}")
+        heads = 1 << (geometry.group - 1).bit_length()
+        first, count = selection.band()
+        op = selection.topk.op
+        assert isinstance(op, TopK)
+        holes = {
+            "heads": heads,
+            "rows_of_tile": geometry.tile * heads,
+            "kept": max(2, 1 << (op.k - 1).bit_length()),
+            "cells": geometry.cells,
+            "span": 1 << (count - 1).bit_length(),
+            "offset": first,
+            "columns": "\n".join(geometry.columns(("d",))),
+            "rows": "\n".join(rows),
+            "bounds": "\n".join(selection.bounds(selection.far, BLOCK, TILE, ("first_tile", "last_tile"), "nJ")),
+            "loads": "\n".join(self._loads()),
+            "share": "\n".join(lines),
+            "pool": "\n".join(self._pool()),
+            "far": "\n".join(self._far()),
+            "any_array": self.lse_array.name,
+        }
+        rows_of_tile = holes["rows_of_tile"]
+        return Kernel(
+            "score_topk",
+            "score_topk",
+            self._covers([selection.topk.out], [*self.program.inputs, *selection.statistics, lse]),
+            (*self._inputs(), self.lse_array),
+            (INDICES, COUNTS),
+            holes,
+            f"(cdiv(nT * {rows_of_tile}, max(BLOCK_M, {rows_of_tile})), B * Hkv)",
+            tunable=("BLOCK_M", "BLOCK_C"),
+        )
+
+    def _inputs(self) -> list[Array]:
+        rows = [self.available[v] for v in self.available if v in self._loaded()]
+        return [*rows, *(self.available[v] for v in self.selection.statistics)]
+
+    def _loaded(self) -> set[Var]:
+        """The rows in memory behind the rows that the products read."""
+        equations = slice_back(self.program, self.selection.rows, self.available)
+        return {v for eq in equations for v in eq.args if v in self.available} | {
+            v for v in self.selection.rows if v in self.available
+        }
+
+    def _rows(self) -> list[str]:
+        """Lines that load and compute the rows of the products, as their operands."""
+        code = RowCode(self.program, self.geometry, "query", "BLOCK_M", self.available)
+        code.defined_columns.add("d")
+        piece = code.compute(self.selection.rows, {})
+        lines = list(piece.lines)
+        scales = {p.row: p.scale for p in self.selection.products}
+        for v in self.selection.rows:
+            if v not in self.available:
+                source, scale = piece.names[v], triton_text(scales[v], {})
+                source = source if scales[v] == 1 else f"{scale} * {source}"
+                lines += code.operand(v, source, self.program.inputs[0].name)
+        return lines
+
+    def _loads(self) -> list[str]:
+        width = self.geometry.width(("d",), pad=True)
+        return [
+            f"{v.name} = {self.cells.load(self.available[v])}  # [BLOCK_C, {width}]" for v in self.selection.statistics
+        ]
+
+    def _scores(self) -> tuple[list[str], dict[str, str]]:
+        """Lines that bring the products, the mask and what else the metric reads; source by name."""
+        selection = self.selection
+        lines = [
+            f'{p.out.name} = tl.dot({p.row.name}, tl.trans({p.cell.name}), input_precision="ieee")  # [BLOCK_M, BLOCK_C]'
+            for p in selection.products
+        ]
+        dims = (Dim(frozenset("bhgTm")), Dim(frozenset("JC")))
+        places = {("T", "m"): "query[:, None]", ("J", "C"): "cell[None, :]"}
+        wanted = [*selection.others, selection.usable]
+        more, names = self._emit(wanted, dims, places)
+        if not selection.holds(selection.usable, _inside(self.geometry.cell, CELL)):
+            mask = names[selection.usable.name]
+            names[selection.usable.name] = "cell_ok[None, :]" if mask == "True" else f"{mask} & cell_ok[None, :]"
+        return lines + more, names | {p.out.name: p.out.name for p in selection.products}
+
+    def _far(self) -> list[str]:
+        """Lines that define `far` [TILES, BLOCK_J]."""
+        selection = self.selection
+        dims = (Dim(frozenset("T")), Dim(frozenset("J")))
+        lines, names = self._emit([selection.far], dims, {("T",): "tile[:, None]", ("J",): "block[None, :]"})
+        far = names[selection.far.name]
+        if not selection.holds(selection.far, _inside(self.geometry.block, BLOCK)):
+            far = "(block < nJ)[None, :]" if far == "True" else f"{far} & (block < nJ)[None, :]"
+        return [*lines, f"far = {far}"] if far != "far" else lines
+
+    def _pool(self) -> list[str]:
+        """Lines that turn the mass of cells [TILES, BLOCK_C] into that of blocks [TILES, BLOCK_J]."""
+        pooled, cells = self.selection.pooled, "tl.reshape(mass, (TILES, BLOCK_J, SPAN))"
+        if pooled is None:
+            return [f"mass = tl.sum({cells}, axis=2)"] if self.geometry.cells > 1 else []
+        dims = (Dim(frozenset("T")), Dim(frozenset(("J", "Jw", "Cw"))))
+        lines, names = self._emit([pooled], dims, {("J",): "owner[None, :]", ("Jw", "Cw"): "cell[None, :]"})
+        return [
+            *lines,
+            f'mass = tl.where({names[pooled.name]} & cell_ok[None, :], mass, -float("inf"))',
+            f"mass = tl.max({cells}, axis=2)",
+            'mass = tl.where(mass == -float("inf"), 0.0, mass)  # no window',
+        ]
+
+    def _emit(
+        self, wanted: list[Var], dims: tuple[Dim, ...], places: Mapping[tuple[str, ...], str]
+    ) -> tuple[list[str], dict[str, str]]:
+        """Region lines for variables that follow from positions; source of the wanted ones by name."""
+        equations = slice_back(self.program, wanted, self.program.inputs)
+        bound = {eq.out: places[eq.op.axes] for eq in equations if isinstance(eq.op, Iota) and eq.op.axes in places}
+        region = Region(dims, self.program.order, self.program.extents, simplify=self.selection.simplify)
+        lines, names = region.emit(equations, bound)
+        return lines, {v.name: names[v] for v in wanted}
+
+    def _covers(self, wanted: list[Var], stop: list[Var]) -> tuple[Equation, ...]:
+        equations = slice_back(self.program, wanted, stop)
+        return tuple(eq for eq in equations if not isinstance(eq.op, Iota))
+
+
+_ROW_INDEX = (
+    "query = first_tile * TILE + row // HEADS  # [BLOCK_M]",
+    "qpos = query.to(tl.int64)",
+    "head = h * GROUP + row % HEADS",
+    "row_ok = (row % HEADS < GROUP) & (query < L)",
+)
+_LOG2E = "1.4426950408889634"
+
+
+def _inside(size: int, place: sp.Symbol) -> sp.Expr:
+    """The atom that says that a cell or block starts inside the sequence."""
+    return sp.Symbol("L", real=True) - 1 - size * place
+
+
+def _times(source: str, weight: sp.Expr, names: Mapping[str, str]) -> str:
+    return source if weight == 1 else f"{source} * ({triton_text(weight, names)})"

@@ -1,0 +1,243 @@
+"""Tile values (query row x key): what every kernel that forms them has in common.
+
+A tile value never leaves its kernel.  Every such kernel has the same parts, found from the equations: row operands,
+products of rows and keys, equations between the products, and sums of tile values times rows.  Masks over blocks split
+a walk into loops: blocks that a query sees by position, and blocks that it chose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from splagen.codegen.geometry import (
+    Geometry,
+    features_of,
+    is_key_row,
+    is_query_row,
+    is_tile_value,
+)
+from splagen.codegen.kernel import Array
+from splagen.codegen.predicates import J, Predicates, T, visit
+from splagen.codegen.region import Dim, Region, slice_back
+from splagen.errors import PartitionError
+from splagen.ir.passes import signed_terms
+from splagen.ir.program import Contract, Equation, Iota, Lse, Program, TopK, Var
+from splagen.ir.text import equation_text
+
+INDICES = Array("block_indices", "indices", dtype="int32")
+COUNTS = Array("block_counts", "counts", dtype="int32")
+WORK = Array("work", "work", dtype="int32")
+
+
+@dataclass(frozen=True)
+class Walk:
+    """The block-level structure of a program: what a query sees by position, and what it chose."""
+
+    program: Program
+    geometry: Geometry
+    predicates: Predicates
+    seen: Var  # the mask of the softmax
+    chosen: Var | None  # the top-k over blocks
+    eligible: Var | None  # the mask it chooses from
+
+    @classmethod
+    def of(cls, program: Program) -> Walk:
+        """Find the softmax over keys and the top-k over blocks."""
+        geometry = Geometry.of(program)
+        softmax = [eq for eq in program.equations if isinstance(eq.op, Lse) and "n" in eq.op.axes]
+        topk = [eq for eq in program.equations if isinstance(eq.op, TopK)]
+        if len(softmax) != 1 or len(topk) > 1 or len(softmax[0].args) != 2:
+            raise PartitionError("block-sparse attention has one masked softmax over keys and at most one top-k")
+        chosen = topk[0].out if topk else None
+        eligible = topk[0].args[1] if topk else None
+        return cls(program, geometry, Predicates(program, geometry), softmax[0].args[1], chosen, eligible)
+
+    @property
+    def forced_facts(self) -> dict[Var, bool]:
+        """Masks in the loop over blocks seen by position."""
+        return {self.chosen: False, self.eligible: False} if self.chosen and self.eligible else {}
+
+    @property
+    def chosen_facts(self) -> dict[Var, bool]:
+        """Masks in the loop over chosen blocks."""
+        assert self.chosen and self.eligible
+        return {self.chosen: True, self.eligible: True}
+
+    def forced(self, variable: object, names: Mapping[str, str], extent: str, index: str) -> tuple[list[str], str, str]:
+        """The loop over blocks (or tiles) seen by position: set-up, count, and source of the visited one."""
+        facts = {self.chosen: False} if self.chosen else {}
+        found = self.predicates.intervals(self.seen, J if variable == "J" else T, facts)
+        return visit(found, "forced", names, extent, index)
+
+    def eligible_count(self) -> list[str]:
+        """Lines that count the blocks a tile may choose from, as `eligible`."""
+        assert self.eligible
+        found = self.predicates.intervals(self.eligible, J, {})
+        lines, count, _ = visit(found, "eligible", {"T": "tile", "L": "L"}, "nJ", "i")
+        return [*lines, f"eligible = {count}"]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """One sum of tile values, `contract(masks, tiles and row scalars, operand)`, added to or taken from `into`."""
+
+    equation: Equation
+    masks: tuple[Var, ...]
+    factors: tuple[Var, ...]
+    operand: Var | None
+    into: Var
+    sign: int = 1
+
+    @classmethod
+    def of(cls, eq: Equation, to_keys: bool) -> Sum:
+        """The parts of a contraction of tile values."""
+        masks = tuple(v for v in eq.args if v.kind == "bool")
+        reals = [v for v in eq.args if v.kind == "real"]
+        other = is_query_row if to_keys else is_key_row
+        operands = [v for v in reals if other(v) and features_of(v)]
+        factors = tuple(v for v in reals if v not in operands)
+        if len(operands) > 1 or any(features_of(v) for v in factors):
+            raise PartitionError(f"`{equation_text(eq)}` is not one product of a tile and a row")
+        return cls(eq, masks, factors, operands[0] if operands else None, eq.out)
+
+    def in_loop(self, facts: Mapping[Var, bool]) -> bool:
+        """False where a mask of the sum never holds."""
+        return all(facts.get(v, True) for v in self.masks)
+
+
+def sums_of_tiles(program: Program, equations: Iterable[Equation], to_keys: bool) -> list[Sum]:
+    """Contractions to rows of one side that consume a tile value or apply a mask that depends on data."""
+    definitions = program.definitions
+    found = []
+    for eq in equations:
+        if not isinstance(eq.op, Contract):
+            continue
+        masked = any(isinstance(d.op, TopK) for v in eq.args if (d := definitions.get(v)))
+        target = is_key_row(eq.out) if to_keys else is_query_row(eq.out)
+        if target and (masked or any(is_tile_value(v) and v.kind == "real" for v in eq.args)):
+            found.append(Sum.of(eq, to_keys))
+    return _joined(found, equations)
+
+
+def _joined(sums: list[Sum], equations: Iterable[Equation]) -> list[Sum]:
+    """Sums whose results are only added up share the accumulator of the total (see passes.join_sums)."""
+    by_out = {s.equation.out: s for s in sums}
+    for eq in equations:
+        terms = signed_terms(eq)
+        if terms and terms.keys() <= by_out.keys():
+            for v, sign in terms.items():
+                by_out[v] = replace(by_out[v], into=eq.out, sign=sign)
+    return list(by_out.values())
+
+
+def is_sum_of_tiles(eq: Equation) -> bool:
+    """A contraction of a tile value to key rows: join_sums lets these share an accumulator."""
+    return isinstance(eq.op, Contract) and is_key_row(eq.out) and any(is_tile_value(v) for v in eq.args)
+
+
+def accumulators(sums: Iterable[Sum]) -> list[Var]:
+    """What the sums add up to, each once."""
+    return list(dict.fromkeys(s.into for s in sums))
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The body of one loop: products, the equations between, and what stands for each variable."""
+
+    products: tuple[Equation, ...]
+    equations: tuple[Equation, ...]
+    lines: tuple[str, ...]
+    names: Mapping[Var, str]
+
+
+class TileCode:
+    """Prints the tile part of a kernel for one kind of loop.
+
+    A tile is [BLOCK_M, BLOCK_N] (rows, keys) where sums go to rows, and [BLOCK_N, BLOCK_M] where they go to keys, so
+    that the sum's product always takes the tile as it lies.
+    """
+
+    def __init__(self, walk: Walk, facts: Mapping[Var, bool], *, to_keys: bool) -> None:
+        """`facts` fixes the block-level masks of the loop."""
+        self.walk, self.program, self.facts, self.to_keys = walk, walk.program, facts, to_keys
+        self.row_view, self.key_view = ("[None, :]", "[:, None]") if to_keys else ("[:, None]", "[None, :]")
+        simplify = walk.predicates.simplifier(facts)
+        dims = (Dim(frozenset("bhgTm")), Dim(frozenset("JCn")))
+        self.region = Region(dims, self.program.order, self.program.extents, facts=facts, simplify=simplify)
+        places = {
+            ("T", "m"): f"qpos{self.row_view}",
+            ("T",): "tile",
+            ("J", "C", "n"): f"kpos{self.key_view}",
+            ("J",): "j",
+            ("h", "g"): f"head{self.row_view}",
+        }
+        self.positions = {
+            eq.out: places[eq.op.axes]
+            for eq in self.program.equations
+            if isinstance(eq.op, Iota) and eq.op.axes in places
+        }
+
+    def body(self, wanted: Sequence[Var]) -> Tile:
+        """Products and equations that give the wanted tile values and masks; row scalars stand as vectors by name."""
+        fence = [eq.out for eq in self.program.equations if not is_tile_value(eq.out) and eq.out.kind != "bool"]
+        slice_ = slice_back(self.program, wanted, [*fence, *self.program.inputs, *self.facts])
+        products = tuple(eq for eq in slice_ if isinstance(eq.op, Contract))
+        between = [eq for eq in slice_ if eq not in products]
+        bound = {eq.out: eq.out.name for eq in products} | self.positions
+        for eq in between:
+            bound.update({v: f"{v.name}{self.row_view}" for v in eq.args if is_query_row(v) and v.kind == "real"})
+        lines, names = self.region.emit(between, bound)
+        used = self._read(wanted, products, between, names)
+        return Tile(used, tuple(between), tuple(lines), names)
+
+    def _read(
+        self, wanted: Sequence[Var], products: Sequence[Equation], between: Sequence[Equation], names: Mapping[Var, str]
+    ) -> tuple[Equation, ...]:
+        read = {*wanted, *(v for eq in between for v in eq.args)}
+        return tuple(eq for eq in products if eq.out in read)
+
+    def product_line(self, eq: Equation) -> str:
+        """The tile of products of rows and keys, on tensor cores."""
+        (row,) = [v for v in eq.args if is_query_row(v)]
+        (key,) = [v for v in eq.args if is_key_row(v)]
+        left, right = (key, row) if self.to_keys else (row, key)
+        shape = "[BLOCK_N, BLOCK_M]" if self.to_keys else "[BLOCK_M, BLOCK_N]"
+        return f'{eq.out.name} = tl.dot({left.name}, tl.trans({right.name}), input_precision="ieee")  # {shape}'
+
+    def sum_line(self, s: Sum, names: Mapping[Var, str]) -> str:
+        """Line that adds this loop's tile to the sum."""
+        factors = [names.get(v, f"{v.name}{self.row_view}") for v in s.factors]
+        masks = [names[v] for v in s.masks if names[v] != "True"]
+        value = " * ".join(factors) or "1.0"
+        value = f"-{value}" if s.sign < 0 else value
+        for mask in masks:
+            value = f"tl.where({mask}, {value}, 0.0)"
+        if not masks and not any(is_tile_value(v) for v in s.factors):
+            value = f"tl.broadcast_to({value}, {'(BLOCK_N, BLOCK_M)' if self.to_keys else '(BLOCK_M, BLOCK_N)'})"
+        if s.operand is None:
+            return f"{s.into.name} += tl.sum({value}, axis=1)"
+        operand = s.operand.name
+        tile = f"({value}).to({operand}.dtype)" if not value.isidentifier() else f"{value}.to({operand}.dtype)"
+        return f'{s.into.name} = tl.dot({tile}, {operand}, {s.into.name}, input_precision="ieee")'
+
+    def wanted(self, sums: Iterable[Sum]) -> list[Var]:
+        """Tile values and masks that the sums read in this loop."""
+        needed: dict[Var, None] = {}
+        for s in sums:
+            needed.update(dict.fromkeys(v for v in s.factors if is_tile_value(v)))
+            needed.update(dict.fromkeys(v for v in s.masks if v not in self.facts))
+        return list(needed)
+
+
+def operands(products: Iterable[Equation], sums: Iterable[Sum], of_queries: bool) -> list[Var]:
+    """Rows of one side that enter products or sums, in order of first use."""
+    side = is_query_row if of_queries else is_key_row
+    used = [v for eq in products for v in eq.args] + [s.operand for s in sums if s.operand]
+    return list(dict.fromkeys(v for v in used if side(v)))
+
+
+def row_scalars(tiles: Iterable[Tile], sums: Iterable[Sum]) -> list[Var]:
+    """Numbers per query row (lse, delta) that tiles and sums read."""
+    used = [v for t in tiles for eq in t.equations for v in eq.args] + [v for s in sums for v in s.factors]
+    return list(dict.fromkeys(v for v in used if is_query_row(v) and v.kind == "real"))

@@ -1,0 +1,126 @@
+"""Kernels compile for every target, without a GPU and although this process interprets kernels."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from splagen import pipeline
+from splagen.codegen import compile as ahead_of_time
+from splagen.codegen.compile import Built, compile_module, raise_if_failed
+from splagen.codegen.compile_worker import register_a_wgmmas, resources
+from splagen.codegen.schedule import DTYPES, TARGETS
+from splagen.errors import CompileError, InputError
+from splagen.spec import Select, SPLASpec, digest, read_spec
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SPECS = sorted((ROOT / "examples/specs").glob("*.toml"))
+SMALL = SPLASpec(head_dim=16, group_size=2, select=Select(block_size=16, budget=2))
+DENSE = SPLASpec(head_dim=16, select=None, linear=None)
+
+
+def compiled(spec: SPLASpec, folder: Path, **given: Any) -> list[Built]:
+    return compile_module(
+        pipeline.generate(spec, folder).path, pipeline.kernels(spec), progress=False, **given
+    )
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Built]:
+    return compiled(SMALL, tmp_path_factory.mktemp("kernels"))
+
+
+def test_every_kernel_of_a_small_spec_compiles_for_every_target(rows: list[Built]) -> None:
+    raise_if_failed(rows)
+    names = [k.name for k in pipeline.kernels(SMALL).kernels]
+    assert [(r.arch, r.kernel) for r in rows] == [(arch, name) for arch in TARGETS for name in names]
+
+
+def test_the_rows_say_what_a_kernel_uses(rows: list[Built]) -> None:
+    for r in rows:
+        assert r.registers is not None
+        assert 0 < r.registers <= 512
+        assert r.shared is not None
+        assert r.shared <= TARGETS[r.arch].shared_bytes
+        assert r.spilled is not None
+        assert r.spilled < 64
+        assert r.seconds is not None
+        assert (r.register_a is None) == (r.arch == "gfx942")
+        assert r.schedule["num_warps"] in (1, 2, 4, 8)
+    assert max(r.shared or 0 for r in rows) > 0
+
+
+def test_every_module_level_kernel_is_compiled_or_reported(tmp_path: Path) -> None:
+    path = pipeline.generate(DENSE, tmp_path).path
+    part = pipeline.kernels(DENSE)
+    part.backward.clear()
+    found = compile_module(path, part, targets=["sm_90"], progress=False)
+    assert [r.kernel for r in found if r.ok] == [k.name for k in part.kernels]
+    assert {r.error for r in found if not r.ok} == {"not part of the partition: not compiled"}
+
+
+def test_a_failure_is_a_row_with_the_reason(tmp_path: Path) -> None:
+    path = pipeline.generate(DENSE, tmp_path).path
+    text = path.read_text()
+    broken = tmp_path / "broken.py"
+    part = pipeline.kernels(DENSE)
+    part.backward.clear()
+    (name,) = (k.name for k in part.forward)
+    start = text.index(f"def {name}_kernel(")
+    end = text.index("\ndef ", start)
+    broken.write_text(text[:start] + text[start:end].replace("tl.zeros", "tl.nothing", 1) + text[end:])
+    row, *_ = compile_module(broken, part, targets=["sm_90"], progress=False)
+    assert not row.ok
+    assert "has no attribute 'nothing'" in (row.error or "")
+    with pytest.raises(CompileError, match=rf"{name} for sm_90 in bf16"):
+        raise_if_failed([row])
+
+
+def test_a_worker_that_dies_is_a_row_too(tmp_path: Path) -> None:
+    path = pipeline.generate(DENSE, tmp_path).path
+    deadly = tmp_path / "deadly.py"
+    deadly.write_text(f"import os\nprint('out of luck', flush=True)\nos._exit(7)\n{path.read_text()}")
+    part = pipeline.kernels(DENSE)
+    part.backward.clear()
+    row, *_ = compile_module(deadly, part, targets=["sm_80"], progress=False)
+    assert "ended with status 7" in (row.error or "")
+    assert "out of luck" in (row.error or "")
+
+
+def test_too_much_shared_memory_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead_of_time, "TARGETS", {"sm_90": TARGETS["sm_90"].__class__("sm_90", 1)})
+    part = pipeline.kernels(DENSE)
+    part.backward.clear()
+    row, *_ = compile_module(pipeline.generate(DENSE, tmp_path).path, part, targets=["sm_90"], progress=False)
+    assert "bytes of shared memory; sm_90 has 1" in (row.error or "")
+
+
+@pytest.mark.parametrize("wrong", [{"targets": ["sm_70"]}, {"dtypes": ["fp8"]}])
+def test_unknown_targets_and_dtypes_are_refused(wrong: dict[str, list[str]], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="unknown"):
+        compile_module(tmp_path / "none.py", pipeline.kernels(DENSE), **wrong)  # type: ignore[arg-type]
+
+
+def test_register_operands_of_wgmma_are_counted() -> None:
+    accumulator = "{%f1, %f2}"
+    shared = f"wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {accumulator}, %rd1, %rd2, 1, 1, 1, 0, 0;"
+    register = shared.replace("%rd1", "{%r1, %r2,\n\t.loc 1 2 3\n %r3, %r4}")
+    assert register_a_wgmmas("") == 0
+    assert register_a_wgmmas(shared) == 0
+    assert register_a_wgmmas(f"{register}\n{shared}\n{register}") == 2
+
+
+def test_amd_metadata_is_read() -> None:
+    text = "    .private_segment_fixed_size: 24\n    .vgpr_count:     130\n    .vgpr_spill_count: 6\n"
+    assert resources({"amdgcn": text}) == {"registers": 130, "spilled": 24, "register_a": None}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("path", SPECS, ids=lambda p: p.stem)
+def test_the_examples_compile_for_every_target_and_dtype(path: Path, tmp_path: Path) -> None:
+    spec = read_spec(path)
+    found = compiled(spec, tmp_path, dtypes=tuple(DTYPES))
+    raise_if_failed(found)
+    assert {(r.arch, r.dtype) for r in found} == {(a, d) for a in TARGETS for d in DTYPES}
+    assert digest(spec)[:8] in pipeline.generate(spec, tmp_path).path.stem

@@ -1,0 +1,87 @@
+"""Every kernel of a spec together, forward and backward, against the oracle."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from splagen.ops import oracle
+from splagen.pipeline import generate
+from splagen.spec import SPLASpec, to_toml
+from splagen.verification import Report, compare, random_inputs
+from tests.kernels.cases import GPU, SMALL, Case, Shape
+from tests.kernels.embedding import embedded, fill_empty_with_nan
+
+pytestmark = pytest.mark.usefixtures("fast_sort")
+
+
+def verify(
+    spec: SPLASpec,
+    shapes: tuple[Shape, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Report:
+    """verification.verify with NaN around every input and in every array that a kernel is to fill."""
+    module = generate(spec, folder).module
+    fill_empty_with_nan(module, monkeypatch)
+    truth = oracle(to_toml(spec))
+    rows = []
+    for seed, shape in enumerate(shapes):
+        inputs = embedded(random_inputs(truth, shape, dtype, device, seed))
+        rows += compare(module, truth, inputs, shape)
+    return Report(spec.name, tuple(rows))
+
+
+def pairs(cases: tuple[Case, ...]) -> list[object]:
+    """(case, dtype), named after both."""
+    return [
+        pytest.param(case, dtype, id=f"{case.name}-{str(dtype).removeprefix('torch.')}")
+        for case in cases
+        for dtype in case.dtypes
+    ]
+
+
+@pytest.mark.parametrize(("case", "dtype"), pairs(SMALL))
+def test_the_interpreter_agrees_with_the_oracle(
+    case: Case, dtype: torch.dtype, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify(case.spec, case.shapes, dtype, device, tmp_path, monkeypatch).raise_if_wrong()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("case", "dtype"), pairs(GPU))
+def test_the_gpu_agrees_with_the_oracle(
+    case: Case, dtype: torch.dtype, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify(case.spec, case.shapes, dtype, device, tmp_path, monkeypatch).raise_if_wrong()
+
+
+def test_every_axis_has_a_case() -> None:
+    """The tables name each value of the axes that issue 2 lists."""
+    for cases in (SMALL, GPU):
+        specs = [c.spec for c in cases]
+        selects = [s.select for s in specs if s.select]
+        linears = [s.linear for s in specs if s.linear]
+        assert {s.causal for s in specs} == {True, False}
+        assert {s.combine for s in specs} == {"none", "add", "rms", "rms_residual", "gate"}
+        assert {m.feature_map.name for m in linears} >= {
+            "identity", "relu", "relu2", "elu1", "exp", "softmax", "hedgehog"
+        }  # fmt: skip
+        assert any(m.feature_map.name not in {"", "hedgehog"} and m.temperature for m in linears) or cases is GPU
+        assert {s.block_size for s in selects} == {16, 32, 64, 128}
+        assert {s.tile for s in selects} >= {1, 16, 32, 64, 128}
+        assert {(s.metric.order, s.metric.form) for s in selects} >= {(1, "taylor"), (2, "taylor"), (2, "cumulant")}
+        assert {(s.statistics.cell, s.statistics.pool) for s in selects} == {
+            (None, "logsum"), (16, "logsum"), (16, "max")
+        }  # fmt: skip
+        assert {s.score.name for s in specs if s.score} >= {"softcap", "alibi", "sliding_window"}
+        assert any(s.dense_below for s in specs)
+        assert any(s.select is None for s in specs)
+        assert any(s.select and not s.linear for s in specs)
+    groups = {c.spec.group_size for c in (*SMALL, *GPU)}
+    assert groups >= {1, 3, 4, 5, 6, 7, 8, 16, 64}
+    assert {c.spec.head_dim for c in GPU} >= {64, 80, 96, 128, 192, 256}
+    assert {n for c in GPU for _, _, n in c.shapes} >= {1, 15, 63, 64, 65, 1000, 4095}
+    assert any(b > 1 for c in GPU for b, _, _ in c.shapes)

@@ -1,0 +1,217 @@
+"""Every kernel alone: its inputs from the oracle, its outputs against the equations that it covers."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from splagen import library as lib
+from splagen.codegen.kernel import Array, Kernel
+from splagen.codegen.partition import Partition
+from splagen.ir.program import Contract, Program, TopK, Var
+from splagen.ir.reference import evaluate
+from splagen.layout import Blocked
+from splagen.ops import Oracle, oracle
+from splagen.pipeline import generate
+from splagen.spec import Residual, Select, SPLASpec, Statistics, to_toml, windows
+from splagen.verification import TOLERANCE, random_inputs, relative_error, selection_error
+from tests.kernels.arrays import Memory
+from tests.kernels.cases import Shape
+from tests.kernels.embedding import fill_empty_with_nan
+
+pytestmark = pytest.mark.usefixtures("fast_sort")
+
+TOKEN = Select(block_size=16, budget=2, sinks=1, local=1)
+TILE = Select(block_size=16, budget=2, sinks=1, local=1, granularity="tile", tile=32, statistics=Statistics(cell=16))
+WINDOWS = Select(block_size=32, budget=1, sinks=0, local=0, granularity="tile", tile=16, statistics=windows())
+
+SPECS: dict[str, tuple[SPLASpec, Shape]] = {
+    "dense": (SPLASpec(head_dim=24, group_size=2, select=None, linear=None, score=lib.softcap(5.0)), (2, 2, 50)),
+    "token": (SPLASpec(head_dim=16, group_size=3, select=TOKEN, linear=Residual(temperature=True)), (1, 3, 75)),
+    "tile": (
+        SPLASpec(
+            head_dim=24, value_dim=40, select=TILE, combine="add", linear=Residual(temperature=True, normaliser=True)
+        ),
+        (2, 2, 110),
+    ),
+    "non-causal windows": (
+        SPLASpec(head_dim=16, causal=False, select=WINDOWS, linear=Residual(lib.elu1), combine="gate"), (1, 2, 150)
+    ),
+}  # fmt: skip
+REAL: dict[str, tuple[SPLASpec, Shape]] = {
+    "token": (SPLASpec(head_dim=128, group_size=4, select=Select(budget=4)), (2, 8, 1000)),
+    "tile": (
+        SPLASpec(
+            head_dim=64, group_size=4, combine="add", linear=Residual(normaliser=True),
+            select=Select(granularity="tile", tile=64, budget=4),
+            causal=False,
+        ),
+        (1, 8, 1000),
+    ),
+}  # fmt: skip
+
+
+class Call:
+    """One call of a spec's kernels, with the oracle's value of every array."""
+
+    def __init__(self, spec: SPLASpec, shape: Shape, dtype: torch.dtype, device: torch.device, folder: Path) -> None:
+        self.truth: Oracle = oracle(to_toml(spec))
+        self.part: Partition = self.truth.partition
+        self.program: Program = self.part.program
+        self.module = generate(spec, folder).module
+        self.dtype = dtype
+        self.inputs = random_inputs(self.truth, shape, dtype, device, seed=0)
+        batch, heads, length = shape
+        self.blocked = Blocked(self.program, batch, length, heads // spec.group_size)
+        self.memory = Memory(self.part, self.module, self.blocked, dtype)
+        self.n = self.module.sizes_of(self.inputs["q"])
+        self.schedules = self.module.schedules_for(self.inputs["q"])
+        self.axes = {v.name: self.blocked.to_axes(v, self.inputs[v.name].double()) for v in self.program.inputs}
+        chosen = [eq for eq in self.program.equations if isinstance(eq.op, TopK)]
+        self.given: dict[str, Tensor] = {}
+        self.indices: Tensor | None = None
+        if chosen:
+            self.given = self.values([chosen[0].out], {})
+            self.indices, self.counts = self.blocked.indices(self.given[chosen[0].out.name], chosen[0].op.k)
+        self.work = self.module.inverse_index(self.n, self.indices)
+
+    def values(self, wanted: list[Var], given: dict[str, Tensor]) -> dict[str, Tensor]:
+        scalars = {"L": self.blocked.length, "Hkv": self.blocked.sizes["h"]}
+        known = self.axes | {k: x for k, x in given.items() if k in self.axes}
+        return evaluate(
+            self.program, known, scalars=scalars, sizes=self.blocked.sizes, given=given | self.given, wanted=wanted
+        )
+
+    def variable(self, a: Array) -> Var:
+        return self.program.var(a.name.removesuffix("_parts"))
+
+    def arguments(self, kernel: Kernel) -> tuple[list[object], dict[str, Tensor]]:
+        """What the launcher takes, and the rounded values that the oracle is to go on from."""
+        passed: list[object] = []
+        given: dict[str, Tensor] = {}
+        for a in kernel.inputs:
+            if a.layout in ("indices", "counts"):
+                passed.append(self.indices if a.layout == "indices" else self.counts)
+                continue
+            if a.layout == "work":
+                passed.append(self.work)
+                continue
+            v = self.variable(a)
+            value = self.axes[v.name] if v.name in self.axes else self.values([v], {})[v.name]
+            if a.layout == "segments":
+                given[v.name] = value
+                passed.append(self.memory.segments(a, v, value, self.work))
+            elif a.layout == "states":
+                given[v.name] = value
+                scan = kernel.template == "state_scan"
+                passed.append((self.memory.unscanned if scan else self.memory.store_states)(v, value))
+            else:
+                stored = self.memory.store(a, v, value)
+                given[v.name] = self.memory.given(a, v, stored)
+                passed.append(stored)
+        return passed, given
+
+    def errors(self, kernel: Kernel) -> dict[str, float]:
+        """Relative RMS error of every output of one kernel, launched alone."""
+        passed, given = self.arguments(kernel)
+        launch = getattr(self.module, f"launch_{kernel.name}")
+        assert len(inspect.signature(launch).parameters) == len(passed) + 2
+        found = launch(self.n, self.schedules[kernel.name], *passed)
+        if kernel.template == "state_scan":
+            (v,) = (self.variable(a) for a in kernel.inputs)
+            want = self.memory.store_states(v, given[v.name])
+            return {v.name: relative_error(passed[0], want)}  # type: ignore[arg-type]
+        results = found if isinstance(found, tuple) else (found,)
+        outputs = dict(zip([a.name for a in kernel.outputs], results, strict=True))
+        if kernel.template == "score_topk":
+            inputs = self.inputs | {n: x for n, x in outputs.items() if n in self.inputs}
+            indices, counts = outputs["block_indices"], outputs["block_counts"]
+            return {"selection": selection_error(self.truth, inputs, indices, counts)}
+        variables = [self.variable(a) for a in kernel.outputs]
+        truth = self.values(variables, given)
+        return {
+            a.name: self.error(kernel, a, v, outputs[a.name], truth[v.name])
+            for a, v in zip(kernel.outputs, variables, strict=True)
+        }
+
+    def error(self, kernel: Kernel, a: Array, v: Var, got: Tensor, value: Tensor) -> float:
+        memory, length = self.memory, self.blocked.length
+        match a.layout:
+            case "states":
+                got = memory.states_of(v, got)[:, 1:]
+                return relative_error(got, memory.chunk_states(v, value))
+            case "segments":
+                inside = torch.arange(self.blocked.blocks * self.blocked.block, device=got.device) < length
+                got = memory.merged(a, got, self.work).flatten(1, 2)[:, inside]
+                return relative_error(got, memory.key_blocks(v, value).flatten(1, 2)[:, inside])
+            case "partials":
+                return relative_error(memory.partials(a, got, v), value)
+            case "cell_rows":
+                seen = memory.usable_cells()
+                want = memory.load(a, memory.store(a, v, value).double())
+                return relative_error(memory.load(a, got)[:, seen], want[:, seen])
+        want = memory.load(a, memory.store_exactly(a, v, value))
+        got = memory.load(a, got)
+        empty = torch.isneginf(want)  # the log-sum-exp of nothing
+        if not torch.equal(torch.isneginf(got), empty):
+            return float("inf")
+        terms = self.terms(v).norm().item()
+        return relative_error(got.masked_fill(empty, 0), want.masked_fill(empty, 0), 1e-3 * terms, terms)
+
+    def terms(self, v: Var) -> Tensor:
+        """What cancels in a sum of products: the sum of their absolute values; 0 for other equations.
+
+        The gradient of an RMS norm is orthogonal to its argument, so that delta all but vanishes there.
+        """
+        eq = self.program.definitions[v]
+        if not isinstance(eq.op, Contract) or any("n" in a.axes for a in eq.args):
+            return torch.zeros(())
+        values = self.values(list(eq.args), {})
+        scalars = {"L": self.blocked.length, "Hkv": self.blocked.sizes["h"]}
+        sizes, given = self.blocked.sizes, {name: x.abs() for name, x in values.items()}
+        known = self.axes | {k: x for k, x in given.items() if k in self.axes}
+        return evaluate(self.program, known, scalars=scalars, sizes=sizes, given=given, wanted=[v])[v.name]
+
+
+def check(call: Call) -> None:
+    """Every kernel within the tolerance, all failures in one message."""
+    limit = TOLERANCE[call.dtype]
+    wrong = []
+    for kernel in call.part.kernels:
+        for name, error in call.errors(kernel).items():
+            bound = limit[2] if name == "selection" else limit[1]
+            if not error <= bound:
+                wrong.append(f"{kernel.name}: {name} is off by {error:.2e} > {bound:.0e}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_each_kernel_computes_its_equations_in_the_interpreter(
+    name: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = Call(*SPECS[name], torch.float32, device, tmp_path)
+    fill_empty_with_nan(call.module, monkeypatch)
+    check(call)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", REAL)
+def test_each_kernel_computes_its_equations_on_the_gpu(
+    name: str, dtype: torch.dtype, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = Call(*REAL[name], dtype, device, tmp_path)
+    fill_empty_with_nan(call.module, monkeypatch)
+    check(call)
+
+
+def test_the_specs_have_every_kernel_family() -> None:
+    """A family that no spec above has is a family that nobody tests alone."""
+    from splagen.codegen.render import template_directory
+
+    families = {p.stem for p in template_directory().glob("*.jinja")} - {"module", "registration"}
+    for table in (SPECS, REAL):
+        found = {k.template for spec, _ in table.values() for k in oracle(to_toml(spec)).partition.kernels}
+        assert found == families

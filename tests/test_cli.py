@@ -1,0 +1,270 @@
+"""The command line: what it prints, what it exits with, and that wrong requests end in one error."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from splagen import doctor, pipeline
+from splagen.cli import app
+from splagen.codegen import compile as ahead_of_time
+from splagen.codegen.compile import Built
+from splagen.spec import read_spec
+from splagen.verification import Report, Row
+
+ROOT = Path(__file__).resolve().parent.parent
+SPECS = sorted((ROOT / "examples/specs").glob("*.toml"))
+SMALL = str(ROOT / "examples/specs/small.toml")
+
+
+@pytest.fixture(autouse=True)
+def _surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPLAGEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # verify sets it: put back afterwards
+
+
+def run(*arguments: object) -> Result:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def refused(*arguments: object) -> str:
+    """Run a wrong request; return its message."""
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+def document(result: Result) -> dict[str, Any]:
+    found = json.loads(result.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+# -- set-up ------------------------------------------------------------------------------------------------
+
+
+def test_help_needs_neither_torch_nor_sympy() -> None:
+    check = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom splagen.cli import app\n"
+        "out = CliRunner().invoke(app, ['--help']).output\n"
+        "assert all(name in out for name in ('generate', 'show', 'verify', 'compile', 'doctor')), out\n"
+        "heavy = {'torch', 'triton', 'sympy', 'jinja2', 'numpy'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda p: p.stem)
+def test_the_example_specs_are_specs_of_their_name(path: Path) -> None:
+    assert read_spec(path).name == path.stem
+
+
+# -- wrong requests ----------------------------------------------------------------------------------------
+
+
+def test_an_unknown_key_is_named_with_the_nearest_known_one(tmp_path: Path) -> None:
+    spec = tmp_path / "typo.toml"
+    spec.write_text("head_dim = 32\n[select]\nblok_size = 16\n")
+    out = tmp_path / "out"
+    message = refused("generate", spec, "--out", out)
+    assert "typo.toml: unknown key select.blok_size" in message
+    assert "hint: did you mean block_size?" in message
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("command", ["generate", "show", "verify", "compile"])
+def test_a_file_that_is_missing_or_not_toml_is_a_wrong_request(command: str, tmp_path: Path) -> None:
+    assert "cannot read" in refused(command, tmp_path / "nothing.toml")
+    (tmp_path / "broken.toml").write_text("head_dim = = 3\n")
+    assert "not a TOML file" in refused(command, tmp_path / "broken.toml")
+
+
+def test_with_json_an_error_is_a_document_too(tmp_path: Path) -> None:
+    result = run("show", tmp_path / "nothing.toml", "--json")
+    assert result.exit_code == 2
+    found = document(result)
+    assert "cannot read" in found["error"]
+    assert found["hint"]
+    assert found["error"] in result.stderr
+
+
+@pytest.mark.parametrize("arguments", [("generate",), ("show", SMALL, "--nothing"), ("nothing",)])
+def test_wrong_arguments_exit_with_two(arguments: tuple[str, ...]) -> None:
+    refused(*arguments)
+
+
+@pytest.mark.parametrize("shape", ["1,2", "1,2,x", "1,2,0", "1,2,3,4"])
+def test_verify_refuses_what_is_not_a_shape(shape: str) -> None:
+    assert "--shape" in refused("verify", SMALL, "--shape", shape)
+
+
+def test_verify_refuses_dtypes_and_devices_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(pipeline, "generate", lambda *_: pytest.fail("something was generated"))
+    assert "bf16, fp16, fp32" in refused("verify", SMALL, "--dtype", "float8")
+    assert "bfloat16 is wrong" in refused("verify", SMALL, "--dtype", "bf16")
+    assert "no GPU" in refused("verify", SMALL, "--device", "cuda")
+    assert "unknown device 'tpu'" in refused("verify", SMALL, "--device", "tpu")
+
+
+def test_compile_names_the_known_targets() -> None:
+    assert "one of sm_80, sm_90, sm_100, gfx942" in refused("compile", SMALL, "--target", "sm_70")
+    assert "one of bf16, fp16, fp32" in refused("compile", SMALL, "--dtype", "fp8")
+
+
+# -- generate, show ----------------------------------------------------------------------------------------
+
+
+def test_generate_writes_one_file_and_prints_its_path(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = run("generate", SMALL, "--out", out)
+    assert first.exit_code == 0
+    (path,) = out.iterdir()
+    assert first.stdout.strip() == str(path)
+    found = document(run("generate", SMALL, "--out", out, "--json"))
+    assert found == {"path": str(path), "module": path.stem, "op": "small"}
+    assert path.read_text() == run("show", SMALL, "--source").stdout
+
+
+def test_generate_keeps_a_file_that_is_not_its_own(tmp_path: Path) -> None:
+    run("generate", SMALL, "--out", tmp_path / "out")
+    (path,) = (tmp_path / "out").iterdir()
+    path.write_text("mine\n")
+    assert "not overwritten" in refused("generate", SMALL, "--out", path.parent)
+    assert path.read_text() == "mine\n"
+
+
+def test_show_prints_the_equations() -> None:
+    shown = run("show", SMALL)
+    assert shown.exit_code == 0
+    assert "\n  qk[b h g T m J C n] = contract(q, k)\n" in shown.stdout
+    assert document(run("show", SMALL, "--json"))["text"] == shown.stdout
+
+
+def test_show_after_a_pass() -> None:
+    after = document(run("show", SMALL, "--after", "derive_gradient", "--json"))
+    assert after["after"] == "derive_gradient"
+    assert "gradients dq=" in after["text"]
+    message = refused("show", SMALL, "--after", "split")
+    assert "unknown pass 'split'" in message
+    assert "split_complement" in message
+
+
+def test_show_a_kernel() -> None:
+    shown = run("show", SMALL, "--kernel", "block_sparse_forward")
+    assert shown.exit_code == 0
+    assert "def block_sparse_forward_kernel(" in shown.stdout
+    assert "block_sparse_forward" in refused("show", SMALL, "--kernel", "forward")
+    assert "exclude" in refused("show", SMALL, "--kernel", "block_sparse_forward", "--source")
+
+
+# -- verify, compile, doctor: a wrong result is 1 ----------------------------------------------------------
+
+
+def _report(error: float) -> Report:
+    return Report(
+        "small", (Row("o", (1, 2, 99), "float32", 1e-7, 1e-5), Row("dq", (1, 2, 99), "float32", error, 1e-5))
+    )
+
+
+@pytest.mark.parametrize(("error", "status"), [(2e-6, 0), (0.5, 1), (math.nan, 1), (math.inf, 1)])
+def test_verify_exits_with_one_if_a_number_is_wrong(
+    error: float, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def verify(library: pipeline.Library, **given: Any) -> Report:
+        asked.append((given["shapes"], given["dtypes"], given["device"], given["seed"]))
+        return _report(error)
+
+    monkeypatch.setattr(pipeline, "verify", verify)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = ("verify", SMALL, "--shape", "1,2,99", "--dtype", "fp16", "--seed", 3)
+    result = run(*arguments)
+    assert result.exit_code == status
+    assert ("WRONG" in result.stdout) == (status == 1)
+    assert ("1 of 2 comparisons" in result.stderr) == (status == 1)
+    found = document(run(*arguments, "--json"))
+    assert found["ok"] is (status == 0)
+    assert found["rows"][1]["error"] == (error if math.isfinite(error) else None)
+    assert asked == 2 * [([(1, 2, 99)], [torch.float16], "cpu", 3)]
+
+
+@pytest.mark.parametrize("error", [None, "ptxas: unknown instruction"])
+def test_compile_exits_with_one_if_a_kernel_fails(error: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = {"BLOCK_M": 16, "num_warps": 4, "num_stages": 1}
+    row = Built(
+        "rows", "sm_90", "bf16", schedule, registers=40, shared=0, spilled=0, seconds=1.0, error=error
+    )
+    monkeypatch.setattr(ahead_of_time, "compile_module", lambda *_, **__: [row])
+    result = run("compile", SMALL)
+    assert result.exit_code == (1 if error else 0)
+    assert "BLOCK_M=16 warps=4 stages=1" in result.stdout
+    assert (error or "") in result.stderr
+    found = document(run("compile", SMALL, "--json"))
+    assert found["ok"] is (error is None)
+    assert found["rows"][0]["schedule"] == schedule
+    assert found["rows"][0]["error"] == error
+
+
+def test_doctor_finds_this_machine_fit() -> None:
+    result = run("doctor", "--json")
+    assert result.exit_code == 0, result.output
+    found = {c["name"]: c for c in document(result)["checks"]}
+    assert {
+        "python",
+        "torch",
+        "triton",
+        "gpu",
+        "known miscompiles",
+        "cache",
+        "templates",
+        "interpreter",
+    } <= found.keys()
+    assert found["interpreter"]["status"] == "good"
+
+
+def test_doctor_exits_with_one_if_splagen_cannot_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_interpreter", lambda: doctor.Check("interpreter", "not tried"))
+    (tmp_path / "plain").write_text("")
+    monkeypatch.setenv("SPLAGEN_CACHE_DIR", str(tmp_path / "plain" / "cache"))
+    result = run("doctor")
+    assert result.exit_code == 1
+    assert "SPLAGEN_CACHE_DIR" in result.stdout
+    assert "cannot work here: cache" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("triton", "capability", "status"),
+    [
+        ("3.6.0", (9, 0), "warning"),
+        ("3.7.0+git1a2b3c", (9, 0), "warning"),
+        ("3.4.0", None, "warning"),
+        ("3.6.0", (10, 0), "good"),
+        ("3.7.1", (9, 0), "good"),
+        ("3.9.0", None, "good"),
+    ],
+)
+def test_doctor_knows_which_triton_miscompiles_on_hopper(
+    triton: str, capability: tuple[int, int] | None, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: triton)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    found = {c.name: c for c in doctor._gpu()}
+    assert found["known miscompiles"].status == status
