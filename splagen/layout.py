@@ -48,8 +48,15 @@ class Blocked:
         return x
 
     def to_tensor(self, v: Var, x: Tensor, length: int | None = None) -> Tensor:
-        """The inverse: [B, L, H, ...] from the variable's axes (`length` positions of a chunk)."""
+        """The inverse: [B, L, H, ...] from the variable's axes (`length` positions of a chunk).
+
+        A number per tile (n_unsel) is repeated for its rows.
+        """
         if "T" in v.axes:
+            for place, axis in enumerate(("b", "h", "g", "T", "m")):
+                if axis not in v.axes:
+                    x = x.unsqueeze(place)
+                    x = x.expand(*x.shape[:place], self.sizes[axis], *x.shape[place + 1 :])
             x = x.permute(0, 3, 4, 1, 2, *range(5, x.ndim))
             x = x.reshape(x.shape[0], x.shape[1] * x.shape[2], x.shape[3] * x.shape[4], *x.shape[5:])
             return x[:, : self.length if length is None else length]

@@ -25,13 +25,12 @@ from splagen.expression import (
     log1p,
     maximum,
     minimum,
-    parse,
     sigmoid,
     silu,
     symbol,
-    text,
     where,
 )
+from splagen.expression_text import parse, text
 
 __all__ = [
     "FEATURE_MAPS",
@@ -163,7 +162,7 @@ class FeatureMap:
             raise ExpressionError(
                 f"{self.name} is not elementwise", "use identity, relu, elu1 or exp in a formula"
             )
-        return parse(self.expression, ("x",)).xreplace({symbol("x"): sp.sympify(x, strict=True)})
+        return self.expr.xreplace({symbol("x"): sp.sympify(x, strict=True)})
 
 
 identity = FeatureMap("x", name="identity")

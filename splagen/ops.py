@@ -59,10 +59,11 @@ class Oracle:
             rows = min(stop * blocked.tile, blocked.length) - start * blocked.tile
             for v in variables:
                 parts[v.name].append(blocked.to_tensor(v, found[v.name], rows))
-            if self.chosen is not None and "block_indices" in parts:
-                indices, counts = blocked.indices(given[self.chosen.out.name], self.chosen.op.k)  # type: ignore[union-attr]
-                parts["block_indices"].append(indices)
-                parts["block_counts"].append(counts)
+            if self.chosen is not None:
+                pair = blocked.indices(given[self.chosen.out.name], self.chosen.op.k)  # type: ignore[union-attr]
+                for name, x in zip(("block_indices", "block_counts"), pair, strict=True):
+                    if name in parts:
+                        parts[name].append(x)
         q = inputs[self.partition.inputs[0].name]
         return tuple(self._joined(n, parts[n], q.dtype) for n in wanted)
 
@@ -99,6 +100,29 @@ class Oracle:
         return {
             n: torch.cat(p, dim=1) if n in by_chunk else functools.reduce(torch.add, p) for n, p in totals.items()
         }
+
+    def at_tile(
+        self, inputs: Mapping[str, Tensor], row: int, block_indices: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The output at one query, and the gradients from the cotangent of its tile: for sequences too long for all.
+
+        Only for token selection (tiles of one query).  Gradients of rows of keys and of parameters are those of this
+        query's part alone.
+        """
+        blocked = self._blocked(inputs)
+        known = {v.name: v for v in self.definition.inputs}
+        here = {n: x[:, row : row + 1] if "T" in known[n].axes else x for n, x in inputs.items()}
+        chunk = {}
+        for n, x in here.items():
+            v = known[n]
+            chunk[n] = Blocked(self.definition, x.shape[0], 1, blocked.sizes["h"]).to_axes(v, x) if "T" in v.axes else blocked.to_axes(v, x)
+        assert self.chosen is not None
+        given = {self.chosen.out.name: blocked.mask(block_indices[:, :, row : row + 1])}
+        outputs = list(self.definition.outputs)
+        wanted = [*outputs, *(g for _, g in self.definition.gradients)]
+        found = self._evaluate(self.definition, chunk, blocked, row, row + 1, given, wanted)
+        o = blocked.to_tensor(outputs[0], found[outputs[0].name], 1)
+        return o, {x.name: blocked.to_tensor(x, found[g.name], 1) for x, g in self.definition.gradients}
 
     def selection(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The score of every block, the blocks that may be chosen, and the choice: [B, Hkv, T, J] each."""

@@ -1,6 +1,6 @@
-"""Make sort, topk and bitonic_merge fast in Triton's interpreter, which walks their exclusive-or reduction in Python.
+"""Make sort, topk and bitonic_merge fast in Triton's interpreter.
 
-Exclusive or is exact, so nothing changes but the time.
+They reduce by exclusive or, which the interpreter walks in Python; it is exact, so only the time changes.
 """
 
 import numpy as np

@@ -15,6 +15,7 @@ LINE_CEILING = 450
 # A module may import from its own row and the rows above it.  The first name under splagen decides the row.
 ROWS = [
     {"errors", "settings", "expression", "device"},
+    {"expression_text"},
     {"library"},
     {"spec"},
     {"ir"},

@@ -45,6 +45,7 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
             "inputs": inputs,
             "saved": [a.name for a in part.saved],
             "residuals": residuals,
+            "kept": [forward_out.index(name) for name in residuals],
             "outputs": [a.name for a in part.outputs],
             "cotangents": cotangents,
             "gradients": gradients,
@@ -102,12 +103,12 @@ def _host_count(walk: Walk) -> tuple[str, str]:
     for k, interval in enumerate(found):
         low, high = interval_text(interval, names, "nT", host=True)
         lines += [f"low_{k} = {low}", f"high_{k} = {high}"]
-    return "\n".join(lines), " + ".join(f"high_{k} - low_{k}" for k in range(len(found)))
+    return "\n".join(lines), " + ".join(f"max(high_{k} - low_{k}, 0)" for k in range(len(found)))
 
 
 def _calls(kernels: list[Kernel], keep: set[str], last: str) -> str:
     """Launches in order; an array is released after its last reader."""
-    lines = []
+    lines: list[str] = []
     for i, k in enumerate(kernels):
         later = {a.name for other in kernels[i + 1 :] for a in other.inputs} | keep
         arguments = ", ".join(["n", f'schedules["{k.name}"]', *(a.name for a in k.inputs)])

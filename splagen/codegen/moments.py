@@ -1,8 +1,8 @@
-"""Statistics of keys as moments: every variable over cells in terms of the mean and variance of a window of keys.
+"""Statistics of keys as moments: a variable over cells in terms of the mean and variance of a window of keys.
 
-M1 and M2 stand for the mean of k and of k^2 over a window of w neighbouring cells.  Variables over cells are polynomials
-in them, so a kernel may compute any of them from the mean and the centred second moment of the window's own keys: the
-equations may go through sums and differences that would lose digits, the kernel does not.
+M1 and M2 stand for the mean of k and of k^2 over a window of w neighbouring cells.  Variables over cells are
+polynomials in them, so a kernel may compute any of them from the mean and the centred second moment of its window:
+the equations may go through differences that would lose digits, the kernel does not.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ def predicate(program: Program, v: Var, places: dict[tuple[str, ...], sp.Expr]) 
     raise PartitionError(f"`{v}` is not a predicate over {', '.join(' '.join(a) for a in places)}")
 
 
-def offsets(program: Program, mask: Var, places: dict[tuple[str, ...], sp.Expr], origin: sp.Expr) -> tuple[int, int]:
+def offsets(
+    program: Program, mask: Var, places: dict[tuple[str, ...], sp.Expr], origin: sp.Expr
+) -> tuple[int, int]:
     """(first, count) of a mask that holds where origin + first <= THERE < origin + first + count."""
     found = intervals(predicate(program, mask, places), THERE, {})
     if len(found) == 1 and len(found[0].lows) == len(found[0].highs) == 1 and not found[0].guards:
@@ -61,7 +63,7 @@ class Moments:
     keys: dict[Var, None] = field(default_factory=dict)
 
     def statistic(self, v: Var) -> tuple[sp.Expr, int]:
-        """A variable over cells as an expression in MEAN and VARIANCE of a window, and the window's width in cells."""
+        """A variable over cells as an expression in MEAN and VARIANCE of a window, and the window's cells."""
         expr = self.of(v)
         widths = {int(s.name.split("_")[1]) for s in expr.free_symbols if s.name.startswith("M")}
         if len(widths) != 1 or expr.has(KEY) or len(self.keys) != 1:
@@ -104,7 +106,7 @@ class Moments:
         return sp.Add(*(c * (moment(p, 1) if p else 1) for (p,), c in powers))
 
     def _window(self, eq: Equation) -> sp.Expr:
-        """Sum over a band of neighbouring cells: a moment of the window, as every cell of a complete one is full."""
+        """Sum over a band of neighbouring cells: a moment of the window, if every cell in it is full."""
         masks = [v for v in eq.args if v.kind == "bool"]
         values = [v for v in eq.args if v.kind == "real"]
         if len(masks) != 1 or len(values) != 1:
@@ -113,7 +115,9 @@ class Moments:
         first, count = offsets(self.program, masks[0], places, HERE)
         sums = sp.Poly(self.of(values[0]), moment(1, 1), moment(2, 1))
         if first or sums.total_degree() > 1 or sums.free_symbols_in_domain:
-            raise PartitionError(f"`{equation_text(eq)}` is not a sum of moments over a window that starts at its cell")
+            raise PartitionError(
+                f"`{equation_text(eq)}` is not a sum of moments over a window that starts at its cell"
+            )
         total = sp.S.Zero
         for (p, p2), c in sums.terms():
             total += c * count * (moment(1, count) if p else moment(2, count) if p2 else 1)

@@ -109,9 +109,9 @@ def visit(
         low, high = interval_text(interval, names, extent)
         tag = f"_{k}" if len(found) > 1 else ""
         lines.append(f"{prefix}_low{tag} = {low}")
-        lines.append(f"{prefix}_count{tag} = {high} - {prefix}_low{tag}")
+        lines.append(f"{prefix}_count{tag} = tl.maximum({high} - {prefix}_low{tag}, 0)")
         counts.append(f"{prefix}_count{tag}")
-        here = f"{prefix}_low{tag} + {index}" + (f" - ({seen})" if seen else "")
+        here = f"{prefix}_low{tag} + {index}" + (f" - ({seen})" if " " in seen else f" - {seen}" if seen else "")
         place = here if not place else f"tl.where({index} < {seen}, {place}, {here})"
         seen = f"{seen} + {counts[-1]}" if seen else counts[-1]
     if not found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ def render(template: str, holes: Mapping[str, object]) -> str:
         missing, unused = sorted(declared - holes.keys()), sorted(holes.keys() - declared)
         raise PartitionError(f"template {template}: holes without a value {missing}, values without a hole {unused}")
     text = env.get_template(f"{template}.jinja").render(dict(holes))
-    return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+\n", "\n", text)).rstrip() + "\n"
+    return re.sub(r"\n{4,}", "\n\n\n", re.sub(r"[ \t]+\n", "\n", text)).rstrip() + "\n"
 
 
 def kernel_text(kernel: Kernel) -> str:
@@ -61,7 +62,30 @@ def kernel_text(kernel: Kernel) -> str:
         "doc": "\n    ".join(equation_text(eq) for eq in kernel.covers) + "\n    ",
     }
     scalars = ", ".join(f'"{s}"' for s in kernel.scalars)
-    return f"@triton.jit(do_not_specialize=[{scalars}])\n" + render(kernel.template, holes)
+    body = re.sub(r"\n{3,}", "\n\n", render(kernel.template, holes))
+    return f"@triton.jit(do_not_specialize=[{scalars}])\n" + without_unused(body)
+
+
+def without_unused(function: str) -> str:
+    """A function's source without assignments that nothing reads: a hole may leave an index or a mask unread."""
+    while True:
+        tree = ast.parse(function)
+        read = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        dead = {
+            node.lineno
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Assign, ast.AnnAssign))
+            and all(isinstance(t, ast.Name) and t.id not in read for t in _targets(node))
+            and node.lineno == node.end_lineno
+        }
+        if not dead:
+            return function
+        lines = function.splitlines(keepends=True)
+        function = "".join(line for i, line in enumerate(lines, 1) if i not in dead)
+
+
+def _targets(node: ast.Assign | ast.AnnAssign) -> list[ast.expr]:
+    return node.targets if isinstance(node, ast.Assign) else [node.target]
 
 
 def launcher_text(kernel: Kernel, constants: Mapping[str, int]) -> str:

@@ -128,12 +128,14 @@ def _key_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) ->
 def _score_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) -> dict[str, int]:
     """Scores of (query, cell): the largest tiles whose operands fit into shared memory.
 
-    A top-k sorts every tile of blocks once per tile of queries: few of them per program where the lists are long.
+    A top-k sorts every tile of blocks once per tile of queries: few tiles per program where the lists are long.
     """
     cells = [a.width[0] for a in kernel.inputs if a.layout == "cell_rows"]
     rows = len(cells) * cells[0]  # a row operand for each statistic
     if kernel.template == "score_lse":
         block_m, block_c, warps, stages = (128, 64, 8, 3) if size == 2 else (32, 32, 4, 2)
+        if rows > 256:  # operands stay in registers
+            block_m, block_c, warps, stages = min(block_m, 64), 32, 4, 2
         least = 16
     else:
         rows_of_tile, kept, span = (int(str(kernel.holes[x])) for x in ("rows_of_tile", "kept", "span"))
@@ -141,9 +143,10 @@ def _score_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) 
         while block_m > 16 and block_m // rows_of_tile * max(kept, block_j) > 2048:
             block_m //= 2
         least = max(16, 2 * span)
-        block_c, warps, stages = max(least, min(block_j * span, 64)), 4, 2
-        if size == 4:
-            block_m, block_c = min(block_m, 32), max(least, min(block_c, 32))
+        block_c, warps, stages = max(least, min(block_j * span, 64 if rows <= 256 else 32)), 4, 2
+    if size == 4:  # products without tensor cores
+        most = 32 if rows <= 256 else 16
+        block_m, block_c = min(block_m, most), max(least, min(block_c, most))
     while size * (block_m * rows + stages * block_c * sum(cells)) > shared:
         if stages > 1:
             stages -= 1
@@ -168,7 +171,7 @@ def check_schedule(kernel: Kernel, geometry: Geometry, schedule: Schedule) -> No
     if geometry.block % block_n:
         raise ScheduleError(f"BLOCK_N={block_n} does not divide the block of {geometry.block} in {kernel.name}")
     if kernel.template == "statistics" and block_n % geometry.cell:
-        raise ScheduleError(f"BLOCK_N={block_n} of {kernel.name} is not a multiple of the cell of {geometry.cell}")
+        raise ScheduleError(f"BLOCK_N={block_n} of {kernel.name} is no multiple of the cell of {geometry.cell}")
     if kernel.template == "score_topk" and schedule["BLOCK_C"] < 2 * int(str(kernel.holes["span"])):
         raise ScheduleError(f"BLOCK_C={schedule['BLOCK_C']} of {kernel.name} holds fewer than two blocks")
 

@@ -10,7 +10,7 @@ The log of a factor of exp(metric) is never taken: exp(e + log(w)) is exp(e) * w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import sympy as sp
@@ -44,7 +44,7 @@ LOG2E = sp.Float(1.4426950408889634)
 
 @dataclass(frozen=True)
 class Product:
-    """out = rows of queries . statistics of cells, summed over features; `scale` is folded into computed rows."""
+    """out = rows of queries . statistics of cells, over features; `scale` is folded into computed rows."""
 
     equation: Equation
     row: Var
@@ -90,7 +90,9 @@ class Selection:
                 products.append(product)
                 scaled = scaled.xreplace({symbol(v.name): symbol(v.name) / product.scale})
         others = tuple(v for v in leaves if v not in [p.out for p in products])
-        return cls(program, Geometry.of(program), found[0], pooled, share, lse, tuple(products), scaled, others)
+        return cls(
+            program, Geometry.of(program), found[0], pooled, share, lse, tuple(products), scaled, others
+        )
 
     @property
     def far(self) -> Var:
@@ -113,7 +115,7 @@ class Selection:
         return tuple(dict.fromkeys(p.row for p in self.products))
 
     def window(self, moments: Moments) -> int:
-        """Cells per window of the statistics.  Sums over windows are moments only of windows that are complete."""
+        """Cells per window of the statistics.  Only sums over complete windows are moments."""
         widths = {moments.statistic(v)[1] for v in self.statistics}
         if len(widths) != 1:
             raise PartitionError(f"the statistics of {self.topk.out} are over windows of different widths")
@@ -131,7 +133,7 @@ class Selection:
         places: dict[tuple[str, ...], sp.Expr] = {("J",): BLOCK, ("Jw", "Cw"): THERE}
         return offsets(self.program, self.pooled, places, self.geometry.cells * BLOCK)
 
-    # -- masks ----------------------------------------------------------------------------------------------------
+    # -- masks --------------------------------------------------------------------------------------------
 
     def holds(self, mask: Var, target: Atom) -> bool:
         """True if `target >= 0` wherever the mask holds, for rows and tiles that exist."""
@@ -153,8 +155,10 @@ class Selection:
                 proven[part] = sp.true
         return expr.xreplace(proven) if proven else expr
 
-    def bounds(self, mask: Var, variable: sp.Symbol, of: sp.Symbol, ends: tuple[str, str], extent: str) -> list[str]:
-        """Lines that define low <= variable < high around all that the mask admits for `of` between its two ends."""
+    def bounds(
+        self, mask: Var, variable: sp.Symbol, of: sp.Symbol, ends: tuple[str, str], extent: str
+    ) -> list[str]:
+        """Lines that define low <= variable < high around what the mask admits for `of` between its ends."""
         first, last = (symbol(e) for e in ends)
         unit = self.geometry.tile if of == TILE else 1
         exist = [LENGTH - 1 - unit * end for end in (first, last)]
@@ -167,7 +171,7 @@ class Selection:
         lows, highs = zip(*(interval_text(i, names, extent) for i in found), strict=True)
         return [f"low = {_nested('tl.minimum', lows)}", f"high = {_nested('tl.maximum', highs)}"]
 
-    # -- the metric -----------------------------------------------------------------------------------------------
+    # -- the metric ---------------------------------------------------------------------------------------
 
     def mass(self) -> tuple[sp.Expr, sp.Expr]:
         """(x, w) such that exp(metric) = 2**x * w, with as few logarithms in x as there can be."""
@@ -205,7 +209,9 @@ def _pooling(program: Program, topk: Equation) -> tuple[Equation, Var | None]:
                 break
         eq = program.definitions[eq.args[0]]
     if summed != {"g", "m"} | (set() if pooled else {"C"}):
-        raise PartitionError(f"the score of `{equation_text(topk)}` is not a sum over heads and the queries of a tile")
+        raise PartitionError(
+            f"the score of `{equation_text(topk)}` is not a sum over heads and the queries of a tile"
+        )
     return eq, pooled
 
 
@@ -224,7 +230,7 @@ def _normaliser(program: Program, share: Equation) -> Equation:
 
 
 def _inlined(program: Program, v: Var) -> tuple[sp.Expr, list[Var]]:
-    """The Maps over (row, cell) behind a variable as one expression over names, and the variables it reads."""
+    """The Maps over (row, cell) behind a variable as one expression over names, and what it reads."""
     leaves: dict[Var, None] = {}
 
     def expand(v: Var) -> sp.Expr:
@@ -242,19 +248,17 @@ def _inlined(program: Program, v: Var) -> tuple[sp.Expr, list[Var]]:
 def _product(program: Program, eq: Equation, metric: sp.Expr) -> Product:
     """One product of rows and statistics, with the smallest factor that the metric multiplies it by.
 
-    Computed rows are rounded to the input type: with the factor inside, squares of queries do not overflow float16.
+    Computed rows are rounded to the input type: with the factor inside, squares of queries do not overflow
+    float16.
     """
     rows = [v for v in eq.args if is_query_row(v) and features_of(v) == ("d",)]
     cells = [v for v in eq.args if {"J", "C", "d"} <= set(v.axes) and not {"n", "m"} & set(v.axes)]
     if len(rows) != 1 or len(cells) != 1 or len(eq.args) != 2 or "d" in eq.out.axes:
-        raise PartitionError(f"`{equation_text(eq)}` is not one product of a query row and a statistic of keys")
+        raise PartitionError(
+            f"`{equation_text(eq)}` is not one product of a query row and a statistic of keys"
+        )
     x, scale = symbol(eq.out.name), sp.S.One
     if rows[0] in program.definitions:
         factors = [abs(t.as_coeff_Mul()[0]) for t in metric.atoms(sp.Mul) if x in t.args]
         scale = min([f for f in factors if f.is_Rational], default=sp.S.One)
     return Product(eq, rows[0], cells[0], scale)
-
-
-def names_of(variables: Mapping[Var, str]) -> dict[str, str]:
-    """Symbol names to source, for printing expressions over variables."""
-    return {v.name: source for v, source in variables.items()}

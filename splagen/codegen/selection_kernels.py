@@ -1,7 +1,7 @@
-"""The kernels of block selection: key statistics, the normaliser of the metric, and the streaming top-k over blocks.
+"""The kernels of block selection: key statistics, normaliser of the metric, streaming top-k over blocks.
 
-Scores of (query, cell) live in registers only: the normaliser is a first pass over the cells, and the second pass adds
-up the shares of a tile block by block and keeps the best.
+Scores of (query, cell) live in registers only: the normaliser is a first pass over the cells, and the second
+pass adds up the shares of a tile block by block and keeps the best.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Code:
         self.cells = CellRows(self.geometry, "key", False)
         self.lse_array = array_of(self.selection.lse.out, self.geometry, internal=True)
 
-    # -- statistics -----------------------------------------------------------------------------------------------
+    # -- statistics ---------------------------------------------------------------------------------------
 
     def statistics(self) -> Kernel:
         """Every statistic of every cell, from the mean and the centred second moment of its window."""
@@ -94,7 +94,7 @@ class _Code:
             tunable=("BLOCK_N",),
         )
 
-    # -- scores ---------------------------------------------------------------------------------------------------
+    # -- scores -------------------------------------------------------------------------------------------
 
     def score_lse(self) -> Kernel:
         """The log-sum-exp of the metric over the cells that a query may use."""
@@ -109,7 +109,9 @@ class _Code:
             "cells": self.geometry.cells,
             "columns": "\n".join(self.geometry.columns(("d",))),
             "rows": "\n".join(self._rows()),
-            "bounds": "\n".join(selection.bounds(selection.usable, CELL, QUERY, ("first_query", "last_query"), "nC")),
+            "bounds": "\n".join(
+                selection.bounds(selection.usable, CELL, QUERY, ("first_query", "last_query"), "nC")
+            ),
             "loads": "\n".join(self._loads()),
             "scores": "\n".join(lines),
             "exponent": text if usable == "True" else f'tl.where({usable}, {text}, -float("inf"))',
@@ -135,7 +137,11 @@ class _Code:
         lines, names = self._scores()
         usable = names.pop(selection.usable.name)
         load = Rows(geometry, "query", False).load(self.lse_array).replace("other=0.0", 'other=float("inf")')
-        rows = [*_ROW_INDEX, *self._rows(), f"norm = {load} * {_LOG2E}  # base 2; rows that do not exist have no share"]
+        rows = [
+            *_ROW_INDEX,
+            *self._rows(),
+            f"norm = {load} * {_LOG2E}  # base 2; rows that do not exist have no share",
+        ]
         share = _times(f"tl.exp2({triton_text(exponent, names)} - norm[:, None])", weight, names)
         lines.append(f"share = {share if usable == 'True' else f'tl.where({usable}, {share}, 0.0)'}")
         heads = 1 << (geometry.group - 1).bit_length()
@@ -151,7 +157,9 @@ class _Code:
             "offset": first,
             "columns": "\n".join(geometry.columns(("d",))),
             "rows": "\n".join(rows),
-            "bounds": "\n".join(selection.bounds(selection.far, BLOCK, TILE, ("first_tile", "last_tile"), "nJ")),
+            "bounds": "\n".join(
+                selection.bounds(selection.far, BLOCK, TILE, ("first_tile", "last_tile"), "nJ")
+            ),
             "loads": "\n".join(self._loads()),
             "share": "\n".join(lines),
             "pool": "\n".join(self._pool()),
@@ -198,23 +206,27 @@ class _Code:
     def _loads(self) -> list[str]:
         width = self.geometry.width(("d",), pad=True)
         return [
-            f"{v.name} = {self.cells.load(self.available[v])}  # [BLOCK_C, {width}]" for v in self.selection.statistics
+            f"{v.name} = {self.cells.load(self.available[v])}  # [BLOCK_C, {width}]"
+            for v in self.selection.statistics
         ]
 
     def _scores(self) -> tuple[list[str], dict[str, str]]:
         """Lines that bring the products, the mask and what else the metric reads; source by name."""
         selection = self.selection
         lines = [
-            f'{p.out.name} = tl.dot({p.row.name}, tl.trans({p.cell.name}), input_precision="ieee")  # [BLOCK_M, BLOCK_C]'
+            f'{p.out.name} = tl.dot({p.row.name}, tl.trans({p.cell.name}), input_precision="ieee")'
+            "  # [BLOCK_M, BLOCK_C]"
             for p in selection.products
         ]
         dims = (Dim(frozenset("bhgTm")), Dim(frozenset("JC")))
-        places = {("T", "m"): "query[:, None]", ("J", "C"): "cell[None, :]"}
+        places: dict[tuple[str, ...], str] = {("T", "m"): "query[:, None]", ("J", "C"): "cell[None, :]"}
         wanted = [*selection.others, selection.usable]
         more, names = self._emit(wanted, dims, places)
         if not selection.holds(selection.usable, _inside(self.geometry.cell, CELL)):
             mask = names[selection.usable.name]
-            names[selection.usable.name] = "cell_ok[None, :]" if mask == "True" else f"{mask} & cell_ok[None, :]"
+            names[selection.usable.name] = (
+                "cell_ok[None, :]" if mask == "True" else f"{mask} & cell_ok[None, :]"
+            )
         return lines + more, names | {p.out.name: p.out.name for p in selection.products}
 
     def _far(self) -> list[str]:
@@ -246,7 +258,9 @@ class _Code:
     ) -> tuple[list[str], dict[str, str]]:
         """Region lines for variables that follow from positions; source of the wanted ones by name."""
         equations = slice_back(self.program, wanted, self.program.inputs)
-        bound = {eq.out: places[eq.op.axes] for eq in equations if isinstance(eq.op, Iota) and eq.op.axes in places}
+        bound = {
+            eq.out: places[eq.op.axes] for eq in equations if isinstance(eq.op, Iota) and eq.op.axes in places
+        }
         region = Region(dims, self.program.order, self.program.extents, simplify=self.selection.simplify)
         lines, names = region.emit(equations, bound)
         return lines, {v.name: names[v] for v in wanted}

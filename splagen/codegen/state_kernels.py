@@ -240,7 +240,7 @@ def _bounds(walk: Walk, mask: Var, to_queries: bool) -> tuple[list[str], list[di
         low, high = interval_text(interval, names, "extent")
         if not to_queries:
             low, high = (f"(({x}) * TILE + SOURCE_CHUNK - 1) // SOURCE_CHUNK" for x in (low, high))
-        lines += [f"low_{k} = {low}", f"high_{k} = {high}"]
+        lines += [f"low_{k} = {low}", f"high_{k} = tl.maximum({high}, low_{k})"]
         ends.append({"low": f"low_{k}", "high": f"high_{k}"})
     return lines, ends
 

@@ -95,8 +95,10 @@ def _sum(e: sp.Add, names: Mapping[str, str]) -> str:
 def _product(e: sp.Mul, names: Mapping[str, str]) -> tuple[str, int]:
     if e.could_extract_minus_sign():
         return f"-{_at(-e, names, _PRODUCT)}", _SUM
-    over = [a for a in _sorted(e.args) if not _is_reciprocal(a)]
-    under = [1 / a for a in _sorted(e.args) if _is_reciprocal(a)]
+    number = sp.Mul(*(a for a in e.args if a.is_number and a.is_finite))
+    factors = [a for a in _sorted(e.args) if not (a.is_number and a.is_finite)]
+    over = ([number] if number != 1 else []) + [a for a in factors if not _is_reciprocal(a)]
+    under = [1 / a for a in factors if _is_reciprocal(a)]
     text = " * ".join(_at(a, names, _PRODUCT if i == 0 else _ATOM) for i, a in enumerate(over)) or "1.0"
     for a in under:
         text += f" / {_at(a, names, _ATOM)}"
@@ -139,9 +141,10 @@ def _piecewise(e: sp.Piecewise, names: Mapping[str, str]) -> str:
 def interval_text(
     interval: Interval, names: Mapping[str, str], extent: str, *, host: bool = False
 ) -> tuple[str, str]:
-    """Source of `low` and `high` of an interval, 0 <= low <= high <= extent: for a kernel, or as Python for the host.
+    """Source of `low` and `high` of an interval: for a kernel, or as Python for the host.
 
-    `//` truncates towards zero at run time in Triton; the numerators are built so that this, clamped at 0, is right.
+    0 <= low <= extent and high <= extent; the interval is empty where high <= low.  `//` truncates towards zero at run
+    time in Triton; the numerators are built so that this, clamped at 0, is right.
     """
     most, least = ("max", "min") if host else ("tl.maximum", "tl.minimum")
 
@@ -149,13 +152,21 @@ def interval_text(
         numerator = _print(b.numerator, names)[0]
         return numerator if b.divisor == 1 else f"({numerator}) // {b.divisor}"
 
-    low, high = "0", extent
-    for b in interval.lows:
-        low = f"{most}({low}, {bound(b)})"
-    low = f"{least}({low}, {extent})" if interval.lows else low
+    high = extent
+    lows = [bound(b) for b in interval.lows]
+    low = lows[0] if lows else "0"
+    if lows and not _is_natural(interval.lows[0]):
+        low = f"{most}({low}, 0)"
+    for other in lows[1:]:
+        low = f"{most}({low}, {other})"
+    low = f"{least}({low}, {extent})" if lows else low
     for b in interval.highs:
         high = f"{least}({high}, {bound(b)})"
     for guard in interval.guards:
         holds = f"{_print(guard, names)[0]} >= 0"
         high = f"({high} if {holds} else 0)" if host else f"tl.where({holds}, {high}, 0)"
-    return low, f"{most}({low}, {high})" if interval.highs or interval.guards else high
+    return low, high
+
+
+def _is_natural(b: Bound) -> bool:
+    return bool(b.numerator.is_Integer and b.numerator >= 0)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import sympy as sp
 
-from splagen.expression import maximum, parse, symbol
+from splagen.expression import maximum, symbol
+from splagen.expression_text import parse
 from splagen.ir.build import Builder
 from splagen.ir.program import Program, Var
 from splagen.library import metric_expression
@@ -78,6 +79,12 @@ class _Frontend:
             return b.program(o_s)
         return b.program(self.combine(o_s, self.residual_branch(far, free)))
 
+    @property
+    def scale(self) -> sp.Expr:
+        """The softmax scale: 1/sqrt(d) as such, any other as the decimal that the spec gives."""
+        usual = 1 / sp.sqrt(self.spec.head_dim)
+        return usual if self.spec.scale == self.spec.head_dim**-0.5 else sp.Rational(repr(self.spec.scale))
+
     def far(self, select: Select) -> Var:
         """Blocks that a tile may choose or leave: neither sinks nor near its own block (by its first query)."""
         tile, block, b = self.tile, self.block, self.b
@@ -111,7 +118,7 @@ class _Frontend:
             return sp.And(sp.Lt(i, LENGTH), sp.Le(last, i) if self.spec.causal else sp.Lt(last, LENGTH))
 
         mask = b.map("usable", usable, qpos, start)
-        scale = sp.Rational(self.spec.scale)
+        scale = self.scale
         a = b.contract("a", (*ROW, "J", "C"), self.q, mean)
         metric = metric_expression(select.metric)
         args = [a]
@@ -167,7 +174,7 @@ class _Frontend:
     def softmax_branch(self, far: Var | None, free: Var | None) -> Var:
         """o_s: exact softmax over every key that is not far, or far and chosen (spla.md section 4)."""
         b, spec = self.b, self.spec
-        scale = sp.Rational(spec.scale)
+        scale = self.scale
         s = b.contract("qk", LOGIT, self.q, self.k)
         if spec.score:
             head = b.iota("head", "h", "g")

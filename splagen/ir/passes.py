@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -376,16 +377,17 @@ def settle_names(program: Program) -> Program:
     The total of a sum is defined last, so that it is the total that reads dq.  Forward equations keep their names.
     """
     forward = _ancestors(program, program.outputs)
-    fixed = {v.name for v in program.inputs} | {v.name for v in forward}
+    taken = {v.name for v in program.inputs} | {v.name for v in forward}
     stems: dict[str, list[Var]] = {}
     for eq in program.equations:
         if eq.out not in forward:
             stems.setdefault(re.sub(r"_\d+$", "", eq.out.name), []).append(eq.out)
     new: dict[Var, Var] = {}
     for stem, group in stems.items():
-        names = [f"{stem}_{i}" for i in range(1, len(group))] + [stem]
-        if stem in fixed:
-            names[-1] = f"{stem}_{len(group)}"
+        numbered = (name for i in itertools.count(1) if (name := f"{stem}_{i}") not in taken)
+        names = [next(numbered) for _ in group]
+        if stem not in taken:
+            names[-1] = stem
         new.update({v: replace(v, name=n) for v, n in zip(group, names, strict=True)})
     equations = [
         Equation(new.get(eq.out, eq.out), eq.op, tuple(new.get(v, v) for v in eq.args)) for eq in program.equations

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import sympy as sp
 
-from splagen.expression import symbol, text
+from splagen.expression import symbol
+from splagen.expression_text import text
 from splagen.ir.program import (
     Contract,
     CumSum,

@@ -27,7 +27,9 @@ from splagen.ir.passes import (
     copy_prop,
     drop_unused,
     expose_lse,
+    join_sums,
     reuse,
+    settle_names,
     run,
     share,
     specialise,
@@ -47,9 +49,11 @@ PASSES: dict[str, Pass] = {
     "split_complement": split_complement,
     "associate": associate,
     "reuse": reuse,
+    "join_sums": join_sums(lambda eq: isinstance(eq.op, Contract)),
+    "settle_names": settle_names,
     "LOWERING": lambda p: run(p, LOWERING),
 }
-IDEMPOTENT = ("share", "drop_unused", "copy_prop", "reuse")
+IDEMPOTENT = ("share", "drop_unused", "copy_prop", "reuse", "settle_names")
 AXES = (("i", symbol("N")), ("j", symbol("N")), ("t", symbol("M")), ("d", 4), ("e", 3))
 
 
@@ -357,10 +361,10 @@ def test_associate_finds_the_state_and_keeps_scores_under_a_selection() -> None:
         q, k, v = b.input("q", ("i", "d")), b.input("k", ("j", "d")), b.input("v", ("j", "e"))
         if data:
             mask = b.topk("mask", 1, "j", b.input("score", ("i", "j")))
-            want = {("q", "k"), ("y_part", "v", "mask")}
+            want = {("q", "k"), ("y_scores", "v", "mask")}
         else:
             mask = b.map("mask", sp.Ge(placeholder(0), 0), b.iota("at", "t"))
-            want = {("k", "v"), ("q", "y_part", "mask"), ("q", "mask", "y_part")}
+            want = {("k", "v"), ("q", "y_states", "mask")}
         keep = ("i", "e") if data else ("i", "t", "e")
         after = associate(b.program(b.contract("y", keep, q, k, v, mask)))
         pairs = {frozenset(a.name for a in eq.args) for eq in after.equations if isinstance(eq.op, Contract)}

@@ -57,7 +57,7 @@ class Memory:
         return x
 
     def given(self, a: Array, v: Var, stored: Tensor) -> Tensor:
-        """What the oracle evaluates with where a kernel reads `stored`: the rounded values over the variable's axes."""
+        """What the oracle goes on from where a kernel reads `stored`: rounded values, over axes."""
         x = self.load(a, stored.double())
         if a.layout == "cell_rows":
             sizes = self.blocked.sizes
@@ -76,13 +76,13 @@ class Memory:
         wide = [*sizes[:-1], padded(sizes[-1]) if a.padded else sizes[-1]]
         return stored.unflatten(-1, wide)[..., : sizes[-1]]
 
-    # -- sums ---------------------------------------------------------------------------------------------------
+    # -- sums ----------------------------------------------------------------------------------------------
 
     def chunk(self, v: Var) -> int:
         return self.geometry.chunk if "T" in v.axes else self.geometry.block
 
     def chunk_states(self, v: Var, value: Tensor) -> Tensor:
-        """[B * Hkv, chunks, left, right]: what a block or a chunk of query tiles adds, padded as in memory."""
+        """[B * Hkv, chunks, left, right]: what a block or a chunk of query tiles adds, padded."""
         left = [f for f in features_of(v) if f != "e"]
         x = value.flatten(0, 1)  # [bh, places, *features]
         if "e" not in v.axes:
@@ -109,9 +109,10 @@ class Memory:
 
     def usable_cells(self) -> Tensor:
         """[nC]: the cells whose statistic some query may use."""
-        (usable,) = {eq.args[1] for eq in self.program.equations if isinstance(eq.op, Lse) and "n" not in eq.op.axes}
-        scalars = {"L": self.blocked.length, "Hkv": self.blocked.sizes["h"]}
-        where = evaluate(self.program, {}, scalars=scalars, sizes=self.blocked.sizes, wanted=[usable])[usable.name]
+        lse = [eq for eq in self.program.equations if isinstance(eq.op, Lse) and "n" not in eq.op.axes]
+        (usable,) = (eq.args[1] for eq in lse)
+        scalars, sizes = {"L": self.blocked.length, "Hkv": self.blocked.sizes["h"]}, self.blocked.sizes
+        where = evaluate(self.program, {}, scalars=scalars, sizes=sizes, wanted=[usable])[usable.name]
         return where.flatten(-2).flatten(0, -2).any(0)
 
     def states_of(self, v: Var, stored: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from splagen.ops import oracle
 from splagen.pipeline import generate
 from splagen.spec import SPLASpec, to_toml
 from splagen.verification import Report, compare, random_inputs
-from tests.kernels.cases import GPU, SMALL, Case, Shape
+from tests.kernels.cases import GPU, SMALL, USER, Case, Shape
 from tests.kernels.embedding import embedded, fill_empty_with_nan
 
 pytestmark = pytest.mark.usefixtures("fast_sort")
@@ -69,10 +69,14 @@ def test_every_axis_has_a_case() -> None:
         assert {m.feature_map.name for m in linears} >= {
             "identity", "relu", "relu2", "elu1", "exp", "softmax", "hedgehog"
         }  # fmt: skip
-        assert any(m.feature_map.name not in {"", "hedgehog"} and m.temperature for m in linears) or cases is GPU
+        assert {m.feature_map for m in linears} & {USER}
+        assert any(m.temperature for m in linears)
+        assert any(m.normaliser for m in linears)
         assert {s.block_size for s in selects} == {16, 32, 64, 128}
         assert {s.tile for s in selects} >= {1, 16, 32, 64, 128}
-        assert {(s.metric.order, s.metric.form) for s in selects} >= {(1, "taylor"), (2, "taylor"), (2, "cumulant")}
+        assert {(s.metric.order, s.metric.form) for s in selects} == {
+            (1, "taylor"), (2, "taylor"), (2, "cumulant")
+        }  # fmt: skip
         assert {(s.statistics.cell, s.statistics.pool) for s in selects} == {
             (None, "logsum"), (16, "logsum"), (16, "max")
         }  # fmt: skip

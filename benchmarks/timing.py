@@ -1,0 +1,36 @@
+"""Timing on a GPU: CUDA events, L2 flushed before each run, the median of several with its spread."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+FLUSH_BYTES = 256 << 20  # several times an H200's L2
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median and spread (largest minus smallest) in milliseconds."""
+
+    median: float
+    spread: float
+
+
+def time_ms(run: Callable[[], object], repeats: int = 20, warmup: int = 3) -> Timing:
+    """Time `run` on the current GPU; it is warmed up first."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    for _ in range(warmup):
+        run()
+    samples = []
+    for _ in range(repeats):
+        flush.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end))
+    return Timing(statistics.median(samples), max(samples) - min(samples))

@@ -1,0 +1,195 @@
+"""README is true: its Python runs, its commands print what it shows, its tables are those of the records."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from benchmarks import readme_tables
+from splagen.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+SLOW = {"verify", "compile", "doctor"}  # they launch or compile kernels
+
+
+def console() -> list[tuple[str, list[str]]]:
+    """Every command of the console blocks, with the lines shown under it."""
+    found: list[tuple[str, list[str]]] = []
+    for language, text in BLOCKS:
+        if language == "console":
+            for line in text.splitlines():
+                if line.startswith("$ "):
+                    found.append((line[2:], []))
+                else:
+                    found[-1][1].append(line)
+    return found
+
+
+def words(command: str) -> list[str]:
+    program, *arguments = shlex.split(command)
+    assert program == "splagen", command
+    return arguments
+
+
+QUICK = [entry for entry in console() if words(entry[0])[0] not in SLOW]
+DEAR = [entry for entry in console() if entry not in QUICK]
+
+
+def shown(line: str) -> re.Pattern[str]:
+    """What a shown line must match: `...` is any text, a run of spaces any run of spaces."""
+    parts = [re.escape(" ".join(part.split())) for part in line.split("...")]
+    return re.compile(r"\s*.*?\s*".join(parts))
+
+
+def check_output(output: str, lines: list[str]) -> None:
+    """Each shown line is one of the output's, in order; a line of dots stands for any number of lines."""
+    printed = iter(" ".join(line.split()) for line in output.splitlines())
+    for line in lines:
+        if line.strip() != "...":
+            assert any(shown(line).match(p) for p in printed), f"README shows `{line}`; printed:\n{output}"
+
+
+def run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("SPLAGEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, words(command))
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_python_blocks_run_in_order(tmp_path: Path) -> None:
+    code = "".join(text for language, text in BLOCKS if language == "python")
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "SPLAGEN_CACHE_DIR": str(tmp_path / "cache"),
+        "TRITON_INTERPRET": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("program spla\n")
+    assert "torch.Size([1, 80, 2, 16])" in done.stdout
+    assert [path.name for path in (tmp_path / "kernels").glob("spla_*.py")]
+
+
+def test_the_example_has_the_promised_length() -> None:
+    first = next(text for language, text in BLOCKS if language == "python")
+    assert len([line for line in first.splitlines() if line.strip()]) <= 25
+
+
+@pytest.mark.parametrize(("command", "lines"), QUICK, ids=[c for c, _ in QUICK])
+def test_commands_print_what_is_shown(
+    command: str, lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_output(run(command, tmp_path, monkeypatch), lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "lines"), DEAR, ids=[c for c, _ in DEAR])
+def test_slow_commands_print_what_is_shown(
+    command: str, lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_output(run(command, tmp_path, monkeypatch), lines)
+
+
+@pytest.mark.parametrize(("command", "lines"), DEAR, ids=[c for c, _ in DEAR])
+def test_slow_commands_parse(command: str, lines: list[str]) -> None:
+    name, *arguments = words(command)
+    group = typer.main.get_command(app)
+    chosen = group.commands[name]  # type: ignore[attr-defined]
+    chosen.make_context(name, arguments)
+
+
+def test_a_shown_line_that_is_not_printed_fails() -> None:
+    check_output("a  b\nskipped\nc 1.5e-3 ok\n", ["a b", "...", "c ... ok"])
+    with pytest.raises(AssertionError, match="README shows"):
+        check_output("c 1.5e-3 WRONG\n", ["c ... ok"])
+    with pytest.raises(AssertionError, match="README shows"):
+        check_output("b\na\n", ["a", "b"])
+
+
+def test_files_and_targets_that_are_named_exist() -> None:
+    for target in re.findall(r"\]\(([\w/.]+)\)", README):
+        assert (ROOT / target).exists(), target
+    for path in re.findall(r"`((?:splagen|templates|examples|docs)/[\w/.]*)`", README):
+        if not path.endswith("byte_lm.png"):  # drawn from the records
+            assert (ROOT / path).exists(), path
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`make ([\w-]+)`", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+# -- tables ------------------------------------------------------------------------------------------------
+
+
+def test_tables_are_those_of_the_records() -> None:
+    assert readme_tables.updated(README) == README, "run python -m benchmarks.readme_tables"
+
+
+def test_a_missing_record_is_named(tmp_path: Path) -> None:
+    text = "before\n<!-- results:begin speed: system -->\nold\n<!-- results:end -->\nafter\n"
+    new = readme_tables.updated(text, tmp_path)
+    assert "*No record `benchmarks/results/speed.json` yet.*" in new
+    assert "old" not in new
+    assert new.startswith("before\n")
+    assert new.endswith("after\n")
+    assert readme_tables.updated(new, tmp_path) == new
+
+
+def test_rows_become_a_table_of_the_columns_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    rows = [{"system": "a", "forward_ms": 1.23456, "errors": {"o": 1e-3, "dq": 2e-3}}, {"system": "b"}]
+    record = {"environment": {"gpu": "H200", "date": "2026-11-22T01:02:03"}, "figures": {"rows": rows}}
+    (tmp_path / "benchmarks/results/speed.json").write_text(json.dumps(record))
+    text = "<!-- results:begin speed: system forward_ms errors.max -->\n<!-- results:end -->\n"
+    assert readme_tables.updated(text, tmp_path).splitlines()[1:] == [
+        "| system | forward, ms | largest error |",
+        "| --- | ---: | ---: |",
+        "| a | 1.23 | 0.002 |",
+        "| b |  |  |",
+        "",
+        "`benchmarks/results/speed.json`: H200, 2026-11-22.",
+        "<!-- results:end -->",
+    ]
+
+
+def test_figures_without_rows_become_a_list_and_a_damaged_record_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    path = tmp_path / "benchmarks/results/gpu_tests.json"
+    path.write_text(json.dumps({"figures": {"passed": 1234, "failed": 0}}))
+    text = "<!-- results:begin gpu_tests -->\n<!-- results:end -->\n"
+    assert "| passed | 1 234 |\n| failed | 0 |" in readme_tables.updated(text, tmp_path)
+    path.write_text('{"figures": ')
+    with pytest.raises(ValueError, match=r"gpu_tests\.json"):
+        readme_tables.updated(text, tmp_path)
+
+
+def test_models_are_compared_with_dense(tmp_path: Path) -> None:
+    folder = tmp_path / "examples/results"
+    folder.mkdir(parents=True)
+    for kind, loss in (("dense", 1.0), ("spla", 1.1)):
+        figures = {"validation": [[0, 5.5], [500, loss]], "seconds": 12.3}
+        (folder / f"byte_lm_{kind}.json").write_text(json.dumps({"figures": figures}))
+    text = "<!-- results:begin byte_lm -->\n<!-- results:end -->\n"
+    assert "| spla | 500 | 1.1000 | +10.0 % | 12 |" in readme_tables.updated(text, tmp_path)
+    assert "byte_lm.png" not in readme_tables.updated(text, tmp_path)
+    (folder / "byte_lm.png").write_bytes(b"")
+    assert "![Loss curves](examples/results/byte_lm.png)" in readme_tables.updated(text, tmp_path)
