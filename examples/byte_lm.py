@@ -27,8 +27,10 @@ from torch.nn import functional as F
 
 from benchmarks import record
 
-AttentionKind = Literal["dense", "sparse", "spla"]
-KINDS: tuple[AttentionKind, ...] = ("dense", "sparse", "spla")
+AttentionKind = Literal["dense", "sparse", "spla", "spla_residual"]
+KINDS: tuple[AttentionKind, ...] = ("dense", "sparse", "spla", "spla_residual")
+# spla: both branches normalised (combine "rms"); spla_residual: o_s + gain RMS(o_r) with the gain 0 at the start
+COMBINE = {"spla": "rms", "spla_residual": "rms_residual"}
 RESULTS = Path(__file__).resolve().parent / "results"
 
 VOCABULARY = 256  # bytes
@@ -143,18 +145,20 @@ class Attention(nn.Module):
         self.op: Callable[..., Tensor] | None = None
         if self.kind != "dense":
             self.op = _generated(config)
+        shape = (config.q_heads, config.head_dim)
         if self.kind == "spla":
-            self.gamma_s = nn.Parameter(torch.ones(config.q_heads, config.head_dim))
-            self.gamma_r = nn.Parameter(torch.ones(config.q_heads, config.head_dim))
+            self.gamma_s = nn.Parameter(torch.ones(shape))
+            self.gamma_r = nn.Parameter(torch.ones(shape))
+        elif self.kind == "spla_residual":
+            self.gamma_r = nn.Parameter(torch.zeros(shape))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend causally."""
         if self.op is None:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # heads before positions
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-        if self.kind == "spla":
-            return self.op(q, k, v, gamma_s=self.gamma_s, gamma_r=self.gamma_r)
-        return self.op(q, k, v)
+        gains = {name: gain for name, gain in self.named_parameters() if name.startswith("gamma")}
+        return self.op(q, k, v, **gains)
 
 
 def _generated(config: Config) -> Callable[..., Tensor]:
@@ -163,8 +167,8 @@ def _generated(config: Config) -> Callable[..., Tensor]:
     select = splagen.Select(block_size=32, budget=8, sinks=1, local=1)
     group_size = config.q_heads // config.kv_heads
     spec = splagen.SPLASpec(head_dim=config.head_dim, group_size=group_size, select=select, linear=None)
-    if config.attention == "spla":
-        spec = replace(spec, linear=splagen.Residual(), combine="rms")
+    if config.attention in COMBINE:
+        spec = replace(spec, linear=splagen.Residual(), combine=COMBINE[config.attention])
     op: Callable[..., Tensor] = splagen.load(spec)
     return op
 

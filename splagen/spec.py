@@ -153,16 +153,18 @@ class Numerics:
 
     Attributes:
         split: "hilo" multiplies states as two halves of the input type, hi + lo, so that subtracting
-            nearly equal states stays accurate; "none" rounds them to the input type.
-        deterministic: whether equal inputs give equal bits (fixed order of sums, no atomics).
+            nearly equal states stays accurate.
+        deterministic: equal inputs give equal bits (fixed order of sums, no atomics).
+
+    Each has one value so far; a faster choice of either is planned and is refused until kernels have it.
     """
 
-    split: Literal["none", "hilo"] = "hilo"
-    deterministic: bool = True
+    split: Literal["hilo"] = "hilo"
+    deterministic: Literal[True] = True
 
     def __post_init__(self) -> None:
-        _one_of("numerics.split", self.split, ("none", "hilo"))
-        _one_of("numerics.deterministic", self.deterministic, (False, True))
+        _one_of("numerics.split", self.split, ("hilo",))
+        _one_of("numerics.deterministic", self.deterministic, (True,))
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,5 @@ def specs(draw: st.DrawFn) -> spec.SPLASpec:
         linear=linear,
         combine=draw(st.sampled_from(["add", "rms", "rms_residual", "gate"])) if linear else None,
         dense_below=draw(st.sampled_from([0, 0, 100, 8192])) if select else 0,
-        numerics=spec.Numerics(draw(st.sampled_from(["none", "hilo"])), draw(st.booleans())),
         name=draw(st.sampled_from(["spla", "spla_64", "Layer0"])),
     )

@@ -1,5 +1,6 @@
 """The op as torch sees it: registration, gradients, compilation, autocast, strides, bad input."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -254,7 +255,7 @@ def test_strides(
 ) -> None:
     spec = SPECS["sparse"]
     library = make(spec)
-    given = tensors(spec, 35, dtype, device, batch=2)
+    given = tensors(spec, 35 if dtype == torch.float64 else 18, dtype, device, batch=2)
     moved = [strided(x, how) for x in leaves(spec, given)]
     assert any(not x.is_contiguous() for x in moved)
     plain = [x.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for x in moved]
@@ -292,12 +293,13 @@ def test_query_chunks_bound_memory_and_change_nothing(
         return [o, *torch.autograd.grad(o, inputs, cotangent(spec, given))]
 
     whole = run()
-    largest: list[int] = []
+    seen: list[tuple[int, int]] = []
     evaluate = ops.evaluate
 
     def watched(program: Any, inputs: Any, **options: Any) -> dict[str, Tensor]:
         sizes = options["sizes"]
-        largest.append(8 * sizes["b"] * sizes["h"] * sizes["g"] * sizes["T"] * sizes["m"] * sizes["J"] * 16)
+        scores = 8 * math.prod(sizes[a] for a in ("b", "h", "g", "T", "m", "J", "C", "n"))
+        seen.append((scores, sizes["T"]))
         return evaluate(program, inputs, **options)
 
     limit = 40_000
@@ -305,9 +307,8 @@ def test_query_chunks_bound_memory_and_change_nothing(
     monkeypatch.setattr(ops, "evaluate", watched)
     for x, y in zip(run(), whole, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
-    one_tile = 8 * 2 * 2 * 80 * (spec.select.tile if spec.select else 1)
-    assert len(largest) > 2
-    assert max(largest) <= max(limit, one_tile)
+    assert len(seen) > 4
+    assert all(scores <= limit or tiles == 1 for scores, tiles in seen)
 
 
 def test_the_kernels_and_the_oracle_are_the_same_op(
@@ -338,25 +339,29 @@ def turned() -> list[Tensor]:
 
 BAD: dict[str, tuple[Callable[[], list[Any]], str, str]] = {
     # name: (arguments, what the message names, what it asks for)
-    "q of three dimensions": (lambda: rows(q=(20, 4, 16)), "q has 3 dimensions", "is needed"),
-    "head dim": (lambda: rows(q=(1, 20, 4, 24)), "q has head dim 24", "16"),
+    "q of three dimensions": (lambda: rows(q=(20, 4, 16)), "q has shape (20, 4, 16)", "[B, L, Hq, 16]"),
+    "head dim": (lambda: rows(q=(1, 20, 4, 24)), "q has shape (1, 20, 4, 24)", "[B, L, Hq, 16]"),
     "head dim of k": (lambda: rows(k=(1, 20, 2, 24)), "k has shape (1, 20, 2, 24)", "(1, 20, 2, 16)"),
     "value dim": (lambda: rows(v=(1, 20, 2, 8)), "v has shape (1, 20, 2, 8)", "(1, 20, 2, 16)"),
     "length of k": (lambda: rows(k=(1, 21, 2, 16)), "k has shape (1, 21, 2, 16)", "(1, 20, 2, 16)"),
     "length of v": (lambda: rows(v=(1, 19, 2, 16)), "v has shape (1, 19, 2, 16)", "(1, 20, 2, 16)"),
     "batch of v": (lambda: rows(v=(2, 20, 2, 16)), "v has shape (2, 20, 2, 16)", "(1, 20, 2, 16)"),
     "two dimensions of k": (lambda: rows(k=(20, 16)), "k has shape (20, 16)", "(1, 20, 2, 16)"),
-    "heads not a multiple": (lambda: rows(q=(1, 20, 3, 16)), "q has 3 heads", "group_size 2"),
+    "heads not a multiple": (
+        lambda: rows(q=(1, 20, 3, 16)),
+        "q has shape (1, 20, 3, 16)",
+        "a multiple of the spec's group_size 2",
+    ),
     "another group": (lambda: rows(q=(1, 20, 8, 16)), "k has shape (1, 20, 2, 16)", "(1, 20, 4, 16)"),
     "no positions": (
         lambda: rows((1, 0, 4, 16), (1, 0, 2, 16), (1, 0, 2, 16)),
-        "q is empty",
-        "(1, 0, 4, 16)",
+        "q has shape (1, 0, 4, 16)",
+        "L >= 1",
     ),
     "no batch": (
         lambda: rows((0, 20, 4, 16), (0, 20, 2, 16), (0, 20, 2, 16)),
-        "q is empty",
-        "(0, 20, 4, 16)",
+        "q has shape (0, 20, 4, 16)",
+        "B and L >= 1",
     ),
     "mixed dtypes": (lambda: rows(k=KV, q=Q, v=KV) and rows_of_two_dtypes(), "float16", "cast"),
     "integers": (lambda: [x.to(torch.int32) for x in rows()], "int32", "use bfloat16, float16 or float32"),

@@ -18,6 +18,7 @@ from splagen.codegen.triton_expr import interval_text
 from splagen.ir.program import Map, Var
 from splagen.ir.text import equation_text
 
+FUNCTIONS = ("log1p", "tanh", "dot_split", "merge_topk")  # device functions that kernels call; a template each
 GENERATOR = 1  # bumped when the text or the numbers of kernels change on purpose
 
 
@@ -68,7 +69,7 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
             "cells": geometry.cells,
             "host_count": host_lines,
             "host_total": host_total,
-            "has_topk": any("merge_topk(" in k["device"] for k in kernels),
+            "functions": [render(f, {}) for f in FUNCTIONS if any(f"{f}(" in k["device"] for k in kernels)],
             "kernels": kernels,
             "inputs": ", ".join(inputs),
             "forward_doc": f"Launch the forward kernels: returns {', '.join(forward_out)}.",

@@ -1,8 +1,8 @@
 """Statistics of keys as moments: a variable over cells in terms of the mean and variance of a window of keys.
 
 M1 and M2 stand for the mean of k and of k^2 over a window of w neighbouring cells.  Variables over cells are
-polynomials in them, so a kernel may compute any of them from the mean and the centred second moment of its window:
-the equations may go through differences that would lose digits, the kernel does not.
+polynomials in them, so a kernel may compute any of them from the mean and the variance of its window: the
+equations may go through differences that would lose digits, the kernel does not.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ def default_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) 
             left, right = kernel.outputs[0].width
             rows_of_chunk = int(str(kernel.holes["chunk"])) * (geometry.group if "GROUP" in str(kernel.holes) else 1)
             block_m = max(16, min(64, 1 << (rows_of_chunk.bit_length() - 1)))
-            block_e, stages = right, 3
+            block_e, stages = (right, 3) if size == 2 else (min(right, 32), 1)
+            block_m = block_m if size == 2 else 16
             while block_e > 16 and left * block_e > 32768:
                 block_e //= 2
             while size * stages * block_m * (left + block_e) > shared // 2 and (stages > 1 or block_m > 16):
@@ -96,6 +97,9 @@ def _query_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) 
     few = block_m < 64
     block_n, stages = min(geometry.block, 32 if few else 64), 2
     keys, queries = _width(kernel, "key_rows"), _width(kernel, "query_rows")
+    warps = 2 if few else 4
+    if size == 4:  # products of float32 are unrolled into single multiplications: only small tiles fit registers
+        block_m, block_n, stages, warps = min(block_m, 32), 16, 1, 4
 
     def used() -> int:
         return size * (stages * block_n * keys + block_m * queries) + 4 * block_m * block_n
@@ -109,14 +113,14 @@ def _query_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) 
             block_m //= 2
         else:
             block_n //= 2
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 2 if few else 4, "num_stages": stages}
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
 def _key_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) -> dict[str, int]:
     """The accumulators of a key tile stay in registers: narrow tiles where the rows are wide."""
     accumulators = sum(a.width[-1] for a in kernel.outputs)
     keys, queries = _width(kernel, "key_rows"), _width(kernel, "query_rows")
-    block_m, block_n = 32, min(geometry.block, 64)
+    block_m, block_n = (32, min(geometry.block, 64)) if size == 2 else (16, 16)
     while block_n > 16 and block_n * accumulators > 16384:
         block_n //= 2
     while size * (block_n * keys + block_m * queries) + 4 * block_m * block_n > shared and block_m + block_n > 32:

@@ -11,7 +11,7 @@ The log of a factor of exp(metric) is never taken: exp(e + log(w)) is exp(e) * w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy as sp
 
@@ -82,11 +82,14 @@ class Selection:
         share, pooled = _pooling(program, found[0])
         lse = _normaliser(program, share)
         metric, leaves = _inlined(program, lse.args[0])
-        products, scaled = [], metric
+        products: list[Product] = []
+        scaled = metric
         for v in leaves:
             eq = program.definitions[v]
             if isinstance(eq.op, Contract):
                 product = _product(program, eq, metric)
+                before = [p.scale for p in products if p.row == product.row]
+                product = replace(product, scale=before[0]) if before else product
                 products.append(product)
                 scaled = scaled.xreplace({symbol(v.name): symbol(v.name) / product.scale})
         others = tuple(v for v in leaves if v not in [p.out for p in products])

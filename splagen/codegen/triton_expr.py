@@ -57,9 +57,9 @@ def _print(e: sp.Basic, names: Mapping[str, str]) -> tuple[str, int]:
         case sp.log():
             return f"tl.log({_print(e.args[0], names)[0]})", _ATOM
         case log1p():
-            return f"tl.log(1.0 + {_at(e.args[0], names, _SUM)})", _ATOM
+            return f"log1p({_print(e.args[0], names)[0]})", _ATOM
         case sp.tanh():
-            return f"(1.0 - 2.0 / (1.0 + tl.exp(2.0 * {_at(e.args[0], names, _ATOM)})))", _ATOM
+            return f"tanh({_print(e.args[0], names)[0]})", _ATOM
         case sp.And():
             return " & ".join(_at(a, names, _ATOM) for a in _sorted(e.args)), _SUM
         case sp.Or():

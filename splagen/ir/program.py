@@ -135,6 +135,12 @@ class Program:
     cotangents: tuple[tuple[Var, Var], ...] = ()
     gradients: tuple[tuple[Var, Var], ...] = ()
 
+    def __str__(self) -> str:
+        """The equations, as text."""
+        from splagen.ir.text import program_text
+
+        return program_text(self)
+
     @property
     def order(self) -> dict[str, int]:
         """Axis name to its place in the declared order."""
