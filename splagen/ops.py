@@ -10,7 +10,7 @@ from torch import Tensor
 
 from splagen.codegen.partition import Partition
 from splagen.ir.passes import drop_unused, share
-from splagen.ir.program import Program, TopK, Var
+from splagen.ir.program import Program, Reduce, TopK, Var
 from splagen.ir.reference import evaluate
 from splagen.layout import Blocked, chunked
 
@@ -32,6 +32,7 @@ class Oracle:
         self.partition = partition
         topk = [eq for eq in self.definition.equations if isinstance(eq.op, TopK)]
         self.chosen = topk[0] if topk else None
+        self.terms = {x.name: _terms(self.definition, g) for x, g in self.definition.gradients if "b" not in x.axes}
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Outputs, then what backward reads, as [B, L, H, ...]."""
@@ -87,19 +88,32 @@ class Oracle:
 
     def gradients(self, inputs: Mapping[str, Tensor], block_indices: Tensor | None) -> dict[str, Tensor]:
         """Gradients in float64 by the name of the input: rows of queries per chunk, the rest summed over chunks."""
+        return self.gradients_and_scales(inputs, block_indices)[0]
+
+    def gradients_and_scales(
+        self, inputs: Mapping[str, Tensor], block_indices: Tensor | None
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Gradients, and for a parameter the root sum of squares of the terms that its gradient sums over all rows.
+
+        Such a sum can cancel to any small number; rounding moves it by a share of its terms, not of itself.
+        """
         blocked = self._blocked(inputs)
         program = self.definition
         totals: dict[str, list[Tensor]] = {x.name: [] for x, _ in program.gradients}
+        squares = dict.fromkeys(self.terms, 0.0)
         for start, stop, chunk, given in self._chunks(program, inputs, blocked, block_indices):
-            wanted = [g for _, g in program.gradients]
-            found = self._evaluate(program, chunk, blocked, start, stop, given, wanted)
+            wanted = [*(g for _, g in program.gradients), *(v for terms in self.terms.values() for v in terms)]
+            found = self._evaluate(program, chunk, blocked, start, stop, given, list(dict.fromkeys(wanted)))
             rows = min(stop * blocked.tile, blocked.length) - start * blocked.tile
             for x, g in program.gradients:
                 totals[x.name].append(blocked.to_tensor(x, found[g.name], rows))
+            for name, terms in self.terms.items():
+                squares[name] += sum(float(found[v.name].square().sum()) for v in terms)
         by_chunk = {x.name for x, _ in program.gradients if "T" in x.axes}
-        return {
+        gradients = {
             n: torch.cat(p, dim=1) if n in by_chunk else functools.reduce(torch.add, p) for n, p in totals.items()
         }
+        return gradients, {n: s**0.5 for n, s in squares.items()}
 
     def at_tile(
         self, inputs: Mapping[str, Tensor], row: int, block_indices: Tensor
@@ -181,6 +195,14 @@ class Oracle:
         return evaluate(
             program, chunk, scalars=scalars, sizes=sizes, offsets={"T": start}, given=given, wanted=wanted
         )
+
+
+def _terms(program: Program, gradient: Var) -> list[Var]:
+    """What a parameter's gradient sums over rows: the arguments of the reductions behind its additions."""
+    eq = program.definitions[gradient]
+    if isinstance(eq.op, Reduce):
+        return [eq.args[0]]
+    return [v for x in eq.args for v in _terms(program, x)]
 
 
 @functools.lru_cache(maxsize=32)

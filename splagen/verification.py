@@ -150,24 +150,26 @@ def compare(
         add("selection", selection_error(oracle, inputs, indices, outputs["block_counts"]), limits[2])
     residuals = [outputs[a.name] for a in part.residuals]
     gradients = module.backward(chosen, *arguments, *residuals, *(inputs[a.name] for a in part.cotangents))
-    truth = oracle.gradients(inputs, indices)
+    truth, scales = oracle.gradients_and_scales(inputs, indices)
     largest = max(want.norm().item() for want in truth.values())
     for (name, want), got in zip(truth.items(), gradients, strict=True):
-        add(f"d{name}", relative_error(got, want, vanishing=1e-9 * largest, otherwise=largest), limits[1])
+        scale = max(float(want.norm()), scales.get(name, 0.0))
+        scale = scale if scale > 1e-9 * largest else largest
+        add(f"d{name}", relative_error(got, want, scale), limits[1])
     return rows
 
 
-def relative_error(got: Tensor, want: Tensor, vanishing: float = 0.0, otherwise: float = 1.0) -> float:
+def relative_error(got: Tensor, want: Tensor, scale: float | None = None) -> float:
     """Relative RMS error |got - want| / |want| in float64; infinite where got is not finite.
 
-    A truth that vanishes by cancellation (dq of a row that sees one key is exactly 0) has no relative error: where
-    |want| <= vanishing the error is taken relative to `otherwise`, the size of the terms that cancel.
+    `scale` stands for |want| where the truth cancels: a parameter's gradient is a sum over all rows, and dq of a row
+    that sees one key is exactly 0; their error is a share of the terms that cancel.
     """
     got, want = got.double(), want.double()
     if not bool(torch.isfinite(got).all()):
         return math.inf
-    size, error = float(want.norm()), float((got - want).norm())
-    return error / (size if size > vanishing else otherwise)
+    size = float(want.norm()) if scale is None else scale
+    return float((got - want).norm()) / (size or 1.0)
 
 
 def selection_error(oracle: Oracle, inputs: Mapping[str, Tensor], indices: Tensor, counts: Tensor) -> float:

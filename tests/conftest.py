@@ -48,6 +48,10 @@ def only_gpu_tests(expression: str) -> bool:
     return any(_holds(tree, m | {"gpu"}) for m in others) and not any(_holds(tree, m) for m in others)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write tests/golden/ anew")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Choose interpreter or GPU before a test module imports a kernel: Triton reads the variable then."""
     if os.environ.get("SPLAGEN_GPU_TESTS") == "1" or only_gpu_tests(config.getoption("markexpr", "")):

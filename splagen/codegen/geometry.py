@@ -188,7 +188,7 @@ class Rows:
         vector = not array.features
         if mask and array.layout != "head_rows":
             conditions.insert(0, self.mask if vector else f"{self.mask}[:, None]")
-        options = f", mask={' & '.join(conditions)}, other=0.0" if conditions else ""
+        options = f", mask={' & '.join(conditions)}, other={array.missing}" if conditions else ""
         return f"tl.load({address}{options})"
 
     def store(self, array: Array, value: str) -> str:

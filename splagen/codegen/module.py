@@ -136,7 +136,7 @@ def _backward(part: Partition, geometry: Geometry, given: set[str]) -> str:
             data = [f for f in a.features if f not in ("Hq", "Hkv")]
             if not data:
                 return f"{a.name}.sum(0).reshape(n.Hkv, -1).sum(1)"
-            return f"{a.name}.sum(0)[:, : {geometry.size(data[-1])}]"
+            return f"{a.name}.sum(0)[:, : {geometry.size(data[-1])}].contiguous()"
         eq = definitions[v]
         assert isinstance(eq.op, Map) and isinstance(eq.op.expr, sp.Add)
         return " + ".join(total(x) for x in eq.args)
@@ -145,6 +145,9 @@ def _backward(part: Partition, geometry: Geometry, given: set[str]) -> str:
         if v.name in partials or isinstance(definitions.get(v) and definitions[v].op, Map) and not v.axes[:1] == ("b",):
             finish.append(f"d_{name} = ({total(v)}).to({name}.dtype)")
             results.append(f"d_{name}")
+        elif any(a.name == name and a.layout == "query_scalars" for a in part.inputs):
+            finish.append(f"{v.name} = {v.name}.to({name}.dtype)")
+            results.append(v.name)
         else:
             results.append(v.name)
     keep = given | set(partials) | {v.name for _, v in part.gradients}

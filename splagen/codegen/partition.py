@@ -7,7 +7,7 @@ states only as prefixes.  Matchers look at operations and axes, never at a spec.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from splagen.codegen.geometry import (
     Geometry,
@@ -31,7 +31,7 @@ from splagen.codegen.tile_code import COUNTS, INDICES, Walk, is_sum_of_tiles
 from splagen.errors import PartitionError
 from splagen.ir.check import check
 from splagen.ir.passes import join_sums, settle_names
-from splagen.ir.program import Contract, Equation, Iota, Map, Program, TopK, Var
+from splagen.ir.program import Contract, Equation, Iota, Lse, Map, Program, TopK, Var
 from splagen.ir.text import equation_text
 
 
@@ -106,7 +106,9 @@ class _Partitioner:
         self.arrays.update(outputs)
 
     def _saved_array(self, v: Var) -> Array:
-        return array_of(v, self.geometry, internal=True)
+        array = array_of(v, self.geometry, internal=True)
+        is_lse = isinstance(self.program.definitions[v].op, Lse)
+        return replace(array, missing='float("inf")') if is_lse else array
 
     def _saved(self) -> list[Var]:
         """Row variables that backward reads and cannot form again from inputs and other saved rows."""

@@ -171,11 +171,16 @@ def check_schedule(kernel: Kernel, geometry: Geometry, schedule: Schedule) -> No
     for name, value in schedule.items():
         if name.startswith("BLOCK") and (value < 16 or value & (value - 1)):
             raise ScheduleError(f"{name}={value} of {kernel.name} is not a power of two >= 16")
+    if schedule["num_warps"] not in (1, 2, 4, 8, 16, 32):
+        raise ScheduleError(f"num_warps={schedule['num_warps']} of {kernel.name} is not a power of two from 1 to 32")
+    if schedule["num_stages"] < 1:
+        raise ScheduleError(f"num_stages={schedule['num_stages']} of {kernel.name} is less than 1")
     block_n = schedule.get("BLOCK_N", 16)
     if geometry.block % block_n:
         raise ScheduleError(f"BLOCK_N={block_n} does not divide the block of {geometry.block} in {kernel.name}")
     if kernel.template == "statistics" and block_n % geometry.cell:
-        raise ScheduleError(f"BLOCK_N={block_n} of {kernel.name} is no multiple of the cell of {geometry.cell}")
+        what = f"BLOCK_N={block_n} of {kernel.name} is not a multiple of the cell of {geometry.cell}"
+        raise ScheduleError(what)
     if kernel.template == "score_topk" and schedule["BLOCK_C"] < 2 * int(str(kernel.holes["span"])):
         raise ScheduleError(f"BLOCK_C={schedule['BLOCK_C']} of {kernel.name} holds fewer than two blocks")
 

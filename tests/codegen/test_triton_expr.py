@@ -22,6 +22,7 @@ POINTS = 7
 TL = SimpleNamespace(
     exp=np.exp, log=np.log, sqrt=np.sqrt, where=np.where, maximum=np.maximum, minimum=np.minimum
 )
+BUILTINS = {"tl": TL, "float": float, "tanh": np.tanh, "log1p": np.log1p}
 X, Y = symbol("x"), symbol("y")
 
 
@@ -29,7 +30,7 @@ def printed(expr: sp.Basic, values: dict[str, np.ndarray]) -> np.ndarray:
     """The printed source, run with numpy in the place of Triton."""
     source = triton_text(expr, {name: name for name in values})
     with np.errstate(all="ignore"):
-        found = eval(source, {"tl": TL, "float": float}, dict(values))  # our own printer's output
+        found = eval(source, BUILTINS, dict(values))  # the text of our own printer
     return np.broadcast_to(np.asarray(found), (POINTS,))
 
 

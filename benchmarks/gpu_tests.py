@@ -1,0 +1,41 @@
+"""Run the GPU tests and keep the counts: python -m benchmarks.gpu_tests [--workers N]."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+from benchmarks.record import ROOT, write
+
+
+def main() -> None:
+    """Run `pytest -m gpu` in place, print its output, write counts and the slowest tests; exit as pytest does."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "junit.xml"
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-n", str(args.workers), f"--junitxml={report}"]
+        start = time.perf_counter()
+        status = subprocess.run([*command, "--tb=short"], cwd=ROOT, check=False).returncode
+        seconds = time.perf_counter() - start
+        cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    kinds = {"failed": ("failure", "error"), "skipped": ("skipped",)}
+    counts = {k: sum(any(c.find(t) is not None for t in tags) for c in cases) for k, tags in kinds.items()}
+    counts["passed"] = len(cases) - sum(counts.values())
+    wrong = [f"{c.get('classname')}::{c.get('name')}" for c in cases if c.find("failure") is not None]
+    slowest = sorted(((float(c.get("time", 0)), str(c.get("name"))) for c in cases), reverse=True)[:10]
+    figures = {**counts, "seconds": seconds, "failing": wrong, "slowest": [[n, t] for t, n in slowest]}
+    write("gpu_tests", figures, args.out)
+    print({k: figures[k] for k in ("passed", "failed", "skipped", "seconds")})
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Random specs: each is generated, compiled ahead of time for sm_90, and compared with the oracle.
+
+    python -m benchmarks.random_specs --count 200 --seed 0 --workers 2 --out FILE.json
+
+The specs are those of tests/strategies.py over every axis, with head dimensions that the interpreter can
+bear.  A spec is ok, refused (an error of splagen that names an axis) or failed; what is not ok is in the
+record as TOML.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+import hypothesis
+from hypothesis import strategies as st
+
+from splagen.errors import SplagenError
+from splagen.spec import Residual, Select, SPLASpec, Statistics, from_toml, to_toml
+from tests.strategies import specs
+
+SHAPES = (1, 5, 12)  # sixteenths of a block (and one position) in the last block
+HEAD_DIMS = (16, 16, 16, 24, 32, 40, 48, 64, 80, 96)
+AXES = sorted({f.name for part in (SPLASpec, Select, Residual, Statistics) for f in dataclasses.fields(part)})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a spec: why it is not ok, and the seconds of generating, compiling and comparing."""
+
+    status: str  # ok, refused or failed
+    reason: str = ""
+    kernels: int = 0
+    largest_error: float = 0.0  # relative to its limit
+    seconds: tuple[float, ...] = ()
+
+
+@st.composite
+def small_specs(draw: st.DrawFn) -> SPLASpec:
+    """A spec over every axis that the interpreter runs in seconds."""
+    spec = draw(specs())
+    changes: dict[str, object] = {
+        "head_dim": draw(st.sampled_from(HEAD_DIMS)),
+        "value_dim": draw(st.sampled_from(HEAD_DIMS)),
+        "group_size": draw(st.sampled_from([1, 2, 2, 3, 4, 5, 6, 7, 8, 16, spec.group_size])),
+    }
+    if spec.select:
+        few = st.sampled_from([0, 0, 1, 2])
+        changes["dense_below"] = draw(st.sampled_from([0, 0, 0, 40, 100, 8192]))
+        changes["select"] = dataclasses.replace(
+            spec.select,
+            budget=draw(st.sampled_from([1, 1, 2, 3, spec.select.budget])),
+            sinks=draw(few | st.just(spec.select.sinks)),
+            local=draw(few | st.just(spec.select.local)),
+        )
+    return dataclasses.replace(spec, **changes)  # type: ignore[arg-type]
+
+
+def length(spec: SPLASpec, sixteenths: int) -> int:
+    """A ragged length with blocks that are not selected, where that takes few enough positions."""
+    if spec.select is None:
+        return 40 + sixteenths
+    select = spec.select
+    blocks = min(select.sinks, 2) + min(select.local, 2) + min(select.budget, 2) + 1
+    most = (300 if select.block_size == 128 else 200) if select.granularity == "token" else 500
+    return min(blocks * select.block_size + sixteenths * select.block_size // 16 + 1, most - 8 * sixteenths)
+
+
+def draw(count: int, seed: int) -> list[tuple[SPLASpec, int]]:
+    """`count` different specs with their shapes, the same for the same seed and versions."""
+    found: dict[str, tuple[SPLASpec, int]] = {}
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=2 * count,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    @hypothesis.given(small_specs(), st.sampled_from(SHAPES))
+    def collect(spec: SPLASpec, sixteenths: int) -> None:
+        found.setdefault(to_toml(spec), (spec, sixteenths))
+
+    collect()
+    return list(found.values())[:count]
+
+
+def attempt(
+    spec: SPLASpec, sixteenths: int, folder: Path, compile_for: Sequence[str] = ("sm_90",), seed: int = 0
+) -> Outcome:
+    """Generate, compile and compare one spec; needs a process in which Triton interprets kernels."""
+    from splagen import pipeline, verification
+    from splagen.codegen.compile import compile_module
+    from splagen.ops import oracle
+
+    seconds = [time.perf_counter()]
+    try:
+        library = pipeline.generate(spec, folder)
+        kernels = pipeline.kernels(spec)
+        seconds.append(time.perf_counter())
+        if compile_for:
+            rows = compile_module(
+                library.path, kernels, targets=compile_for, dtypes=("bf16",), jobs=1, progress=False
+            )
+            if wrong := [f"{r.kernel} for {r.arch}: {r.error}" for r in rows if not r.ok]:
+                return Outcome("failed", "\n".join(wrong), len(kernels.kernels))
+        seconds.append(time.perf_counter())
+        heads = spec.group_size * (2 if spec.group_size < 3 else 1)
+        shape = (1, heads, length(spec, sixteenths))
+        report = verification.verify(library.module, oracle(to_toml(spec)), shapes=[shape], seed=seed)
+        seconds.append(time.perf_counter())
+    except SplagenError as error:
+        named = any(axis in str(error) for axis in AXES)
+        return Outcome("refused" if named else "failed", f"{type(error).__name__}: {error}")
+    except Exception as error:
+        return Outcome("failed", f"{type(error).__name__}: {error}")
+    took = tuple(round(b - a, 3) for a, b in itertools.pairwise(seconds))
+    wrong = [f"{r.quantity} at {r.shape}: {r.error:.2e} > {r.limit:.0e}" for r in report.rows if not r.ok]
+    largest = max((r.error / r.limit for r in report.rows if r.limit), default=0.0)
+    status = "failed" if wrong else "ok"
+    return Outcome(status, "\n".join(wrong), len(kernels.kernels), largest if not wrong else 0.0, took)
+
+
+def _prepare() -> None:
+    import torch
+
+    from tests.interpreter_sort import patch
+
+    torch.set_num_threads(1)
+    patch()
+
+
+def _attempt(text: str, sixteenths: int, compile_for: Sequence[str]) -> Outcome:
+    with tempfile.TemporaryDirectory() as folder:
+        return attempt(from_toml(text), sixteenths, Path(folder), compile_for)
+
+
+def run(
+    drawn: Sequence[tuple[SPLASpec, int]],
+    workers: int,
+    compile_for: Sequence[str],
+    progress: Callable[[int, Outcome], None] = lambda done, outcome: None,
+) -> list[Outcome]:
+    """The outcomes of the specs, in order, from processes that interpret kernels."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare) as pool:
+        futures = [pool.submit(_attempt, to_toml(spec), shape, tuple(compile_for)) for spec, shape in drawn]
+        for done, future in enumerate(as_completed(futures), 1):
+            progress(done, _result(future.result))
+        return [_result(f.result) for f in futures]
+
+
+def _result(result: Callable[[], Outcome]) -> Outcome:
+    try:
+        return result()
+    except Exception as error:  # the process died
+        return Outcome("failed", f"{type(error).__name__}: {error}")
+
+
+def figures(
+    drawn: Sequence[tuple[SPLASpec, int]], outcomes: Sequence[Outcome], seed: int
+) -> dict[str, object]:
+    """Counts, the specs that are not ok, and which axes were drawn."""
+    counts = Counter(o.status for o in outcomes)
+    bad = [
+        {"status": o.status, "reason": o.reason, "length": length(spec, shape), "spec": to_toml(spec)}
+        for (spec, shape), o in zip(drawn, outcomes, strict=True)
+        if o.status != "ok"
+    ]
+    seconds = [o.seconds for o in outcomes if len(o.seconds) == 3]
+    totals = reduce(lambda a, b: [x + y for x, y in zip(a, b, strict=True)], seconds, [0.0, 0.0, 0.0])
+    return {
+        "seed": seed,
+        "specs": len(drawn),
+        **{status: counts[status] for status in ("ok", "refused", "failed")},
+        "kernels": sum(o.kernels for o in outcomes),
+        "largest_error_over_limit": max((o.largest_error for o in outcomes), default=0.0),
+        "seconds": dict(zip(("generate", "compile", "compare"), (round(x, 1) for x in totals), strict=True)),
+        "not_ok": bad,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Draw, run and record; the exit status is 1 if a spec failed."""
+    from benchmarks.record import write
+
+    parser = argparse.ArgumentParser(description="random specs: generate, compile, compare")
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--targets", nargs="*", default=["sm_90"], help="architectures to compile for")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/random_specs.json"))
+    given = parser.parse_args(arguments)
+    drawn = draw(given.count, given.seed)
+
+    def show(done: int, outcome: Outcome) -> None:
+        end = "\n" if outcome.status != "ok" or done == len(drawn) else "\r"
+        print(f"{done}/{len(drawn)} {outcome.status} {outcome.reason[:150]}", end=end, file=sys.stderr)
+
+    outcomes = run(drawn, given.workers, given.targets, show)
+    found = figures(drawn, outcomes, given.seed)
+    path = write(given.out.stem, found, given.out.parent)
+    print(f"{path}: {found['ok']} ok, {found['refused']} refused, {found['failed']} failed")
+    return 1 if found["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
