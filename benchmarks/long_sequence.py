@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import write
-from benchmarks.whole_op import D, HQ, spec_of
+from benchmarks.whole_op import HQ, D, spec_of
 from splagen import pipeline
 from splagen.ops import Oracle, oracle
 from splagen.spec import to_toml
@@ -34,7 +34,9 @@ def samples(length: int, count: int) -> list[int]:
     return sorted({p for p in (*fixed, *spread) if p < length})
 
 
-def at_rows(found: Oracle, inputs: Mapping[str, Tensor], rows: list[int], indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def at_rows(
+    found: Oracle, inputs: Mapping[str, Tensor], rows: list[int], indices: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The oracle's o at the sampled rows, and the gradients that these rows alone produce (dq: at the rows)."""
     outputs, dq = [], []
     totals: dict[str, Tensor] = {}

@@ -112,9 +112,7 @@ def attempt(
         kernels = pipeline.kernels(spec)
         seconds.append(time.perf_counter())
         if compile_for:
-            rows = compile_module(
-                library.path, kernels, targets=compile_for, dtypes=("bf16",), jobs=1, progress=False
-            )
+            rows = compile_module(library.path, kernels, targets=compile_for, dtypes=("bf16",), jobs=1, progress=False)
             if wrong := [f"{r.kernel} for {r.arch}: {r.error}" for r in rows if not r.ok]:
                 return Outcome("failed", "\n".join(wrong), len(kernels.kernels))
         seconds.append(time.perf_counter())
@@ -171,9 +169,7 @@ def _result(result: Callable[[], Outcome]) -> Outcome:
         return Outcome("failed", f"{type(error).__name__}: {error}")
 
 
-def figures(
-    drawn: Sequence[tuple[SPLASpec, int]], outcomes: Sequence[Outcome], seed: int
-) -> dict[str, object]:
+def figures(drawn: Sequence[tuple[SPLASpec, int]], outcomes: Sequence[Outcome], seed: int) -> dict[str, object]:
     """Counts, the specs that are not ok, and which axes were drawn."""
     counts = Counter(o.status for o in outcomes)
     bad = [

@@ -157,12 +157,8 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def main() -> int:
     """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.readme_tables", description=__doc__.partition("\n")[0]
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing; status 1 if README.md is behind"
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.readme_tables", description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if README.md is behind")
     given = parser.parse_args()
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")

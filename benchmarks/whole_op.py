@@ -113,8 +113,16 @@ def kernel_ms(module: Any, arguments: list[torch.Tensor], do: torch.Tensor, foun
     try:
         for _ in range(5):
             plain = [x.detach() for x in arguments]
-            results = dict(zip([a.name for a in (*found.partition.outputs, *found.partition.saved)], module.forward(module.schedules_for(plain[0]), *plain), strict=True))
-            module.backward(module.schedules_for(plain[0]), *plain, *(results[a.name] for a in found.partition.residuals), do)
+            results = dict(
+                zip(
+                    [a.name for a in (*found.partition.outputs, *found.partition.saved)],
+                    module.forward(module.schedules_for(plain[0]), *plain),
+                    strict=True,
+                )
+            )
+            module.backward(
+                module.schedules_for(plain[0]), *plain, *(results[a.name] for a in found.partition.residuals), do
+            )
         torch.cuda.synchronize()
     finally:
         for name, launch in kept.items():

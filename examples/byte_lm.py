@@ -374,18 +374,14 @@ def plot(directory: Path) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m examples.byte_lm", description=__doc__.partition("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m examples.byte_lm", description=__doc__.partition("\n")[0])
     parser.add_argument("--attention", choices=KINDS, help="train with this attention")
     parser.add_argument("--steps", type=int, default=Training.steps)
     parser.add_argument("--batch", type=int, default=Training.batch, help="windows per step")
     parser.add_argument("--seed", type=int, default=Training.seed)
     parser.add_argument("--tiny", action="store_true", help="2 layers, width 64, context 256")
     parser.add_argument("--device", help="default: a GPU if there is one")
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS, help="directory of the JSON files and the picture"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the JSON files and the picture")
     parser.add_argument("--plot", action="store_true", help="draw the picture from the JSON files")
     given = parser.parse_args(arguments)
     if given.attention is None and not given.plot:

@@ -71,8 +71,6 @@ def main(length: int | None, steps: int) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--length", type=int, help="bytes of text; 160, on a GPU 4096")
-    parser.add_argument(
-        "--steps", type=int, default=10, help="training steps of the model before the reading"
-    )
+    parser.add_argument("--steps", type=int, default=10, help="training steps of the model before the reading")
     given = parser.parse_args()
     sys.exit(main(given.length, given.steps))

@@ -49,7 +49,7 @@ _HOME = {
     "Library": "pipeline",
     "verify": "pipeline",
 }
-__all__ = ["__version__", *_HOME]  # noqa: PLE0604
+__all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
     from splagen.errors import SplagenError as SplagenError

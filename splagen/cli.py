@@ -126,25 +126,17 @@ def verify(
         for r in rows:
             shown = ", ".join(map(str, r.shape))
             table.add_row(r.quantity, shown, r.dtype, f"{r.error:.1e}", f"{r.limit:.0e}", _mark(r.ok))
-        listed = [
-            asdict(r) | {"error": r.error if math.isfinite(r.error) else None, "ok": r.ok} for r in rows
-        ]
+        listed = [asdict(r) | {"error": r.error if math.isfinite(r.error) else None, "ok": r.ok} for r in rows]
         _print({"name": made.name, "device": place, "ok": not wrong, "rows": listed}, as_json, table)
         if wrong:
-            raise WrongResult(
-                f"{len(wrong)} of {len(rows)} comparisons with the oracle are beyond their limits"
-            )
+            raise WrongResult(f"{len(wrong)} of {len(rows)} comparisons with the oracle are beyond their limits")
 
 
 @app.command(name="compile")
 def compile_command(
     spec: SpecFile,
-    target: Annotated[
-        list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; repeatable; all.")
-    ] = None,
-    dtype: Annotated[
-        list[str] | None, typer.Option(metavar="|".join(DTYPES), help="Repeatable; bf16.")
-    ] = None,
+    target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; repeatable; all.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(metavar="|".join(DTYPES), help="Repeatable; bf16.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Compilers side by side; one per CPU.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -249,9 +241,7 @@ def _device(name: str, gpu: bool) -> str:
         return "cuda" if gpu else "cpu"
     _pick("device", name, {"cuda": 0, "cpu": 0})
     if name == "cuda" and not gpu:
-        raise InputError(
-            "--device cuda: torch finds no GPU here", "leave --device out, or look at `splagen doctor`"
-        )
+        raise InputError("--device cuda: torch finds no GPU here", "leave --device out, or look at `splagen doctor`")
     return name
 
 

@@ -95,9 +95,7 @@ def _gpu() -> Iterator[Check]:
         name = torch.cuda.get_device_name()
         yield Check("gpu", f"{torch.cuda.device_count()} x {name}, capability {major}.{minor}, {built}")
     else:
-        hint = (
-            "kernels run in Triton's interpreter (float32 and float16, slowly) and compile for every target"
-        )
+        hint = "kernels run in Triton's interpreter (float32 and float16, slowly) and compile for every target"
         yield Check("gpu", "none found", "warning", hint)
     triton = _version("triton") or "0"
     if not MISCOMPILES[0] <= numbers(triton) < MISCOMPILES[1]:
@@ -117,9 +115,7 @@ def _cache() -> Check:
         with tempfile.TemporaryFile(dir=folder):
             return Check("cache", str(folder))
     except OSError as error:
-        return Check(
-            "cache", f"{folder}: {error}", "bad", "set SPLAGEN_CACHE_DIR to a folder that can be written"
-        )
+        return Check("cache", f"{folder}: {error}", "bad", "set SPLAGEN_CACHE_DIR to a folder that can be written")
 
 
 def _templates() -> Check:
@@ -146,7 +142,5 @@ def _interpreter() -> Check:
             return Check("interpreter", "a small kernel does not end", "bad")
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return Check(
-            "interpreter", reason, "bad", "triton 3.6 needs numpy before 2.4: pip install 'numpy<2.4'"
-        )
+        return Check("interpreter", reason, "bad", "triton 3.6 needs numpy before 2.4: pip install 'numpy<2.4'")
     return Check("interpreter", "runs a small kernel")

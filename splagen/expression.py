@@ -102,9 +102,7 @@ def check_expression(expr: sp.Basic, names: Iterable[str]) -> sp.Basic:
     """
     allowed = frozenset(names)
     if not isinstance(expr, sp.Basic):
-        raise ExpressionError(
-            f"{expr!r} is not a sympy expression", "wrap a number in sympy.Integer or Rational"
-        )
+        raise ExpressionError(f"{expr!r} is not a sympy expression", "wrap a number in sympy.Integer or Rational")
     if expr.has(sp.ITE):
         expr = _without_ite(expr)
     changes: dict[sp.Basic, sp.Basic] = {}

@@ -90,9 +90,7 @@ def parse(source: str, names: Iterable[str]) -> sp.Basic:
     allowed = frozenset(names)
     for name in sorted(allowed):
         if not name.isidentifier() or keyword.iskeyword(name) or name in RESERVED:
-            raise ExpressionError(
-                f"{name!r} cannot name a symbol", "use an identifier that is no function's name"
-            )
+            raise ExpressionError(f"{name!r} cannot name a symbol", "use an identifier that is no function's name")
     if not isinstance(source, str):
         raise ExpressionError(f"an expression is text, not {type(source).__name__}", "quote it")
     if len(source) > MAX_TEXT:
@@ -167,9 +165,7 @@ class _Reader:
     def number(self, node: ast.expr, depth: int) -> sp.Expr:
         value = self.read(node, depth)
         if is_condition(value):
-            raise self.refuse(
-                f"condition `{value}` stands where a number belongs", "use where(condition, 1, 0)"
-            )
+            raise self.refuse(f"condition `{value}` stands where a number belongs", "use where(condition, 1, 0)")
         return value
 
     def condition(self, node: ast.expr, depth: int) -> sp.Basic:
@@ -264,9 +260,7 @@ class _Reader:
         if not expr.free_symbols and not expr.is_Rational:
             value = evaluate(expr, {})
             if not abs(value) <= MAX_VALUE:
-                raise self.refuse(
-                    f"a constant that is no number below {MAX_VALUE:g}", "rescale the expression"
-                )
+                raise self.refuse(f"a constant that is no number below {MAX_VALUE:g}", "rescale the expression")
             # To tell such a sum from 0, sympy computes a minimal polynomial, whose degree may be anything.
             if expr.is_Add and abs(value) < 1e-9 * sum(abs(evaluate(t, {})) for t in expr.args):
                 raise self.refuse(f"the constant `{expr}` nearly cancels", "write the number that is meant")

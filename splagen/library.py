@@ -128,24 +128,16 @@ class FeatureMap:
         for flag in ("softmax", "non_negative"):
             if not isinstance(getattr(self, flag), bool):
                 raise SpecError(f"feature_map.{flag} is {getattr(self, flag)!r}", "true or false")
-        object.__setattr__(
-            self, "expression", _canonical(self.expression, ("x",), "x", "feature_map.expression")
-        )
+        object.__setattr__(self, "expression", _canonical(self.expression, ("x",), "x", "feature_map.expression"))
         object.__setattr__(self, "non_negative", self.non_negative or self.softmax)
         expr = self.expr
         if expr.has(sp.oo, -sp.oo):
-            raise ExpressionError(
-                f"feature_map.expression has an infinite arm: {self.expression}", "make it finite"
-            )
+            raise ExpressionError(f"feature_map.expression has an infinite arm: {self.expression}", "make it finite")
         if self.non_negative and not self.softmax:
-            bad = [
-                x for x in (-8.0, -2.0, -0.5, -0.01, 0.01, 0.5, 2.0, 8.0) if not evaluate(expr, {"x": x}) >= 0
-            ]
+            bad = [x for x in (-8.0, -2.0, -0.5, -0.01, 0.01, 0.5, 2.0, 8.0) if not evaluate(expr, {"x": x}) >= 0]
             if bad:
                 hint = "drop non_negative, or square it or take relu"
-                raise SpecError(
-                    f"feature_map.non_negative: {self.expression} is not >= 0 at x = {bad[0]}", hint
-                )
+                raise SpecError(f"feature_map.non_negative: {self.expression} is not >= 0 at x = {bad[0]}", hint)
 
     @property
     def expr(self) -> sp.Expr:
@@ -159,9 +151,7 @@ class FeatureMap:
     def __call__(self, x: sp.Expr | float) -> sp.Expr:
         """The elementwise map at an expression, so that `lambda x: relu(x) ** 2` is a formula."""
         if self.softmax or self.signs == 2:
-            raise ExpressionError(
-                f"{self.name} is not elementwise", "use identity, relu, elu1 or exp in a formula"
-            )
+            raise ExpressionError(f"{self.name} is not elementwise", "use identity, relu, elu1 or exp in a formula")
         return self.expr.xreplace({symbol("x"): sp.sympify(x, strict=True)})
 
 
@@ -173,9 +163,7 @@ exp = FeatureMap("exp(x)", non_negative=True, name="exp")
 softmax = FeatureMap("x", softmax=True, name="softmax")
 hedgehog = FeatureMap("x", signs=2, softmax=True, name="hedgehog")
 
-FEATURE_MAPS: dict[str, FeatureMap] = {
-    m.name: m for m in (identity, relu, relu2, elu1, exp, softmax, hedgehog)
-}
+FEATURE_MAPS: dict[str, FeatureMap] = {m.name: m for m in (identity, relu, relu2, elu1, exp, softmax, hedgehog)}
 
 
 def feature_map(
@@ -199,9 +187,7 @@ def feature_map(
     """
     complete = isinstance(source, (FeatureMap, str))
     if complete and (signs != 1 or softmax or non_negative):
-        raise SpecError(
-            f"feature_map: options given together with {source!r}", "give a formula and the options"
-        )
+        raise SpecError(f"feature_map: options given together with {source!r}", "give a formula and the options")
     if isinstance(source, FeatureMap):
         return source
     if isinstance(source, str):
@@ -269,9 +255,7 @@ class Metric:
                 raise SpecError(f"metric.clamp is {self.clamp!r}: a cumulant of order 2 needs one", hint)
             object.__setattr__(self, "clamp", float(self.clamp or 0))
         elif self.clamp is not None:
-            raise SpecError(
-                f"metric.clamp is {self.clamp!r}", "only a cumulant of order 2 takes a clamp: drop it"
-            )
+            raise SpecError(f"metric.clamp is {self.clamp!r}", "only a cumulant of order 2 takes a clamp: drop it")
 
 
 def taylor(order: Literal[1, 2] = 2, covariance: Literal["none", "diag"] | None = None) -> Metric:
@@ -337,9 +321,7 @@ class ScoreFunction:
             raise SpecError(f"score.name is {self.name!r}", "an identifier such as softcap")
         object.__setattr__(self, "expression", _canonical(self.expression, _SCORE, "s", "score.expression"))
         if self.expr.has(sp.oo):
-            raise ExpressionError(
-                f"score.expression gives oo: {self.expression}", "use a large number; -oo masks"
-            )
+            raise ExpressionError(f"score.expression gives oo: {self.expression}", "use a large number; -oo masks")
         object.__setattr__(self, "masks", self.expr.has(-sp.oo))
 
     @property

@@ -129,7 +129,11 @@ class Oracle:
         chunk = {}
         for n, x in here.items():
             v = known[n]
-            chunk[n] = Blocked(self.definition, x.shape[0], 1, blocked.sizes["h"]).to_axes(v, x) if "T" in v.axes else blocked.to_axes(v, x)
+            chunk[n] = (
+                Blocked(self.definition, x.shape[0], 1, blocked.sizes["h"]).to_axes(v, x)
+                if "T" in v.axes
+                else blocked.to_axes(v, x)
+            )
         assert self.chosen is not None
         given = {self.chosen.out.name: blocked.mask(block_indices[:, :, row : row + 1])}
         outputs = list(self.definition.outputs)
@@ -192,9 +196,7 @@ class Oracle:
             return {}
         sizes = blocked.sizes | {"T": stop - start}
         scalars = {"L": blocked.length, "Hkv": sizes["h"]}
-        return evaluate(
-            program, chunk, scalars=scalars, sizes=sizes, offsets={"T": start}, given=given, wanted=wanted
-        )
+        return evaluate(program, chunk, scalars=scalars, sizes=sizes, offsets={"T": start}, given=given, wanted=wanted)
 
 
 def _terms(program: Program, gradient: Var) -> list[Var]:

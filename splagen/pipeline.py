@@ -42,7 +42,7 @@ class Library:
 
     @property
     def op(self) -> Callable[..., Any]:
-        """The op: o = op(q, k, v, ...)."""
+        """The differentiable torch op of the spec."""
         return getattr(self.module, self.spec.name)  # type: ignore[no-any-return]
 
 
@@ -118,7 +118,8 @@ def _imported(path: Path) -> ModuleType:
     key = path.read_text()
     if key not in _modules:
         found = importlib.util.spec_from_file_location(path.stem, path)
-        assert found is not None and found.loader is not None
+        assert found is not None
+        assert found.loader is not None
         module = importlib.util.module_from_spec(found)
         sys.modules[path.stem] = module
         found.loader.exec_module(module)

@@ -11,7 +11,10 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """Folder of generated kernels and tuned schedules: SPLAGEN_CACHE_DIR, else splagen/ in the user's cache; not created here."""
+    """Folder of generated kernels and tuned schedules; not created here.
+
+    SPLAGEN_CACHE_DIR, else splagen/ in the user's cache.
+    """
     if chosen := os.environ.get("SPLAGEN_CACHE_DIR"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "splagen"

@@ -141,9 +141,7 @@ class Residual:
         _one_of("linear.temperature", self.temperature, (False, True))
         _one_of("linear.normaliser", self.normaliser, (False, True))
         if self.normaliser and not self.feature_map.non_negative:
-            what = (
-                f"linear.normaliser with linear.feature_map {self.feature_map.expression}, which may be < 0"
-            )
+            what = f"linear.normaliser with linear.feature_map {self.feature_map.expression}, which may be < 0"
             raise SpecError(what, "use hedgehog, softmax, relu, relu2, elu1 or exp, or declare non_negative")
 
 
@@ -220,9 +218,7 @@ class SPLASpec:
         object.__setattr__(self, "scale", float(self.scale))
         if callable(self.score):
             object.__setattr__(self, "score", score_function(self.score))
-        _is_a(
-            "score", self.score, (ScoreFunction, type(None)), "softcap(), alibi(), score_function() or None"
-        )
+        _is_a("score", self.score, (ScoreFunction, type(None)), "softcap(), alibi(), score_function() or None")
         _is_a("select", self.select, (Select, type(None)), "Select(), or None for dense attention")
         _is_a("linear", self.linear, (Residual, type(None)), "Residual(), or None")
         _is_a("numerics", self.numerics, (Numerics,), "Numerics()")
@@ -233,15 +229,11 @@ class SPLASpec:
         branches = ("none",) if self.linear is None else ("add", "rms", "rms_residual", "gate")
         _one_of("combine", self.combine, branches)
         if self.select is None and self.linear is not None:
-            raise SpecError(
-                "linear is set but select is None: nothing is left over", "set linear to None too"
-            )
+            raise SpecError("linear is set but select is None: nothing is left over", "set linear to None too")
         if self.select is None and self.dense_below:
             raise SpecError("dense_below is set but select is None: it is dense already", "set dense_below=0")
         if self.linear is not None and self.score is not None and self.score.masks:
-            what = (
-                f"score {self.score.name} masks keys (-oo), which the residual of linear would still contain"
-            )
+            what = f"score {self.score.name} masks keys (-oo), which the residual of linear would still contain"
             raise SpecError(what, "set linear to None, or use a score function without -oo")
 
 
@@ -288,9 +280,7 @@ def from_toml(text: str) -> SPLASpec:
     try:
         values = _toml.loads(text)
     except (ValueError, TypeError, RecursionError) as error:
-        raise SpecError(
-            f"not a TOML file: {error}", "compare it with the output of to_toml(SPLASpec())"
-        ) from None
+        raise SpecError(f"not a TOML file: {error}", "compare it with the output of to_toml(SPLASpec())") from None
     made = _build("", SPLASpec, values)
     assert isinstance(made, SPLASpec)
     return made
@@ -333,9 +323,7 @@ def read_spec(path: str | Path) -> SPLASpec:
 
 def canonical(spec: SPLASpec) -> str:
     """Sorted JSON of every field, floats by repr: equal text means equal specs, on every machine."""
-    return json.dumps(
-        {"kind": "spla", **_plain(spec)}, sort_keys=True, separators=(",", ":"), allow_nan=False
-    )
+    return json.dumps({"kind": "spla", **_plain(spec)}, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def digest(spec: SPLASpec) -> str:

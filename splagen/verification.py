@@ -56,7 +56,8 @@ class Report:
         for r in self.rows:
             if not r.ok:
                 raise WrongResult(
-                    f"{self.name}: {r.quantity} at (B, Hq, L) = {r.shape}, {r.dtype}: error {r.error:.2e} > {r.limit:.0e}",
+                    f"{self.name}: {r.quantity} at (B, Hq, L) = {r.shape}, {r.dtype}: "
+                    f"error {r.error:.2e} > {r.limit:.0e}",
                     hint="report it with the spec, the GPU and the versions that `splagen doctor` prints",
                 )
 
@@ -87,7 +88,7 @@ def verify(
 def random_inputs(
     oracle: Oracle, shape: tuple[int, int, int], dtype: torch.dtype, device: str | torch.device, seed: int
 ) -> dict[str, Tensor]:
-    """Normal inputs and cotangents of an op by name; blocks of keys differ by a drift, so that selection has a meaning."""
+    """Normal inputs and cotangents of an op by name; a drift tells blocks of keys apart, for the selection."""
     batch, heads, length = shape
     part, definition = oracle.partition, oracle.definition
     sizes = {a: e for a, e in definition.axes if isinstance(e, int)}

@@ -173,15 +173,11 @@ def test_show_a_kernel() -> None:
 
 
 def _report(error: float) -> Report:
-    return Report(
-        "small", (Row("o", (1, 2, 99), "float32", 1e-7, 1e-5), Row("dq", (1, 2, 99), "float32", error, 1e-5))
-    )
+    return Report("small", (Row("o", (1, 2, 99), "float32", 1e-7, 1e-5), Row("dq", (1, 2, 99), "float32", error, 1e-5)))
 
 
 @pytest.mark.parametrize(("error", "status"), [(2e-6, 0), (0.5, 1), (math.nan, 1), (math.inf, 1)])
-def test_verify_exits_with_one_if_a_number_is_wrong(
-    error: float, status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_verify_exits_with_one_if_a_number_is_wrong(error: float, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
     def verify(library: pipeline.Library, **given: Any) -> Report:
@@ -204,9 +200,7 @@ def test_verify_exits_with_one_if_a_number_is_wrong(
 @pytest.mark.parametrize("error", [None, "ptxas: unknown instruction"])
 def test_compile_exits_with_one_if_a_kernel_fails(error: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     schedule = {"BLOCK_M": 16, "num_warps": 4, "num_stages": 1}
-    row = Built(
-        "rows", "sm_90", "bf16", schedule, registers=40, shared=0, spilled=0, seconds=1.0, error=error
-    )
+    row = Built("rows", "sm_90", "bf16", schedule, registers=40, shared=0, spilled=0, seconds=1.0, error=error)
     monkeypatch.setattr(ahead_of_time, "compile_module", lambda *_, **__: [row])
     result = run("compile", SMALL)
     assert result.exit_code == (1 if error else 0)
@@ -235,9 +229,7 @@ def test_doctor_finds_this_machine_fit() -> None:
     assert found["interpreter"]["status"] == "good"
 
 
-def test_doctor_exits_with_one_if_splagen_cannot_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_doctor_exits_with_one_if_splagen_cannot_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_interpreter", lambda: doctor.Check("interpreter", "not tried"))
     (tmp_path / "plain").write_text("")
     monkeypatch.setenv("SPLAGEN_CACHE_DIR", str(tmp_path / "plain" / "cache"))

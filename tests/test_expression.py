@@ -214,9 +214,7 @@ def numbers():
 
 def compound(inner):
     pair = st.tuples(inner, inner)
-    comparison = st.builds(
-        lambda f, p: f(*p), st.sampled_from([sp.Lt, sp.Le, sp.Gt, sp.Ge, sp.Eq, sp.Ne]), pair
-    )
+    comparison = st.builds(lambda f, p: f(*p), st.sampled_from([sp.Lt, sp.Le, sp.Gt, sp.Ge, sp.Eq, sp.Ne]), pair)
     condition = st.one_of(
         comparison,
         st.builds(sp.And, comparison, comparison),
@@ -229,9 +227,7 @@ def compound(inner):
         pair.map(lambda p: p[0] - p[1]),
         pair.map(lambda p: p[0] * p[1]),
         st.builds(lambda x, e: x**e, inner, exponents),
-        st.builds(
-            lambda f, x: f(x), st.sampled_from([sp.exp, sp.log, sp.tanh, log1p, relu, absolute, silu]), inner
-        ),
+        st.builds(lambda f, x: f(x), st.sampled_from([sp.exp, sp.log, sp.tanh, log1p, relu, absolute, silu]), inner),
         st.builds(lambda f, p: f(*p), st.sampled_from([maximum, minimum]), pair),
         st.builds(where, condition, inner, inner),
     )
@@ -313,8 +309,6 @@ def test_text_does_not_depend_on_the_hash_seed():
     seen = set()
     for seed in ("0", "1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
-        ran = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, check=True
-        )
+        ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=True)
         seen.add(ran.stdout)
     assert len(seen) == 1

@@ -25,16 +25,12 @@ SPECS = {
         value_dim=64,
         group_size=2,
         causal=False,
-        select=Select(
-            granularity="tile", tile=64, statistics=Statistics(cell=16), metric=lib.cumulant(clamp=8.0)
-        ),
+        select=Select(granularity="tile", tile=64, statistics=Statistics(cell=16), metric=lib.cumulant(clamp=8.0)),
         linear=Residual(lib.elu1, temperature=True, normaliser=True),
         combine="gate",
         name="tile",
     ),
-    "softcap": SPLASpec(
-        head_dim=64, group_size=2, select=None, linear=None, score=lib.softcap(30.0), name="softcap"
-    ),
+    "softcap": SPLASpec(head_dim=64, group_size=2, select=None, linear=None, score=lib.softcap(30.0), name="softcap"),
 }
 
 
@@ -55,7 +51,7 @@ def test_golden(name: str, request: pytest.FixtureRequest) -> None:
 
 
 def test_there_are_exactly_four_golden_files() -> None:
-    assert {p.name for p in GOLDEN.iterdir()} == {f"{name}.py.txt" for name in SPECS}
+    assert {p.name for p in GOLDEN.glob("*")} == {f"{name}.py.txt" for name in SPECS}
 
 
 def run(code: str, *arguments: str, path: Path | None = ROOT, **environment: str) -> str:

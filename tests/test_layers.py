@@ -48,12 +48,7 @@ def exports(package: str, root: Path = ROOT) -> dict[str, str]:
     if not file.exists():
         return {}
     froms = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
-    return {
-        alias.asname or alias.name: node.module or ""
-        for node in froms
-        if node.level == 0
-        for alias in node.names
-    }
+    return {alias.asname or alias.name: node.module or "" for node in froms if node.level == 0 for alias in node.names}
 
 
 def imports(file: Path, root: Path = ROOT) -> Iterator[tuple[str, int]]:
@@ -133,9 +128,7 @@ def test_importing_splagen_loads_no_triton_and_no_cuda() -> None:
         "torch = sys.modules.get('torch')\n"
         "assert torch is None or not torch.cuda.is_initialized(), 'CUDA was initialised'\n"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    result = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
 
 

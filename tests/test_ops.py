@@ -88,9 +88,7 @@ def backward_arguments(module: ModuleType, spec: SPLASpec, given: dict[str, Tens
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_opcheck_through_the_oracle(
-    name: str, make: Callable[[SPLASpec], Library], device: torch.device
-) -> None:
+def test_opcheck_through_the_oracle(name: str, make: Callable[[SPLASpec], Library], device: torch.device) -> None:
     spec = SPECS[name]
     module = make(spec).module
     given = tensors(spec, 37, torch.float64, device)
@@ -101,9 +99,7 @@ def test_opcheck_through_the_oracle(
 
 
 @pytest.mark.parametrize("name", ["dense", "rms temperature"])
-def test_opcheck_through_the_interpreter(
-    name: str, make: Callable[[SPLASpec], Library], device: torch.device
-) -> None:
+def test_opcheck_through_the_interpreter(name: str, make: Callable[[SPLASpec], Library], device: torch.device) -> None:
     spec = SPECS[name]
     module = make(spec).module
     given = tensors(spec, 19, torch.float32, device)
@@ -172,9 +168,7 @@ def check_compiled(
 
 
 @pytest.mark.parametrize("name", ["dense", "rms temperature", "gate normaliser"])
-def test_one_compilation_for_all_lengths(
-    name: str, make: Callable[[SPLASpec], Library], device: torch.device
-) -> None:
+def test_one_compilation_for_all_lengths(name: str, make: Callable[[SPLASpec], Library], device: torch.device) -> None:
     from torch._dynamo.backends.debugging import aot_eager
 
     check_compiled(make(SPECS[name]), aot_eager, torch.float64, [37, 20, 64, 51], device)
@@ -221,9 +215,7 @@ def test_autocast_on_the_gpu(name: str, make: Callable[[SPLASpec], Library], dev
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_activation_checkpointing(
-    name: str, make: Callable[[SPLASpec], Library], device: torch.device
-) -> None:
+def test_activation_checkpointing(name: str, make: Callable[[SPLASpec], Library], device: torch.device) -> None:
     spec = SPECS[name]
     library = make(spec)
     given = tensors(spec, 37, torch.float64, device)
@@ -250,9 +242,7 @@ def strided(x: Tensor, how: str) -> Tensor:
 
 @pytest.mark.parametrize("how", ["heads first", "batch inside", "slice", "every other position", "one head"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["oracle", "interpreter"])
-def test_strides(
-    how: str, dtype: torch.dtype, make: Callable[[SPLASpec], Library], device: torch.device
-) -> None:
+def test_strides(how: str, dtype: torch.dtype, make: Callable[[SPLASpec], Library], device: torch.device) -> None:
     spec = SPECS["sparse"]
     library = make(spec)
     given = tensors(spec, 35 if dtype == torch.float64 else 18, dtype, device, batch=2)
@@ -311,9 +301,7 @@ def test_query_chunks_bound_memory_and_change_nothing(
     assert all(scores <= limit or tiles == 1 for scores, tiles in seen)
 
 
-def test_the_kernels_and_the_oracle_are_the_same_op(
-    make: Callable[[SPLASpec], Library], device: torch.device
-) -> None:
+def test_the_kernels_and_the_oracle_are_the_same_op(make: Callable[[SPLASpec], Library], device: torch.device) -> None:
     spec = SPECS["rms temperature"]
     library = make(spec)
     exact = tensors(spec, 35, torch.float32, device)
@@ -369,9 +357,7 @@ BAD: dict[str, tuple[Callable[[], list[Any]], str, str]] = {
     "device": (lambda: [rows()[0], rows()[1].to("meta"), rows()[2]], "k is on meta", "move it"),
     "strided last dimension": (turned, "the last dimension of k", ".contiguous()"),
     "too many heads": (
-        lambda: [
-            torch.zeros(1, 1, 1, 16).expand(n, 1, h, 16) for n, h in ((16384, 4), (16384, 2), (16384, 2))
-        ],
+        lambda: [torch.zeros(1, 1, 1, 16).expand(n, 1, h, 16) for n, h in ((16384, 4), (16384, 2), (16384, 2))],
         "B * Hq = 65536",
         "65535",
     ),

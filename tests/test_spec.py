@@ -39,9 +39,7 @@ def test_equal_text_means_equal_specs(one, other):
 
 
 def test_digest_does_not_depend_on_the_hash_seed(tmp_path):
-    spec = SPLASpec(
-        linear=Residual(lambda x: library.relu(x) ** 2 + x * library.silu(x)), score=library.alibi()
-    )
+    spec = SPLASpec(linear=Residual(lambda x: library.relu(x) ** 2 + x * library.silu(x)), score=library.alibi())
     path = tmp_path / "spec.toml"
     path.write_text(to_toml(spec))
     program = f"from splagen.spec import digest, read_spec; print(digest(read_spec({str(path)!r})))"
@@ -166,9 +164,7 @@ def test_readme_spec():
         head_dim=128,
         group_size=16,
         causal=True,
-        select=Select(
-            block_size=64, budget=13, sinks=1, local=1, metric=library.taylor(order=2, covariance="diag")
-        ),
+        select=Select(block_size=64, budget=13, sinks=1, local=1, metric=library.taylor(order=2, covariance="diag")),
         linear=Residual(feature_map=lambda x: library.relu(x)),
         combine="rms",
     )

@@ -1,0 +1,1 @@
+"""From Programs to kernels: partition, regions, templates, schedules, generated files."""

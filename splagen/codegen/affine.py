@@ -72,7 +72,7 @@ def terms(predicate: sp.Basic) -> list[Term]:
 
 
 def negation(predicate: sp.Basic) -> sp.Basic:
-    """not P with the negation pushed to the comparisons."""
+    """Not P with the negation pushed to the comparisons."""
     match predicate:
         case sp.Or():
             return sp.And(*(negation(p) for p in predicate.args))

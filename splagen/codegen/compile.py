@@ -103,18 +103,13 @@ def compile_module(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-        rows = [
-            _row(k, arch, dtype, s, f.result())
-            for (k, arch, dtype, s), f in zip(wanted, futures, strict=True)
-        ]
+        rows = [_row(k, arch, dtype, s, f.result()) for (k, arch, dtype, s), f in zip(wanted, futures, strict=True)]
     return rows + _undescribed(Path(path), part)
 
 
 def raise_if_failed(rows: Sequence[Built]) -> None:
     """Raise CompileError that lists the rows without machine code."""
-    failed = [
-        f"{r.kernel} for {r.arch} in {r.dtype} with {dict(r.schedule)}: {r.error}" for r in rows if not r.ok
-    ]
+    failed = [f"{r.kernel} for {r.arch} in {r.dtype} with {dict(r.schedule)}: {r.error}" for r in rows if not r.ok]
     if failed:
         raise CompileError(f"{len(failed)} of {len(rows)} kernels do not compile:\n" + "\n".join(failed))
 
@@ -137,8 +132,7 @@ def _undescribed(path: Path, part: Partition) -> list[Built]:
     known = {f"{k.name}_kernel" for k in part.kernels}
     loose = [n for n in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE) if n not in known]
     return [
-        Built(n.removesuffix("_kernel"), "", "", {}, error="not part of the partition: not compiled")
-        for n in loose
+        Built(n.removesuffix("_kernel"), "", "", {}, error="not part of the partition: not compiled") for n in loose
     ]
 
 

@@ -31,9 +31,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     kernel = getattr(_module(job["module"]), job["kernel"])
     types, constants = job["types"], job["constants"]
     if list(kernel.arg_names) != list(types):
-        raise TypeError(
-            f"its arguments are {', '.join(kernel.arg_names)}; the launcher gives {', '.join(types)}"
-        )
+        raise TypeError(f"its arguments are {', '.join(kernel.arg_names)}; the launcher gives {', '.join(types)}")
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if name in job["aligned"]}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
     start = time.perf_counter()
@@ -81,9 +79,7 @@ def _nvidia(cubin: bytes) -> dict[str, int | None]:
 
 
 def _amd(assembly: str) -> dict[str, int | None]:
-    found = dict(
-        re.findall(r"^\s*\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", assembly, re.MULTILINE)
-    )
+    found = dict(re.findall(r"^\s*\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", assembly, re.MULTILINE))
     registers, scratch = found.get("vgpr_count"), found.get("private_segment_fixed_size")
     return {"registers": registers and int(registers), "spilled": scratch and int(scratch)}
 

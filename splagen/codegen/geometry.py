@@ -21,6 +21,8 @@ from splagen.ir.program import Iota, Program, Var
 QUERY_AXES = frozenset({"T", "m"})
 KEY_AXES = frozenset({"J", "C", "n"})
 FEATURE_AXES = ("s", "d", "e")
+
+
 @dataclass(frozen=True)
 class Geometry:
     """The integer extents of a program's axes by role."""
@@ -125,7 +127,7 @@ def is_state(v: Var) -> bool:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one side of the attention in a kernel whose tiles have rank 2 (rows, features) or 3 (rows, s, features)."""
+    """Rows of one side of the attention, in tiles of rank 2 (rows, features) or 3 (rows, s, features)."""
 
     geometry: Geometry
     side: str  # "query" or "key"
@@ -227,4 +229,3 @@ def array_of(v: Var, geometry: Geometry, *, internal: bool, dtype: str | None = 
     else:
         layout = "key_rows"
     return Array(v.name, layout, features, width, kind, internal)  # type: ignore[arg-type]
-

@@ -1,4 +1,4 @@
-"""What a kernel is before it is text: arrays in and out, the equations it covers, and the source that fills its holes."""
+"""What a kernel is before it is text: arrays, the equations that it covers, the source that fills its holes."""
 
 from __future__ import annotations
 

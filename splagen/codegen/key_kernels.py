@@ -30,13 +30,18 @@ def dkv_kernel(walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var]
     covers: dict[Equation, None] = {}
     loops, keys_used = [], {}
     setup, count, forced_tile = walk.forced("T", {"J": "j", "L": "L"}, "nT", "i")
-    kinds = [("queries that see the block by position", walk.forced_facts, forced_tile, "start", "tl.minimum(stop, forced)")]
+    kinds = [
+        ("queries that see the block by position", walk.forced_facts, forced_tile, "start", "tl.minimum(stop, forced)")
+    ]
     chosen = {"setup": "", "count": "0"}
     if walk.chosen:
         first = "tl.load(work_offsets_ptr + bh * (nJ + 1) + j)"
-        chosen["setup"] = f"chosen_first = {first}\nchosen = tl.load(work_offsets_ptr + bh * (nJ + 1) + j + 1) - chosen_first"
+        chosen["setup"] = (
+            f"chosen_first = {first}\nchosen = tl.load(work_offsets_ptr + bh * (nJ + 1) + j + 1) - chosen_first"
+        )
         chosen["count"] = "chosen"
-        load = "tl.load(work_tiles_ptr + bh * nT * BUDGET + chosen_first + i - forced, mask=row < last, other=0).to(tl.int64)"
+        at = "work_tiles_ptr + bh * nT * BUDGET + chosen_first + i - forced"
+        load = f"tl.load({at}, mask=row < last, other=0).to(tl.int64)"
         kinds.append(("queries that chose the block", walk.chosen_facts, load, "tl.maximum(start, forced)", "stop"))
     lines: list[str] = []
     for title, facts, tile_source, start, stop in kinds:
@@ -57,7 +62,9 @@ def dkv_kernel(walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var]
         for v in (*used, *scalars):
             if v not in available:
                 like = program.inputs[0].name
-                prologue += query_rows.operand(v, piece.names[v], like) if features_of(v) else [f"{v.name} = {piece.names[v]}"]
+                prologue += (
+                    query_rows.operand(v, piece.names[v], like) if features_of(v) else [f"{v.name} = {piece.names[v]}"]
+                )
         loops.append({
             "title": title,
             "first": start,
@@ -73,7 +80,10 @@ def dkv_kernel(walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var]
         array = available[v]
         arrays[array.name] = array
         lines.append(f"{v.name} = {key_side.load(array)}  # [BLOCK_N, {array.width[0]}]")
-    outputs, stores = {}, ["at = (bh * SEGMENTS + segment) * BLOCK + tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)"]
+    outputs, stores = (
+        {},
+        ["at = (bh * SEGMENTS + segment) * BLOCK + tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)"],
+    )
     totals = accumulators(sums)
     covers.update(dict.fromkeys(eq for eq in backward if eq.out in totals))
     for v in totals:
@@ -126,7 +136,7 @@ def merge_kernel(
         {
             "name": v.name,
             "shape": f"(BLOCK_N, {a.width[0]})",
-            "source": f"{a.name}_ptr + ((bh * SEGMENTS + segment) * BLOCK + key[:, None]) * {a.width[0]} + {''.join(a.features)}[None, :]",
+            "source": f"{a.name}_ptr + (at + key[:, None]) * {a.width[0]} + {''.join(a.features)}[None, :]",
         }
         for v, a in parts.items()
     ]
@@ -135,7 +145,7 @@ def merge_kernel(
     return Kernel(
         "merge_segments",
         "merge_segments",
-        piece.equations,
+        (*(program.definitions[v] for v in parts), *piece.equations),
         tuple(inputs.values()),
         tuple(a for _, a in outputs),
         holes,

@@ -7,7 +7,7 @@ import hashlib
 import sympy as sp
 
 from splagen.codegen.affine import Interval
-from splagen.codegen.geometry import Geometry
+from splagen.codegen.geometry import Geometry, is_parameter
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.partition import Partition
 from splagen.codegen.predicates import T
@@ -138,11 +138,12 @@ def _backward(part: Partition, geometry: Geometry, given: set[str]) -> str:
                 return f"{a.name}.sum(0).reshape(n.Hkv, -1).sum(1)"
             return f"{a.name}.sum(0)[:, : {geometry.size(data[-1])}].contiguous()"
         eq = definitions[v]
-        assert isinstance(eq.op, Map) and isinstance(eq.op.expr, sp.Add)
+        assert isinstance(eq.op, Map)
+        assert isinstance(eq.op.expr, sp.Add)
         return " + ".join(total(x) for x in eq.args)
 
     for name, v in part.gradients:
-        if v.name in partials or isinstance(definitions.get(v) and definitions[v].op, Map) and not v.axes[:1] == ("b",):
+        if v.name in partials or is_parameter(v):
             finish.append(f"d_{name} = ({total(v)}).to({name}.dtype)")
             results.append(f"d_{name}")
         elif any(a.name == name and a.layout == "query_scalars" for a in part.inputs):

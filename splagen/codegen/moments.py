@@ -40,9 +40,7 @@ def predicate(program: Program, v: Var, places: dict[tuple[str, ...], sp.Expr]) 
     raise PartitionError(f"`{v}` is not a predicate over {', '.join(' '.join(a) for a in places)}")
 
 
-def offsets(
-    program: Program, mask: Var, places: dict[tuple[str, ...], sp.Expr], origin: sp.Expr
-) -> tuple[int, int]:
+def offsets(program: Program, mask: Var, places: dict[tuple[str, ...], sp.Expr], origin: sp.Expr) -> tuple[int, int]:
     """(first, count) of a mask that holds where origin + first <= THERE < origin + first + count."""
     found = intervals(predicate(program, mask, places), THERE, {})
     if len(found) == 1 and len(found[0].lows) == len(found[0].highs) == 1 and not found[0].guards:
@@ -115,9 +113,7 @@ class Moments:
         first, count = offsets(self.program, masks[0], places, HERE)
         sums = sp.Poly(self.of(values[0]), moment(1, 1), moment(2, 1))
         if first or sums.total_degree() > 1 or sums.free_symbols_in_domain:
-            raise PartitionError(
-                f"`{equation_text(eq)}` is not a sum of moments over a window that starts at its cell"
-            )
+            raise PartitionError(f"`{equation_text(eq)}` is not a sum of moments over a window that starts at its cell")
         total = sp.S.Zero
         for (p, p2), c in sums.terms():
             total += c * count * (moment(1, count) if p else moment(2, count) if p2 else 1)

@@ -119,7 +119,13 @@ class _Partitioner:
         saved: list[Var] = []
         for eq in self.forward_equations:
             v = eq.out
-            if v in read and is_query_row(v) and v.kind != "bool" and self._is_stateless(v) and not self._again(v, saved):
+            if (
+                v in read
+                and is_query_row(v)
+                and v.kind != "bool"
+                and self._is_stateless(v)
+                and not self._again(v, saved)
+            ):
                 saved.append(v)
         backward_reads = {v for eq in self.backward_equations for v in eq.args}
         selection = self._selection_only()

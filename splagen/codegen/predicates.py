@@ -58,9 +58,7 @@ class Predicates:
     def _without_known(self, interval: Interval, variable: sp.Symbol) -> Interval:
         """Without the upper bounds that only say that the block or tile starts inside the sequence."""
         known = self.exists[1 if variable == J else 0]
-        highs = tuple(
-            b for b in interval.highs if sp.expand(b.numerator - b.divisor * (variable + 1) - known) != 0
-        )
+        highs = tuple(b for b in interval.highs if sp.expand(b.numerator - b.divisor * (variable + 1) - known) != 0)
         return Interval(interval.lows, highs, interval.guards)
 
     def known(self, facts: Mapping[Var, bool]) -> list[tuple[Atom, ...]]:
@@ -119,4 +117,4 @@ def visit(
     return lines, f"({seen})" if len(found) > 1 else seen, place
 
 
-__all__ = ["J", "LENGTH", "Predicates", "T", "triton_text", "visit"]
+__all__ = ["LENGTH", "J", "Predicates", "T", "triton_text", "visit"]

@@ -39,13 +39,17 @@ class QuerySide:
     def loops(self) -> list[tuple[str, TileCode, dict[str, object]]]:
         """Title, tile code and holes of each loop."""
         setup, count, block = self.walk.forced("J", {"T": "tile", "L": "L"}, "nJ", "i")
-        found = [("blocks seen by position", TileCode(self.walk, self.walk.forced_facts, to_keys=False), setup, count, block)]
+        found = [
+            ("blocks seen by position", TileCode(self.walk, self.walk.forced_facts, to_keys=False), setup, count, block)
+        ]
         if self.walk.chosen:
             self.use([INDICES, COUNTS])
             at = "((b * Hkv + h) * ((L + TILE - 1) // TILE) + tile)"
             setup = [f"at = {at}", "chosen = tl.load(block_counts_ptr + at)"]
             block = "tl.load(block_indices_ptr + at * BUDGET + i).to(tl.int64)"
-            found.append(("blocks chosen", TileCode(self.walk, self.walk.chosen_facts, to_keys=False), setup, "chosen", block))
+            found.append(
+                ("blocks chosen", TileCode(self.walk, self.walk.chosen_facts, to_keys=False), setup, "chosen", block)
+            )
         return [(t, code, {"title": t, "setup": "\n".join(s), "count": c, "block": k}) for t, code, s, c, k in found]
 
     def key_loads(self, tile_code: TileCode, keys: Sequence[Var]) -> list[str]:
@@ -73,7 +77,9 @@ class QuerySide:
         for v in (*operands_, *scalars):
             if v not in self.available:
                 like = self.program.inputs[0].name
-                lines += self.rows.operand(v, piece.names[v], like) if features_of(v) else [f"{v.name} = {piece.names[v]}"]
+                lines += (
+                    self.rows.operand(v, piece.names[v], like) if features_of(v) else [f"{v.name} = {piece.names[v]}"]
+                )
         return lines
 
     def epilogue(self, outputs: Sequence[tuple[Var, Array]], held: Mapping[Var, str]) -> list[str]:
@@ -135,7 +141,8 @@ def forward_kernel(walk: Walk, available: Mapping[Var, Array], outputs: Sequence
     if walk.chosen:
         for eq in forward:
             if isinstance(eq.op, Reduce) and eq.args == (walk.eligible,):
-                finish += walk.eligible_count() + [f"{eq.out.name} = (eligible + tl.zeros((BLOCK_M,), tl.int32)).to(tl.float32)"]
+                finish += walk.eligible_count()
+                finish.append(f"{eq.out.name} = (eligible + tl.zeros((BLOCK_M,), tl.int32)).to(tl.float32)")
                 held[eq.out] = eq.out.name
                 side.covers[eq] = None
             if isinstance(eq.op, Reduce) and eq.args == (walk.chosen,):
@@ -143,7 +150,9 @@ def forward_kernel(walk: Walk, available: Mapping[Var, Array], outputs: Sequence
                 held[eq.out] = eq.out.name
                 side.covers[eq] = None
     epilogue = finish + side.epilogue(outputs, held)
-    side.covers.update(dict.fromkeys([lse, *(s.equation for s in sums), *(eq for t in tiles for eq in (*t.products, *t.equations))]))
+    side.covers.update(
+        dict.fromkeys([lse, *(s.equation for s in sums), *(eq for t in tiles for eq in (*t.products, *t.equations))])
+    )
     side.covers.update(dict.fromkeys(definitions[v] for s in softmax for v in s.factors))
     holes = {
         "prologue": "\n".join(prologue),
@@ -175,7 +184,9 @@ def dq_kernel(walk: Walk, available: Mapping[Var, Array], outputs: Sequence[tupl
     rows = operands([eq for t in tiles for eq in t.products], [], of_queries=True)
     prologue = side.prologue(rows, row_scalars(tiles, sums), list(keys_used))
     epilogue = side.epilogue(outputs, {s.into: s.into.name for s in sums})
-    side.covers.update(dict.fromkeys([*(s.equation for s in sums), *(eq for t in tiles for eq in (*t.products, *t.equations))]))
+    side.covers.update(
+        dict.fromkeys([*(s.equation for s in sums), *(eq for t in tiles for eq in (*t.products, *t.equations))])
+    )
     holes = {
         "prologue": "\n".join(prologue),
         "accumulators": [{"name": v.name, "shape": side.shape(v)} for v in accumulators(sums)],

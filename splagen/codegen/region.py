@@ -81,7 +81,11 @@ class Region:
 
     def _map(self, eq: Equation, names: dict[Var, str], lines: list[str]) -> str:
         assert isinstance(eq.op, Map)
-        known = {placeholder(i): sp.true if names[v] == "True" else sp.false for i, v in enumerate(eq.args) if names[v] in ("True", "False")}
+        known = {
+            placeholder(i): sp.true if names[v] == "True" else sp.false
+            for i, v in enumerate(eq.args)
+            if names[v] in ("True", "False")
+        }
         expr = self.simplify(eq.op.expr.xreplace(known), eq.args)
         for i, v in enumerate(eq.args):
             if expr == placeholder(i):

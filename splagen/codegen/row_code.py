@@ -129,7 +129,6 @@ class RowCode:
             value = f"tl.where({self.padding(array.features)}, {source}, 0.0)"
         return [*lines, Rows(self.geometry, self.side, False).store(array, value)]
 
-
     def _store_partial(self, array: Array, source: str) -> list[str]:
         features, width = array.features[:-1], array.width[0]
         column = column_name(features) or "tl.arange(0, 1)"
@@ -139,4 +138,3 @@ class RowCode:
             *self.columns(features),
             f"tl.store({array.name}_ptr + ({row}) * {width} + {column}, tl.reshape({source}, ({width},)))",
         ]
-

@@ -93,9 +93,7 @@ class Selection:
                 products.append(product)
                 scaled = scaled.xreplace({symbol(v.name): symbol(v.name) / product.scale})
         others = tuple(v for v in leaves if v not in [p.out for p in products])
-        return cls(
-            program, Geometry.of(program), found[0], pooled, share, lse, tuple(products), scaled, others
-        )
+        return cls(program, Geometry.of(program), found[0], pooled, share, lse, tuple(products), scaled, others)
 
     @property
     def far(self) -> Var:
@@ -158,9 +156,7 @@ class Selection:
                 proven[part] = sp.true
         return expr.xreplace(proven) if proven else expr
 
-    def bounds(
-        self, mask: Var, variable: sp.Symbol, of: sp.Symbol, ends: tuple[str, str], extent: str
-    ) -> list[str]:
+    def bounds(self, mask: Var, variable: sp.Symbol, of: sp.Symbol, ends: tuple[str, str], extent: str) -> list[str]:
         """Lines that define low <= variable < high around what the mask admits for `of` between its ends."""
         first, last = (symbol(e) for e in ends)
         unit = self.geometry.tile if of == TILE else 1
@@ -212,9 +208,7 @@ def _pooling(program: Program, topk: Equation) -> tuple[Equation, Var | None]:
                 break
         eq = program.definitions[eq.args[0]]
     if summed != {"g", "m"} | (set() if pooled else {"C"}):
-        raise PartitionError(
-            f"the score of `{equation_text(topk)}` is not a sum over heads and the queries of a tile"
-        )
+        raise PartitionError(f"the score of `{equation_text(topk)}` is not a sum over heads and the queries of a tile")
     return eq, pooled
 
 
@@ -257,9 +251,7 @@ def _product(program: Program, eq: Equation, metric: sp.Expr) -> Product:
     rows = [v for v in eq.args if is_query_row(v) and features_of(v) == ("d",)]
     cells = [v for v in eq.args if {"J", "C", "d"} <= set(v.axes) and not {"n", "m"} & set(v.axes)]
     if len(rows) != 1 or len(cells) != 1 or len(eq.args) != 2 or "d" in eq.out.axes:
-        raise PartitionError(
-            f"`{equation_text(eq)}` is not one product of a query row and a statistic of keys"
-        )
+        raise PartitionError(f"`{equation_text(eq)}` is not one product of a query row and a statistic of keys")
     x, scale = symbol(eq.out.name), sp.S.One
     if rows[0] in program.definitions:
         factors = [abs(t.as_coeff_Mul()[0]) for t in metric.atoms(sp.Mul) if x in t.args]

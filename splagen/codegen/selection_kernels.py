@@ -109,9 +109,7 @@ class _Code:
             "cells": self.geometry.cells,
             "columns": "\n".join(self.geometry.columns(("d",))),
             "rows": "\n".join(self._rows()),
-            "bounds": "\n".join(
-                selection.bounds(selection.usable, CELL, QUERY, ("first_query", "last_query"), "nC")
-            ),
+            "bounds": "\n".join(selection.bounds(selection.usable, CELL, QUERY, ("first_query", "last_query"), "nC")),
             "loads": "\n".join(self._loads()),
             "scores": "\n".join(lines),
             "exponent": text if usable == "True" else f'tl.where({usable}, {text}, -float("inf"))',
@@ -157,9 +155,7 @@ class _Code:
             "offset": first,
             "columns": "\n".join(geometry.columns(("d",))),
             "rows": "\n".join(rows),
-            "bounds": "\n".join(
-                selection.bounds(selection.far, BLOCK, TILE, ("first_tile", "last_tile"), "nJ")
-            ),
+            "bounds": "\n".join(selection.bounds(selection.far, BLOCK, TILE, ("first_tile", "last_tile"), "nJ")),
             "loads": "\n".join(self._loads()),
             "share": "\n".join(lines),
             "pool": "\n".join(self._pool()),
@@ -206,8 +202,7 @@ class _Code:
     def _loads(self) -> list[str]:
         width = self.geometry.width(("d",), pad=True)
         return [
-            f"{v.name} = {self.cells.load(self.available[v])}  # [BLOCK_C, {width}]"
-            for v in self.selection.statistics
+            f"{v.name} = {self.cells.load(self.available[v])}  # [BLOCK_C, {width}]" for v in self.selection.statistics
         ]
 
     def _scores(self) -> tuple[list[str], dict[str, str]]:
@@ -224,9 +219,7 @@ class _Code:
         more, names = self._emit(wanted, dims, places)
         if not selection.holds(selection.usable, _inside(self.geometry.cell, CELL)):
             mask = names[selection.usable.name]
-            names[selection.usable.name] = (
-                "cell_ok[None, :]" if mask == "True" else f"{mask} & cell_ok[None, :]"
-            )
+            names[selection.usable.name] = "cell_ok[None, :]" if mask == "True" else f"{mask} & cell_ok[None, :]"
         return lines + more, names | {p.out.name: p.out.name for p in selection.products}
 
     def _far(self) -> list[str]:
@@ -258,9 +251,7 @@ class _Code:
     ) -> tuple[list[str], dict[str, str]]:
         """Region lines for variables that follow from positions; source of the wanted ones by name."""
         equations = slice_back(self.program, wanted, self.program.inputs)
-        bound = {
-            eq.out: places[eq.op.axes] for eq in equations if isinstance(eq.op, Iota) and eq.op.axes in places
-        }
+        bound = {eq.out: places[eq.op.axes] for eq in equations if isinstance(eq.op, Iota) and eq.op.axes in places}
         region = Region(dims, self.program.order, self.program.extents, simplify=self.selection.simplify)
         lines, names = region.emit(equations, bound)
         return lines, {v.name: names[v] for v in wanted}

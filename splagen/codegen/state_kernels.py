@@ -152,7 +152,7 @@ def _load_right(rows: Rows, array: Array, geometry: Geometry) -> str:
 
 
 def scan_kernel(chain: StateChain, program: Program) -> Kernel:
-    """states -> prefix sums over chunks, in place: entry c is the sum of the chunks before c."""
+    """States -> prefix sums over chunks, in place: entry c is the sum of the chunks before c."""
     geometry = Geometry.of(program)
     array = state_array(chain.states.out, geometry)
     size = array.width[0] * array.width[1]
@@ -169,9 +169,7 @@ def scan_kernel(chain: StateChain, program: Program) -> Kernel:
     )
 
 
-def read_kernel(
-    chain: StateChain, eq: Equation, walk: Walk, available: Mapping[Var, Array], output: Array
-) -> Kernel:
+def read_kernel(chain: StateChain, eq: Equation, walk: Walk, available: Mapping[Var, Array], output: Array) -> Kernel:
     """One read-out: rows times the difference of prefixes that their far interval asks for."""
     program, geometry = walk.program, walk.geometry
     to_queries = is_query_row(eq.out)

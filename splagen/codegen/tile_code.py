@@ -61,7 +61,8 @@ class Walk:
     @property
     def chosen_facts(self) -> dict[Var, bool]:
         """Masks in the loop over chosen blocks."""
-        assert self.chosen and self.eligible
+        assert self.chosen
+        assert self.eligible
         return {self.chosen: True, self.eligible: True}
 
     def forced(self, variable: object, names: Mapping[str, str], extent: str, index: str) -> tuple[list[str], str, str]:

@@ -118,7 +118,7 @@ def _power(e: sp.Pow, names: Mapping[str, str]) -> tuple[str, int]:
     if exponent == -sp.Rational(1, 2):
         return f"(1.0 / tl.sqrt({_print(base, names)[0]}))", _ATOM
     if exponent.is_Integer and exponent < 0:
-        return f"1.0 / {_at(base ** -exponent, names, _ATOM)}", _PRODUCT
+        return f"1.0 / {_at(base**-exponent, names, _ATOM)}", _PRODUCT
     if exponent.is_Integer:
         return " * ".join([_at(base, names, _ATOM)] * int(exponent)), _PRODUCT
     if (2 * exponent).is_Integer:
@@ -138,9 +138,7 @@ def _piecewise(e: sp.Piecewise, names: Mapping[str, str]) -> str:
     return source
 
 
-def interval_text(
-    interval: Interval, names: Mapping[str, str], extent: str, *, host: bool = False
-) -> tuple[str, str]:
+def interval_text(interval: Interval, names: Mapping[str, str], extent: str, *, host: bool = False) -> tuple[str, str]:
     """Source of `low` and `high` of an interval: for a kernel, or as Python for the host.
 
     0 <= low <= extent and high <= extent; the interval is empty where high <= low.  `//` truncates towards zero at run

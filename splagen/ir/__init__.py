@@ -1,0 +1,1 @@
+"""Programs: equations over arrays with named axes, their oracle and their passes."""

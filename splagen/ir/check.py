@@ -148,9 +148,7 @@ def check(program: Program) -> Program:
     return program
 
 
-def _check_equation(
-    program: Program, eq: Equation, defined: set[Var], names: set[str], order: dict[str, int]
-) -> None:
+def _check_equation(program: Program, eq: Equation, defined: set[Var], names: set[str], order: dict[str, int]) -> None:
     def fail(what: str) -> ProgramError:
         return ProgramError(f"{program.name}: {what}, in `{_quote(eq)}`")
 

@@ -129,9 +129,15 @@ class _Frontend:
             values[symbol("kappa")] = scale**2 * symbol("x1")
         if not complete:
             # a partial last block holds fewer keys: log |B| enters its score
-            args.append(b.map("size", lambda c: sp.Piecewise((LENGTH - cell * c, cell * c + cell > LENGTH), (cell, True)), start))
+            args.append(
+                b.map(
+                    "size", lambda c: sp.Piecewise((LENGTH - cell * c, cell * c + cell > LENGTH), (cell, True)), start
+                )
+            )
             metric = metric + sp.log(symbol("size"))
-            values[symbol("size")] = sp.Piecewise((symbol(f"x{len(args) - 1}"), symbol(f"x{len(args) - 1}") > 0), (1, True))
+            values[symbol("size")] = sp.Piecewise(
+                (symbol(f"x{len(args) - 1}"), symbol(f"x{len(args) - 1}") > 0), (1, True)
+            )
         score = b.map("metric", metric.xreplace(values), *args)
         share = b.softmax("share", ("J", "C"), score, mask)
         if select.statistics.pool == "logsum":
@@ -166,7 +172,9 @@ class _Frontend:
         heads = b.reduce("share_sum", "sum", ("g", "m"), share)
         block, other = b.iota("first", "J"), b.iota("start", "Jw", "Cw")
         cells = self.block // self.cell
-        touches = b.map("touches", lambda j, w: sp.And(sp.Ge(w - cells * j, -1), sp.Lt(w - cells * j, cells)), block, other)
+        touches = b.map(
+            "touches", lambda j, w: sp.And(sp.Ge(w - cells * j, -1), sp.Lt(w - cells * j, cells)), block, other
+        )
         return b.reduce("score", "max", ("Jw", "Cw"), b.rename("share_w", heads, J="Jw", C="Cw"), touches)
 
     # -- the two branches ----------------------------------------------------------------------------------------
@@ -184,7 +192,11 @@ class _Frontend:
             s = b.map("s", expr.xreplace({symbol(n): v for n, v in values.items()}), s, self.qpos, self.kpos, head)
         else:
             s = b.map("s", lambda x: scale * x, s)
-        seen = b.map("seen", lambda i, j, ok: sp.And(ok, sp.Le(j, i)), self.qpos, self.kpos, self.valid) if spec.causal else self.valid
+        seen = (
+            b.map("seen", lambda i, j, ok: sp.And(ok, sp.Le(j, i)), self.qpos, self.kpos, self.valid)
+            if spec.causal
+            else self.valid
+        )
         mask = seen
         if far and free:
             mask = b.map("exact", lambda f, chosen, ok: sp.And(ok, sp.Or(sp.Not(f), chosen)), far, free, seen)

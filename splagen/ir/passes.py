@@ -32,7 +32,7 @@ from splagen.ir.program import (
 
 Pass: TypeAlias = Callable[[Program], Program]
 
-LEAST = -sp.Integer(10) ** 30  # below every finite score
+LEAST = -(sp.Integer(10) ** 30)  # below every finite score
 
 
 def run(program: Program, passes: Iterable[Pass]) -> Program:
@@ -97,7 +97,7 @@ def copy_prop(program: Program) -> Program:
 
 
 def share(program: Program) -> Program:
-    """Equal equations become one; the order of a contraction's factors does not matter.  Value unchanged, idempotent."""
+    """Equal equations become one; the order of a product's factors does not matter.  Value unchanged, idempotent."""
     place: dict[Var, int] = {v: i for i, v in enumerate(program.inputs)}
     seen: dict[tuple[Op, tuple[Var, ...]], Var] = {}
     new: dict[Var, Var] = {}
@@ -236,9 +236,7 @@ def _data_masks(program: Program) -> set[Var]:
     return found
 
 
-def _next_group(
-    todo: Sequence[Var], keep: set[str], data: set[Var], sizes: Mapping[str, int]
-) -> list[Var] | None:
+def _next_group(todo: Sequence[Var], keep: set[str], data: set[Var], sizes: Mapping[str, int]) -> list[Var] | None:
     """The factors to multiply next: those that carry some summed axis, at the smallest intermediate."""
     masks = [v for v in todo if v in data]
     must = {a for v in masks for a in v.axes}
@@ -318,7 +316,7 @@ def _without(items: Sequence[Var], taken: Sequence[Var]) -> list[Var] | None:
 
 
 def join_sums(together: Callable[[Equation], bool]) -> Pass:
-    """y = (a - b) + c  ->  y = (a + c) - b  with the terms that belong together added first.
+    """Y = (a - b) + c  ->  y = (a + c) - b  with the terms that belong together added first.
 
     Chains of +- whose inner results are read once are flattened; `together` says which equations' results belong
     together, so that a kernel can add them in one accumulator.  Law: value unchanged.
@@ -327,7 +325,11 @@ def join_sums(together: Callable[[Equation], bool]) -> Pass:
     def apply(program: Program) -> Program:
         definitions = program.definitions
         uses: dict[Var, int] = {}
-        for v in (*(a for eq in program.equations for a in eq.args), *program.outputs, *(g for _, g in program.gradients)):
+        for v in (
+            *(a for eq in program.equations for a in eq.args),
+            *program.outputs,
+            *(g for _, g in program.gradients),
+        ):
             uses[v] = uses.get(v, 0) + 1
         b = Builder(program.name, program.axes)
         b._taken = set(program.names())

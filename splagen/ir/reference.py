@@ -340,9 +340,7 @@ def needed(program: Program, wanted: Sequence[Var], stop: Sequence[str] | object
     return seen
 
 
-def _sizes(
-    program: Program, inputs: Mapping[str, Tensor], told: Mapping[str, int], live: set[Var]
-) -> dict[str, int]:
+def _sizes(program: Program, inputs: Mapping[str, Tensor], told: Mapping[str, int], live: set[Var]) -> dict[str, int]:
     known = {a: e for a, e in program.axes if isinstance(e, int)} | dict(told)
     for v in program.inputs:
         if v not in live:

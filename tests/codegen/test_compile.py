@@ -20,9 +20,7 @@ DENSE = SPLASpec(head_dim=16, select=None, linear=None)
 
 
 def compiled(spec: SPLASpec, folder: Path, **given: Any) -> list[Built]:
-    return compile_module(
-        pipeline.generate(spec, folder).path, pipeline.kernels(spec), progress=False, **given
-    )
+    return compile_module(pipeline.generate(spec, folder).path, pipeline.kernels(spec), progress=False, **given)
 
 
 @pytest.fixture(scope="module")

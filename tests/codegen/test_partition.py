@@ -76,9 +76,7 @@ def test_the_same_program_gives_the_same_kernels() -> None:
 
 def continued(program: Program, b: Builder, extra: Var) -> Program:
     """The program with what the builder added, as another output."""
-    return replace(
-        b.program(*program.outputs, extra), cotangents=program.cotangents, gradients=program.gradients
-    )
+    return replace(b.program(*program.outputs, extra), cotangents=program.cotangents, gradients=program.gradients)
 
 
 def test_an_equation_of_no_family_is_printed() -> None:
@@ -144,9 +142,7 @@ def test_a_value_without_a_hole_is_an_error() -> None:
 
 @pytest.mark.parametrize("template", sorted(p.stem for p in template_directory().glob("*.jinja")))
 def test_every_template_checks_its_holes(template: str) -> None:
-    with pytest.raises(
-        PartitionError, match=f"template {template}: .*values without a hole \\['nonsense'\\]"
-    ):
+    with pytest.raises(PartitionError, match=f"template {template}: .*values without a hole \\['nonsense'\\]"):
         render(template, {"nonsense": 1})
 
 

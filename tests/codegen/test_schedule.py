@@ -46,9 +46,7 @@ def test_defaults_are_legal_everywhere(case) -> None:  # type: ignore[no-untyped
         ("statistics", {"maxnreg": 128}, r"statistics takes .*the Schedule gives \[.*'maxnreg'"),
     ],
 )  # fmt: skip
-def test_illegal_schedules_are_refused_by_name(
-    template: str, change: dict[str, int | None], what: str
-) -> None:
+def test_illegal_schedules_are_refused_by_name(template: str, change: dict[str, int | None], what: str) -> None:
     kernel, geometry = kernel_of(template)
     wanted = {**default_schedule(kernel, geometry, "sm_90", "bf16"), **change}
     with pytest.raises(ScheduleError, match=what):
@@ -58,9 +56,7 @@ def test_illegal_schedules_are_refused_by_name(
 def test_a_statistic_needs_whole_cells() -> None:
     kernel, geometry = kernel_of("statistics", SPLASpec(head_dim=64, select=Select(block_size=64)))
     schedule = {**default_schedule(kernel, geometry, "sm_90", "bf16"), "BLOCK_N": 32}
-    with pytest.raises(
-        ScheduleError, match=r"BLOCK_N=32 of statistics is no\w* .*multiple of the cell of 64"
-    ):
+    with pytest.raises(ScheduleError, match=r"BLOCK_N=32 of statistics is no\w* .*multiple of the cell of 64"):
         check_schedule(kernel, geometry, schedule)
 
 

@@ -141,9 +141,7 @@ def assert_same_choice(spec: SPLASpec, got: dict[str, Tensor], want: dict[str, T
     assert differ.float().mean() < 0.01
 
 
-def compare(
-    spec: SPLASpec, out: Path, batch: int, length: int, kv_heads: int, **changes: dict[str, int]
-) -> None:
+def compare(spec: SPLASpec, out: Path, batch: int, length: int, kv_heads: int, **changes: dict[str, int]) -> None:
     low = program_of(spec)
     selection = Selection.of(low)
     assert selection is not None
@@ -158,9 +156,7 @@ def compare(
     for name in statistics:
         x = want[name].permute(0, 2, 3, 1, 4).flatten(1, 2)
         assert torch.isfinite(got[name]).all()
-        torch.testing.assert_close(
-            got[name][..., : spec.head_dim].double()[:, used], x[:, used], rtol=1e-5, atol=1e-6
-        )
+        torch.testing.assert_close(got[name][..., : spec.head_dim].double()[:, used], x[:, used], rtol=1e-5, atol=1e-6)
         assert not got[name][..., spec.head_dim :].any()
     x = blocked.to_tensor(lse, want[lse.name])
     torch.testing.assert_close(got[lse.name].double(), x, rtol=1e-5, atol=1e-5)
@@ -214,9 +210,7 @@ def test_kernels_are_the_oracle(
         ({"group": 2, "statistics": "cells", "block": 64, "causal": False}, {"BLOCK_M": 32, "BLOCK_C": 16}),
     ],
 )
-def test_schedules_do_not_change_the_choice(
-    out: Path, changes: dict[str, object], schedule: dict[str, int]
-) -> None:
+def test_schedules_do_not_change_the_choice(out: Path, changes: dict[str, object], schedule: dict[str, int]) -> None:
     length = 60 if changes["group"] == 33 else 200
     spec = spec_of(**changes)  # type: ignore[arg-type]
     compare(spec, out, 1, length, 1, score_topk=schedule, score_lse={"BLOCK_M": 128, "BLOCK_C": 64})

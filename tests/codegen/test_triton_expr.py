@@ -19,9 +19,7 @@ from splagen.ir.reference import evaluate
 from tests.test_expression import NAMES, expressions
 
 POINTS = 7
-TL = SimpleNamespace(
-    exp=np.exp, log=np.log, sqrt=np.sqrt, where=np.where, maximum=np.maximum, minimum=np.minimum
-)
+TL = SimpleNamespace(exp=np.exp, log=np.log, sqrt=np.sqrt, where=np.where, maximum=np.maximum, minimum=np.minimum)
 BUILTINS = {"tl": TL, "float": float, "tanh": np.tanh, "log1p": np.log1p}
 X, Y = symbol("x"), symbol("y")
 
@@ -132,9 +130,7 @@ INTERVALS = st.builds(
 
 
 @given(INTERVALS, st.integers(0, 20), st.integers(0, 12))
-def test_an_interval_reads_the_same_in_a_kernel_and_on_the_host(
-    interval: Interval, x: int, extent: int
-) -> None:
+def test_an_interval_reads_the_same_in_a_kernel_and_on_the_host(interval: Interval, x: int, extent: int) -> None:
     """The kernel's `//` truncates towards zero; both clamp the result at 0."""
 
     def run(sources: tuple[str, str], divide: str) -> tuple[int, int]:

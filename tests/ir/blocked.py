@@ -81,9 +81,7 @@ def blocked(spec: SPLASpec, rows: Mapping[str, Tensor], *, spare: int = 0) -> di
     return made
 
 
-def value(
-    spec: SPLASpec, rows: Mapping[str, Tensor], name: str, given: Mapping[str, Tensor] | None = None
-) -> Tensor:
+def value(spec: SPLASpec, rows: Mapping[str, Tensor], name: str, given: Mapping[str, Tensor] | None = None) -> Tensor:
     """One variable of the spec's Program at plain inputs, in the Program's layout."""
     program = spla_program(spec)
     length = rows["q"].shape[1]

@@ -69,9 +69,7 @@ class _Growing:
     def map(self) -> None:
         x, y = self.real(), self.real()
         if self.masks and self.draw(st.booleans()):
-            out = self.b.map(
-                "pick", lambda a, c, m: sp.Piecewise((a, m), (c, True)), x, y, self.any_of(self.masks)
-            )
+            out = self.b.map("pick", lambda a, c, m: sp.Piecewise((a, m), (c, True)), x, y, self.any_of(self.masks))
         else:
             out = self.b.map("map", self.any_of(SMOOTH), x, y)
         self.keep(out, 1 + 3 * (self.bound[x] + self.bound[y]))
@@ -114,9 +112,7 @@ class _Growing:
 
     def rename(self) -> None:
         pairs = (("i", "j"), ("j", "i"))
-        able = [
-            (v, old, new) for v in self.reals for old, new in pairs if old in v.axes and new not in v.axes
-        ]
+        able = [(v, old, new) for v in self.reals for old, new in pairs if old in v.axes and new not in v.axes]
         if able:
             v, old, new = self.any_of(able)
             self.keep(self.b.rename("renamed", v, **{old: new}), self.bound[v])

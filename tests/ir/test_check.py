@@ -101,8 +101,7 @@ BAD = {
     ),
     "topk of three": (
         with_equation(Var("out", ("i", "d"), "bool"), TopK(1, "d"), X, M, M),
-        "bad: takes an array and at most one mask, not 3 arguments, "
-        "in `out[i d] = topk(x, over=d, where=m, k=1)`",
+        "bad: takes an array and at most one mask, not 3 arguments, in `out[i d] = topk(x, over=d, where=m, k=1)`",
     ),
     "cumsum over an axis it lacks": (
         with_equation(real("j"), CumSum(("i",)), Y),

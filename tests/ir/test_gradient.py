@@ -58,9 +58,7 @@ def test_derived_gradient_is_autograd_of_the_oracle(p: Program, extents: dict[st
 
 @settings(max_examples=25)
 @given(small_specs(), st.integers(1, 90), st.integers(1, 2), st.integers(0, 99))
-def test_derived_gradient_of_a_spec_is_autograd(
-    spec: SPLASpec, length: int, kv_heads: int, seed: int
-) -> None:
+def test_derived_gradient_of_a_spec_is_autograd(spec: SPLASpec, length: int, kv_heads: int, seed: int) -> None:
     joint = check(derive_gradient(spla_program(spec)))
     rows = random_rows(spec, 1, length, kv_heads, seed)
     generator = torch.Generator().manual_seed(seed)
@@ -71,9 +69,7 @@ def test_derived_gradient_of_a_spec_is_autograd(
 
 
 def small_spec(**changes: object) -> SPLASpec:
-    spec = SPLASpec(
-        head_dim=16, group_size=2, select=Select(block_size=16, budget=1, sinks=1, local=0), combine="add"
-    )
+    spec = SPLASpec(head_dim=16, group_size=2, select=Select(block_size=16, budget=1, sinks=1, local=0), combine="add")
     return replace(spec, **changes)  # type: ignore[arg-type]
 
 
@@ -86,9 +82,7 @@ def small_spec(**changes: object) -> SPLASpec:
         small_spec(linear=None, combine="none", score=library.alibi()),
         small_spec(
             combine="rms_residual",
-            select=Select(
-                block_size=32, budget=1, local=0, granularity="tile", tile=16, statistics=windows()
-            ),
+            select=Select(block_size=32, budget=1, local=0, granularity="tile", tile=16, statistics=windows()),
         ),
     ],
     ids=["causal", "two-sided", "normalised", "alibi", "tiles"],

@@ -29,8 +29,8 @@ from splagen.ir.passes import (
     expose_lse,
     join_sums,
     reuse,
-    settle_names,
     run,
+    settle_names,
     share,
     specialise,
     split_complement,
@@ -72,9 +72,7 @@ def asked_values(p: Program, got: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", PASSES)
 @given(programs(), sizes(), st.booleans(), st.integers(0, 99))
-def test_the_value_does_not_change(
-    name: str, p: Program, extents: dict[str, int], joint: bool, seed: int
-) -> None:
+def test_the_value_does_not_change(name: str, p: Program, extents: dict[str, int], joint: bool, seed: int) -> None:
     p = derive_gradient(p) if joint else p
     arrays = inputs(p, extents, seed)
     after = check(PASSES[name](p))
@@ -92,9 +90,7 @@ def test_idempotent(name: str, p: Program, joint: bool) -> None:
 
 
 @given(programs(), sizes(), st.sets(st.sampled_from(["N", "M"])))
-def test_specialise_keeps_the_value_at_its_sizes(
-    p: Program, extents: dict[str, int], fixed: set[str]
-) -> None:
+def test_specialise_keeps_the_value_at_its_sizes(p: Program, extents: dict[str, int], fixed: set[str]) -> None:
     p = derive_gradient(p)
     axes = {"N": ("i", "j"), "M": ("t",)}
     told = {a: extents[a] for s in fixed for a in axes[s]}
@@ -260,8 +256,7 @@ def test_the_linear_branch_costs_no_product_of_sequence_and_state(name: str) -> 
     """Doubling the length at most quadruples the work: nothing is cubic, and pairs cost d + e, not d * e."""
     after = run(joint_program(SPECS[name]), LOWERING)
     once, twice = (
-        multiplications(after, {a: e if isinstance(e, int) else n for a, e in after.axes})
-        for n in (2**12, 2**13)
+        multiplications(after, {a: e if isinstance(e, int) else n for a, e in after.axes}) for n in (2**12, 2**13)
     )
     assert twice < 16.01 * once  # B and Hkv double as well
     features = 16 * 16
@@ -414,11 +409,7 @@ def test_share_sees_through_order_and_repetition() -> None:
     third = b.map("third", placeholder(0) + 2 * placeholder(1), first, second)
     fourth = b.map("fourth", 2 * placeholder(0) + placeholder(1), second, first)
     after = check(
-        share(
-            b.program(
-                b.reduce("sum", "sum", ("i",), b.map("both", placeholder(0) - placeholder(1), third, fourth))
-            )
-        )
+        share(b.program(b.reduce("sum", "sum", ("i",), b.map("both", placeholder(0) - placeholder(1), third, fourth))))
     )
     arrays = inputs(after, {"i": 3}, 0)
     assert evaluate(after, arrays)["sum"] == 0

@@ -176,9 +176,7 @@ def test_nothing_held_gives_zero_and_minus_infinity() -> None:
 
 
 @given(st.lists(st.integers(-2, 2), min_size=1, max_size=7), st.integers(1, 8), st.data())
-def test_topk_takes_the_largest_held_and_of_equals_the_first(
-    row: list[int], k: int, data: st.DataObject
-) -> None:
+def test_topk_takes_the_largest_held_and_of_equals_the_first(row: list[int], k: int, data: st.DataObject) -> None:
     held = data.draw(st.lists(st.booleans(), min_size=len(row), max_size=len(row)))
     b = builder()
     x, mask = b.input("x", ("i",)), b.input("mask", ("i",), "bool")
@@ -240,9 +238,7 @@ def test_a_chunk_of_queries_with_an_offset_is_the_slice_of_the_whole(start: int,
 
 
 @given(programs(), sizes(), st.data())
-def test_given_values_stand_in_for_their_equations(
-    p: Program, extents: dict[str, int], data: st.DataObject
-) -> None:
+def test_given_values_stand_in_for_their_equations(p: Program, extents: dict[str, int], data: st.DataObject) -> None:
     """Any set of intermediate values, handed back, changes nothing; and they are not computed again."""
     arrays = inputs(p, extents, 0)
     variables = [eq.out for eq in p.equations]
@@ -276,9 +272,7 @@ def test_inputs_behind_a_given_value_are_not_needed() -> None:
 def test_axes_of_one_symbol_have_one_size() -> None:
     b = builder()
     x = b.input("x", ("J", "d"))
-    pairs = b.contract(
-        "out", ("J", "Jw"), x, b.rename("y", x, J="Jw"), b.map("w", sp.Ge(X, 0), b.iota("at", "Jw"))
-    )
+    pairs = b.contract("out", ("J", "Jw"), x, b.rename("y", x, J="Jw"), b.map("w", sp.Ge(X, 0), b.iota("at", "Jw")))
     arrays = {"x": normal(3, 4)}
     assert_close(single(b, pairs, arrays), arrays["x"] @ arrays["x"].T, rtol=1e-13, atol=1e-13)
     only = b.map("only", lambda i: i + 1, b.iota("at_w", "Jw"))

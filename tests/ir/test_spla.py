@@ -132,8 +132,7 @@ def test_more_padding_changes_nothing(spec: SPLASpec) -> None:
     (out,) = joint.outputs
     for p in (joint, run(joint, LOWERING)):
         tight, loose = (
-            evaluate(p, blocked(spec, {**rows, cotangent: do}, spare=spare), scalars={"L": length})
-            for spare in (0, 2)
+            evaluate(p, blocked(spec, {**rows, cotangent: do}, spare=spare), scalars={"L": length}) for spare in (0, 2)
         )
         assert_near(plain_rows(loose[out.name], length), plain_rows(tight[out.name], length), 1e-10)
         for x, g in p.gradients:
@@ -157,9 +156,7 @@ def test_a_chunk_of_query_tiles_is_the_slice_of_the_whole(spec: SPLASpec) -> Non
 # -- (c) the masked definition of shared/specs/check_spla.py, imposed selections -------------
 
 
-def random_selection(
-    rng: np.random.Generator, length: int, block: int, k: int, n_init: int, n_loc: int
-) -> Array:
+def random_selection(rng: np.random.Generator, length: int, block: int, k: int, n_init: int, n_loc: int) -> Array:
     """sel[t, b]: init blocks, the current block and n_loc blocks before it are forced; rest random."""
     sel = np.zeros((length, -(-length // block)), bool)
     for t in range(length):
@@ -252,9 +249,7 @@ SCORES = {
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(
-    "select", [None, Select(block_size=16, budget=8, sinks=1, local=0)], ids=["dense", "all"]
-)
+@pytest.mark.parametrize("select", [None, Select(block_size=16, budget=8, sinks=1, local=0)], ids=["dense", "all"])
 @pytest.mark.parametrize("name", SCORES)
 def test_score_functions_are_their_formulas(name: str, select: Select | None, causal: bool) -> None:
     spec = small_spec(linear=None, combine="none", select=select, score=SCORES[name], causal=causal)

@@ -46,10 +46,8 @@ class Memory:
         axes = ordered((*ROWS[a.layout], *features_of(v)), self.program.order)
         rows = Var(v.name, axes, v.kind)
         x = self.full(v, value, ROWS[a.layout])
-        if a.layout == "cell_rows":
-            x = x.permute(0, 2, 3, 1, 4).flatten(1, 2)
-        else:
-            x = self.blocked.to_tensor(rows, x)
+        cells = a.layout == "cell_rows"
+        x = x.permute(0, 2, 3, 1, 4).flatten(1, 2) if cells else self.blocked.to_tensor(rows, x)
         if a.features and a.padded:
             x = torch.nn.functional.pad(x, (0, padded(x.shape[-1]) - x.shape[-1]))
         if len(a.features) > 1:

@@ -122,9 +122,7 @@ SMALL = (
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def real(
-    name: str, lengths: tuple[int, ...], *dtypes: torch.dtype, batch: int = 1, kv: int = 1, **axes: Any
-) -> Case:
+def real(name: str, lengths: tuple[int, ...], *dtypes: torch.dtype, batch: int = 1, kv: int = 1, **axes: Any) -> Case:
     """A case for a GPU; the residual is on, and sizes are those of a model unless told."""
     given = {"head_dim": 64, "group_size": 4, "select": Select(budget=4), "linear": Residual()} | axes
     spec = SPLASpec(**given)

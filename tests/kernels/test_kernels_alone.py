@@ -64,9 +64,7 @@ REAL: dict[str, tuple[SPLASpec, Shape]] = {
 class Call:
     """One call of a spec's kernels, with the oracle's value of every array."""
 
-    def __init__(
-        self, spec: SPLASpec, shape: Shape, dtype: torch.dtype, device: torch.device, folder: Path
-    ) -> None:
+    def __init__(self, spec: SPLASpec, shape: Shape, dtype: torch.dtype, device: torch.device, folder: Path) -> None:
         self.truth: Oracle = oracle(to_toml(spec))
         self.part: Partition = self.truth.partition
         self.program: Program = self.part.program
@@ -78,9 +76,7 @@ class Call:
         self.memory = Memory(self.part, self.module, self.blocked, dtype)
         self.n = self.module.sizes_of(self.inputs["q"])
         self.schedules = self.module.schedules_for(self.inputs["q"])
-        self.axes = {
-            v.name: self.blocked.to_axes(v, self.inputs[v.name].double()) for v in self.program.inputs
-        }
+        self.axes = {v.name: self.blocked.to_axes(v, self.inputs[v.name].double()) for v in self.program.inputs}
         chosen = [eq for eq in self.program.equations if isinstance(eq.op, TopK)]
         self.given: dict[str, Tensor] = {}
         self.indices: Tensor | None = None

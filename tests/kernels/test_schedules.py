@@ -156,9 +156,7 @@ def register_a(module: ModuleType, kernels: list[Kernel]) -> dict[str, int]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("name", REAL)
-def test_two_runs_give_the_same_bits(
-    name: str, dtype: torch.dtype, device: torch.device, tmp_path: Path
-) -> None:
+def test_two_runs_give_the_same_bits(name: str, dtype: torch.dtype, device: torch.device, tmp_path: Path) -> None:
     spec, (_, heads, _) = REAL[name]
     truth, library = oracle(to_toml(spec)), generate(spec, tmp_path)
     inputs = random_inputs(truth, (2, heads, 2048), dtype, device, seed=0)
