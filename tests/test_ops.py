@@ -107,8 +107,10 @@ def test_opcheck_through_the_interpreter(name: str, make: Callable[[SPLASpec], L
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(n, torch.bfloat16) for n in SPECS] + [("dense", torch.float32), ("dense", torch.float16)],
+)
 def test_opcheck_on_the_gpu(
     name: str, dtype: torch.dtype, make: Callable[[SPLASpec], Library], device: torch.device
 ) -> None:

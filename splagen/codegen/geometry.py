@@ -181,25 +181,26 @@ class Rows:
             return source
         return f"tl.reshape({source}, ({rows}, {self.geometry.width(features, pad=True)}))"
 
-    def load(self, array: Array, *, mask: bool = True) -> str:
-        """Source that loads these rows of an array: a matrix, a vector, or one scalar per KV head."""
-        name = array.name
+    def load(self, array: Array, *, mask: bool = True, column: str | None = None) -> str:
+        """Source that loads these rows of an array: a matrix, a vector, or one scalar per KV head.
+
+        `column` names other columns than all of them (a slice).
+        """
         if array.layout == "kv_head_scalars":
-            return f"tl.load({name}_ptr + h)"
-        address, conditions = self._address(array)
-        vector = not array.features
+            return f"tl.load({array.name}_ptr + h)"
+        address, conditions = self._address(array, column)
         if mask and array.layout != "head_rows":
-            conditions.insert(0, self.mask if vector else f"{self.mask}[:, None]")
+            conditions.insert(0, f"{self.mask}[:, None]" if array.features else self.mask)
         options = f", mask={' & '.join(conditions)}, other={array.missing}" if conditions else ""
         return f"tl.load({address}{options})"
 
-    def store(self, array: Array, value: str) -> str:
+    def store(self, array: Array, value: str, column: str | None = None) -> str:
         """Line that stores a matrix or vector to these rows."""
-        address, conditions = self._address(array)
+        address, conditions = self._address(array, column)
         conditions.insert(0, f"{self.mask}[:, None]" if array.features else self.mask)
         return f"tl.store({address}, {value}, mask={' & '.join(conditions)})"
 
-    def _address(self, array: Array) -> tuple[str, list[str]]:
+    def _address(self, array: Array, column: str | None) -> tuple[str, list[str]]:
         name, g = array.name, self.geometry
         if array.layout == "head_rows":
             place = f"({self.head} * {name}_h)[:, None]" if self.side == "query" else f"{self.head} * {name}_h"
@@ -209,9 +210,11 @@ class Rows:
             place = f"b * {name}_b + {place}"
         if not array.features:
             return f"{name}_ptr + {place}", []
-        column = column_name(array.features)
-        conditions = [] if array.padded or not g.is_padded(array.features) else [f"{column}_ok[None, :]"]
-        return f"{name}_ptr + {place} + {column}[None, :]", conditions
+        conditions = []
+        if not array.padded and g.is_padded(array.features):
+            real = f"({column} < {array.width[0]})" if column else f"{column_name(array.features)}_ok"
+            conditions.append(f"{real}[None, :]")
+        return f"{name}_ptr + {place} + {column or column_name(array.features)}[None, :]", conditions
 
 
 def array_of(v: Var, geometry: Geometry, *, internal: bool, dtype: str | None = None) -> Array:

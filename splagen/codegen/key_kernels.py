@@ -53,24 +53,15 @@ def dkv_kernel(walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var]
         used = operands(tile.products, active, of_queries=True)
         scalars = row_scalars([tile], active)
         keys_used.update(dict.fromkeys(operands(tile.products, [], of_queries=False)))
-        for v in (*used, *keys_used):
-            for f in (features_of(v), features_of(v)[-1:]):
-                lines += key_rows.columns(f)
-        piece = query_rows.compute([*used, *scalars], {})
+        lines += key_rows.columns_of([*used, *keys_used])
+        piece = query_rows.operands([*used, *scalars])
         arrays.update({a.name: a for a in piece.arrays})
-        prologue = list(piece.lines)
-        for v in (*used, *scalars):
-            if v not in available:
-                like = program.inputs[0].name
-                prologue += (
-                    query_rows.operand(v, piece.names[v], like) if features_of(v) else [f"{v.name} = {piece.names[v]}"]
-                )
         loops.append({
             "title": title,
             "first": start,
             "last": stop,
             "tile": tile_source,
-            "prologue": "\n".join(prologue),
+            "prologue": "\n".join(piece.lines),
             "tiles": "\n".join([*(code.product_line(eq) for eq in tile.products), *tile.lines]),
             "sums": "\n".join(code.sum_line(s, tile.names) for s in active),
         })  # fmt: skip
@@ -80,10 +71,8 @@ def dkv_kernel(walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var]
         array = available[v]
         arrays[array.name] = array
         lines.append(f"{v.name} = {key_side.load(array)}  # [BLOCK_N, {array.width[0]}]")
-    outputs, stores = (
-        {},
-        ["at = (bh * SEGMENTS + segment) * BLOCK + tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)"],
-    )
+    outputs: dict[Var, Array] = {}
+    stores = ["at = (bh * SEGMENTS + segment) * BLOCK + tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)"]
     totals = accumulators(sums)
     covers.update(dict.fromkeys(eq for eq in backward if eq.out in totals))
     for v in totals:

@@ -111,40 +111,19 @@ class _Partitioner:
         return replace(array, missing='float("inf")') if is_lse else array
 
     def _saved(self) -> list[Var]:
-        """Row variables that backward reads and cannot form again from inputs and other saved rows."""
-        forward = {eq.out for eq in self.forward_equations}
-        read = dict.fromkeys(v for eq in self.backward_equations for v in eq.args if v in forward)
-        tile_needs = [v for eq in self.forward_equations if is_tile_value(eq.out) for v in eq.args if is_query_row(v)]
-        read.update(dict.fromkeys(v for v in tile_needs if v in forward))
+        """Row variables that backward reads and cannot form again from inputs and other saved rows.
+
+        Backward forms tile values again, so what forward's tiles read of a row (lse) counts as read.
+        """
+        backward = set(self.backward_equations)
+        readers = [eq for eq in self.program.equations if eq in backward or is_tile_value(eq.out)]
+        read = {v for eq in readers for v in eq.args}
         saved: list[Var] = []
         for eq in self.forward_equations:
             v = eq.out
-            if (
-                v in read
-                and is_query_row(v)
-                and v.kind != "bool"
-                and self._is_stateless(v)
-                and not self._again(v, saved)
-            ):
+            if v in read and is_query_row(v) and v.kind != "bool" and not is_state(v) and not self._again(v, saved):
                 saved.append(v)
-        backward_reads = {v for eq in self.backward_equations for v in eq.args}
-        selection = self._selection_only()
-        return [v for v in saved if v in backward_reads or (v not in selection and self._read_by_tiles(v))]
-
-    def _is_stateless(self, v: Var) -> bool:
-        return not is_state(v)
-
-    def _read_by_tiles(self, v: Var) -> bool:
-        """A row scalar of forward (lse) that the tiles of backward read again."""
-        backward_tiles = slice_back(self.program, [g for _, g in self.program.gradients], self.program.inputs)
-        return any(v in eq.args for eq in backward_tiles if is_tile_value(eq.out))
-
-    def _selection_only(self) -> set[Var]:
-        """Variables that only the top-k depends on."""
-        if not self.walk.chosen:
-            return set()
-        stop = [*self.program.inputs]
-        return {eq.out for eq in slice_back(self.program, [self.walk.chosen], stop)}
+        return saved
 
     def _again(self, v: Var, saved: Sequence[Var]) -> bool:
         """True if v follows from inputs and saved rows by row equations alone."""

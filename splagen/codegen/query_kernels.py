@@ -64,23 +64,13 @@ class QuerySide:
             lines.append(f"{v.name} = {side.load(array, mask=not known)}  # [BLOCK_N, {array.width[0]}]")
         return lines
 
-    def prologue(self, operands_: Sequence[Var], scalars: Sequence[Var], keys: Sequence[Var]) -> list[str]:
-        """Lines that bring the row operands and row scalars of the tiles."""
-        lines: list[str] = []
-        for v in keys:
-            for f in (features_of(v), features_of(v)[-1:]):
-                lines += self.rows.columns(f)
-        piece = self.rows.compute([*operands_, *scalars], {})
-        lines += piece.lines
+    def prologue(self, wanted: Sequence[Var], keys: Sequence[Var]) -> list[str]:
+        """Lines that bring the rows and the numbers per row that the tiles read."""
+        columns = self.rows.columns_of(keys)
+        piece = self.rows.operands(wanted)
         self.use(piece.arrays)
         self.covers.update(dict.fromkeys(piece.equations))
-        for v in (*operands_, *scalars):
-            if v not in self.available:
-                like = self.program.inputs[0].name
-                lines += (
-                    self.rows.operand(v, piece.names[v], like) if features_of(v) else [f"{v.name} = {piece.names[v]}"]
-                )
-        return lines
+        return [*columns, *piece.lines]
 
     def epilogue(self, outputs: Sequence[tuple[Var, Array]], held: Mapping[Var, str]) -> list[str]:
         """Lines that finish the rows and store the outputs."""
@@ -134,7 +124,7 @@ def forward_kernel(walk: Walk, available: Mapping[Var, Array], outputs: Sequence
         })  # fmt: skip
         tiles.append(tile)
     rows = operands([eq for t in tiles for eq in t.products], [], of_queries=True)
-    prologue = side.prologue(rows, row_scalars(tiles, linear), list(keys_used))
+    prologue = side.prologue([*rows, *row_scalars(tiles, linear)], list(keys_used))
     held = {s.into: s.into.name for s in sums} | {lse.out: lse.out.name}
     finish = [f"{s.into.name} = {s.into.name} / row_sum[:, None]" for s in softmax]
     finish.append(f"{lse.out.name} = row_max + tl.log(row_sum)")
@@ -182,7 +172,7 @@ def dq_kernel(walk: Walk, available: Mapping[Var, Array], outputs: Sequence[tupl
         })  # fmt: skip
         tiles.append(tile)
     rows = operands([eq for t in tiles for eq in t.products], [], of_queries=True)
-    prologue = side.prologue(rows, row_scalars(tiles, sums), list(keys_used))
+    prologue = side.prologue([*rows, *row_scalars(tiles, sums)], list(keys_used))
     epilogue = side.epilogue(outputs, {s.into: s.into.name for s in sums})
     side.covers.update(
         dict.fromkeys([*(s.equation for s in sums), *(eq for t in tiles for eq in (*t.products, *t.equations))])

@@ -103,13 +103,31 @@ class RowCode:
             return f"tl.reshape({wide}, ({self.tile_rows}, {self.geometry.signs}, {width}))"
         return f"{wide}[:, None, :]" if wide.isidentifier() or exact or "(" in wide else wide
 
-    def operand(self, v: Var, source: str, like: str) -> list[str]:
-        """Line that turns a computed matrix into an operand of a product: zero in padded columns, input type."""
-        features = features_of(v)
-        value = f"({source})" if not source.isidentifier() else source
-        if self.geometry.is_padded(features) and v not in self.available:
-            value = f"tl.where({self.padding(features)}, {source}, 0.0)"
-        return [f"{v.name} = {value}.to({like}.dtype)"]
+    def operands(self, wanted: Sequence[Var], scales: Mapping[Var, str] | None = None) -> Piece:
+        """Bring rows as a tile's products take them: matrices in the input type, numbers per row as vectors.
+
+        What lies in memory is loaded; the rest is computed, multiplied by its scale if it has one (before it is
+        rounded to the input type), and its padded columns are made 0.
+        """
+        piece = self.compute(wanted, {})
+        lines = list(piece.lines)
+        like = self.program.inputs[0].name
+        for v in wanted:
+            if v in self.available:
+                continue
+            source, features = piece.names[v], features_of(v)
+            source = f"({scales[v]} * {source})" if scales and v in scales else source
+            if not features:
+                lines.append(f"{v.name} = {source}")
+            elif self.geometry.is_padded(features):
+                lines.append(f"{v.name} = tl.where({self.padding(features)}, {source}, 0.0).to({like}.dtype)")
+            else:
+                lines.append(f"{v.name} = {source}.to({like}.dtype)")
+        return Piece(tuple(lines), piece.arrays, piece.equations, {v: v.name for v in wanted})
+
+    def columns_of(self, variables: Iterable[Var]) -> list[str]:
+        """Lines that define the columns of these rows, and of their padding, once per kernel."""
+        return [line for v in variables for f in (features_of(v), features_of(v)[-1:]) for line in self.columns(f)]
 
     def padding(self, features: tuple[str, ...]) -> str:
         """Source of the mask [1, columns] of the columns that are data."""

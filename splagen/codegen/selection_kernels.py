@@ -189,15 +189,8 @@ class _Code:
         """Lines that load and compute the rows of the products, as their operands."""
         code = RowCode(self.program, self.geometry, "query", "BLOCK_M", self.available)
         code.defined_columns.add("d")
-        piece = code.compute(self.selection.rows, {})
-        lines = list(piece.lines)
-        scales = {p.row: p.scale for p in self.selection.products}
-        for v in self.selection.rows:
-            if v not in self.available:
-                source, scale = piece.names[v], triton_text(scales[v], {})
-                source = source if scales[v] == 1 else f"{scale} * {source}"
-                lines += code.operand(v, source, self.program.inputs[0].name)
-        return lines
+        scales = {p.row: triton_text(p.scale, {}) for p in self.selection.products if p.scale != 1}
+        return list(code.operands(self.selection.rows, scales).lines)
 
     def _loads(self) -> list[str]:
         width = self.geometry.width(("d",), pad=True)

@@ -103,15 +103,13 @@ def states_kernel(chain: StateChain, program: Program, available: Mapping[Var, A
         raise PartitionError(f"`{equation_text(eq)}` is not one outer product of rows")
     array = state_array(eq.out, geometry)
     loaded = [left[0], *(v for v in right if not features_of(v))]
-    piece = code.compute(loaded, {})
+    piece = code.operands(loaded)
     lines = list(piece.lines)
-    if left[0] not in available:
-        lines += code.operand(left[0], piece.names[left[0]], program.inputs[0].name)
     inputs = {a.name: a for a in piece.arrays}
     if right and features_of(right[0]):
         source = available[right[0]]
         inputs[source.name] = source
-        load = _load_right(Rows(geometry, index.side, False), source, geometry)
+        load = Rows(geometry, index.side, False).load(source, column="right")
         lines.append(f"{right[0].name} = {load}  # [BLOCK_M, BLOCK_E]")
         right_name = right[0].name
     else:
@@ -140,15 +138,6 @@ def states_kernel(chain: StateChain, program: Program, available: Mapping[Var, A
         f"(cdiv(L, {index.chunk}), B * Hkv, {array.width[1]} // BLOCK_E)",
         tunable=("BLOCK_M", "BLOCK_E"),
     )
-
-
-def _load_right(rows: Rows, array: Array, geometry: Geometry) -> str:
-    """Load one slice of value features: columns `right`."""
-    source = rows.load(array)
-    source = source.replace(" + e[None, :]", " + right[None, :]")
-    if geometry.is_padded(("e",)) and not array.padded:
-        source = source.replace("e_ok[None, :]", f"(right < {geometry.value_dim})[None, :]")
-    return source
 
 
 def scan_kernel(chain: StateChain, program: Program) -> Kernel:
@@ -181,20 +170,18 @@ def read_kernel(chain: StateChain, eq: Equation, walk: Walk, available: Mapping[
     array = state_array(chain.states.out, geometry)
     left, right = array.width
     rows = [v for v in eq.args if v.kind == "real" and not is_state(v) and (is_query_row(v) or is_key_row(v))]
-    piece = code.compute(rows, {})
+    piece = code.operands(rows)
     lines = list(piece.lines)
     features = features_of(rows[0]) if rows else ()
     over_left = "d" in features
     if rows and features:
-        if rows[0] not in available:
-            lines += code.operand(rows[0], piece.names[rows[0]], program.inputs[0].name)
         operand = rows[0].name
     else:
         mask = "row_ok" if to_queries else "key_ok"
         lines.append(f"column = {_as_columns(piece.names[rows[0]] if rows else None, mask)}  # [BLOCK_M, {VECTOR}]")
         operand = "column"
     product = [f"out = dot_split({operand}, state)  # [BLOCK_M, BLOCK_E]"]
-    store = _read_store(eq.out, output, index, geometry)
+    store = _read_store(output, Rows(geometry, index.side, False))
     mask_var = next(v for v in summed.args if v.kind == "bool")
     bounds, intervals = _bounds(walk, mask_var, to_queries)
     address = "kept[None, :] + summed[:, None] * RIGHT" if over_left else "summed[:, None] + kept[None, :] * RIGHT"
@@ -243,12 +230,8 @@ def _bounds(walk: Walk, mask: Var, to_queries: bool) -> tuple[list[str], list[di
     return lines, ends
 
 
-def _read_store(v: Var, output: Array, index: _RowIndex, geometry: Geometry) -> list[str]:
-    rows = Rows(geometry, index.side, False)
-    if not output.features:
-        return [
-            "value = tl.sum(tl.where(kept[None, :] == 0, out, 0.0), axis=1)",
-            rows.store(output, "value"),
-        ]
-    column = "".join(output.features)
-    return [rows.store(output, "out").replace(f" + {column}[None, :]", " + kept[None, :]")]
+def _read_store(output: Array, rows: Rows) -> list[str]:
+    """Lines that store one slice of columns, or the one column that a read-out of a vector state has."""
+    if output.features:
+        return [rows.store(output, "out", column="kept")]
+    return ["value = tl.sum(tl.where(kept[None, :] == 0, out, 0.0), axis=1)", rows.store(output, "value")]

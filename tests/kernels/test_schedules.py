@@ -114,8 +114,8 @@ def test_schedules_do_not_change_a_result(
     record_property: Callable[[str, object], None],
 ) -> None:
     spec, shape = REAL[name]
-    if dtype == torch.float32 and change is not halved:
-        pytest.skip("float32: one other Schedule, compiling is slow")
+    if dtype == torch.float32 and (change is not halved or name != "token"):
+        pytest.skip("float32 compiles slowly: one other Schedule of one spec")
     truth, module = oracle(to_toml(spec)), generate(spec, tmp_path).module
     fill_empty_with_nan(module, monkeypatch)
     inputs = random_inputs(truth, shape, dtype, device, seed=0)
