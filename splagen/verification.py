@@ -23,6 +23,9 @@ TOLERANCE: Mapping[torch.dtype, tuple[float, float, float]] = {
 }
 
 
+LOSS_SCALE = 64.0  # of float16 cotangents
+
+
 @dataclass(frozen=True)
 class Row:
     """One comparison: `quantity` at `shape` (B, Hq, L) in `dtype`."""
@@ -88,7 +91,11 @@ def verify(
 def random_inputs(
     oracle: Oracle, shape: tuple[int, int, int], dtype: torch.dtype, device: str | torch.device, seed: int
 ) -> dict[str, Tensor]:
-    """Normal inputs and cotangents of an op by name; a drift tells blocks of keys apart, for the selection."""
+    """Normal inputs and cotangents of an op by name; a drift tells blocks of keys apart, for the selection.
+
+    Cotangents of float16 are LOSS_SCALE times larger, as in any training in float16: below 6e-5 it loses digits, and
+    the cotangent of a quotient by a long sum (the normaliser) lies there.
+    """
     batch, heads, length = shape
     part, definition = oracle.partition, oracle.definition
     sizes = {a: e for a, e in definition.axes if isinstance(e, int)}
@@ -111,6 +118,8 @@ def random_inputs(
             blocks = -(-length // 16)
             drift = torch.randn(batch, blocks, heads // group, *features, generator=draw)
             x = x + 0.7 * drift.repeat_interleave(16, dim=1)[:, :length]
+        if a in part.cotangents and dtype == torch.float16:
+            x = LOSS_SCALE * x
         found[a.name] = x.to(device=device, dtype=torch.float32 if a.layout == "kv_head_scalars" else dtype)
     return found
 

@@ -80,8 +80,9 @@ def _map(world: World, eq: Equation, args: Sequence[Tensor]) -> Tensor:
         if v.kind == "int" and eq.out.kind != "int":
             x = x.to(torch.float64)  # an integer tensor times a Python float would be float32
         env[f"x{i}"] = world.align(x, v.axes, eq.out.axes)
-    value = _walk(eq.op.expr, env)
-    value = (_tensor(value) if isinstance(value, float) else torch.as_tensor(value)).to(world.device)
+    with world.device:  # where numbers of the expression become tensors
+        value = _walk(eq.op.expr, env)
+        value = _tensor(value) if isinstance(value, float) else torch.as_tensor(value)
     if eq.out.kind == "real":
         value = world.real(value)
     return value.expand([world.sizes[a] for a in eq.out.axes])
