@@ -1,6 +1,7 @@
 """The law of every pass: the value does not change, and what the pass claims to find is found."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
@@ -177,7 +178,7 @@ def test_lowering_derives_the_subtraction(name: str) -> None:
     after = run(joint, LOWERING)
     assert not any(is_complement(eq) for eq in after.equations)
     differences = {
-        eq.out.name
+        re.sub(r"_\d+$", "", eq.out.name)
         for eq in after.equations
         if isinstance(eq.op, Map) and eq.op.expr == placeholder(0) - placeholder(1)
     }

@@ -38,7 +38,7 @@ class Memory:
 
     def store(self, a: Array, v: Var, value: Tensor) -> Tensor:
         """The array as kernels find it in memory, in its own dtype, with padding of zeros."""
-        dtype = self.dtype if a.dtype == "input" else torch.float32
+        dtype = self.dtype if a.dtype == "input" else getattr(torch, a.dtype)
         return self.store_exactly(a, v, value).to(dtype).contiguous()
 
     def store_exactly(self, a: Array, v: Var, value: Tensor) -> Tensor:

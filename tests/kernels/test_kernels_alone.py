@@ -165,13 +165,14 @@ class Call:
                 seen = memory.usable_cells()
                 want = memory.load(a, memory.store(a, v, value).double())
                 return relative_error(memory.load(a, got)[:, seen], want[:, seen])
-        want = memory.load(a, memory.store_exactly(a, v, value))
+        want = memory.load(a, memory.store_exactly(a, v, value).double())
         got = memory.load(a, got)
         empty = torch.isneginf(want)  # the log-sum-exp of nothing
         if not torch.equal(torch.isneginf(got), empty):
             return float("inf")
-        terms = self.terms(v).norm().item()
-        return relative_error(got.masked_fill(empty, 0), want.masked_fill(empty, 0), 1e-3 * terms, terms)
+        got, want = got.masked_fill(empty, 0), want.masked_fill(empty, 0)
+        terms, size = self.terms(v).norm().item(), want.norm().item()
+        return relative_error(got, want, terms if size < 1e-3 * terms else None)
 
     def terms(self, v: Var) -> Tensor:
         """What cancels in a sum of products: the sum of their absolute values; 0 for other equations.
