@@ -175,7 +175,7 @@ def relative_error(got: Tensor, want: Tensor, scale: float | None = None) -> flo
     `scale` stands for |want| where the truth cancels: a parameter's gradient is a sum over all rows, and dq of a row
     that sees one key is exactly 0; their error is a share of the terms that cancel.
     """
-    got, want = got.double(), want.double()
+    got, want = got.detach().double(), want.detach().double()
     if not bool(torch.isfinite(got).all()):
         return math.inf
     size = float(want.norm()) if scale is None else scale

@@ -162,16 +162,6 @@ class Rows:
         """One number per row, as a tile."""
         return f"{source}[:, None, None]" if self.signed else f"{source}[:, None]"
 
-    def lift(self, source: str, features: tuple[str, ...]) -> str:
-        """A matrix [rows, columns], as a tile of the region's rank."""
-        if not self.signed:
-            return source
-        if "s" in features:
-            g = self.geometry
-            axis = features[-1]
-            return f"tl.reshape({source}, ({source}.shape[0], {g.signs}, {padded(g.size(axis))}))"
-        return f"{source}[:, None, :]"
-
     def flat(self, source: str, v: Var, rows: str) -> str:
         """A tile of the region's rank as a matrix [rows, columns], or as a vector [rows]."""
         features = features_of(v)

@@ -289,6 +289,3 @@ def side(v: Var) -> str:
     if is_key_row(v):
         return "key"
     return "block"
-
-
-__all__ = ["Partition", "partition"]

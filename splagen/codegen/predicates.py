@@ -9,7 +9,7 @@ import sympy as sp
 
 from splagen.codegen.affine import Atom, Interval, atom, feasible, implied, intervals, terms
 from splagen.codegen.geometry import Geometry
-from splagen.codegen.triton_expr import interval_text, triton_text
+from splagen.codegen.triton_expr import interval_text
 from splagen.errors import PartitionError
 from splagen.expression import symbol
 from splagen.ir.program import Iota, Map, Program, Var, placeholder
@@ -115,6 +115,3 @@ def visit(
     if not found:
         return [], "0", "0"
     return lines, f"({seen})" if len(found) > 1 else seen, place
-
-
-__all__ = ["LENGTH", "J", "Predicates", "T", "triton_text", "visit"]

@@ -16,7 +16,7 @@ import sympy as sp
 from splagen.codegen.triton_expr import triton_text
 from splagen.errors import PartitionError
 from splagen.expression import symbol
-from splagen.ir.program import Contract, Equation, Iota, Lse, Map, Program, Reduce, Softmax, Var, placeholder
+from splagen.ir.program import Contract, Equation, Iota, Map, Program, Reduce, Softmax, Var, placeholder
 from splagen.ir.text import equation_text
 
 
@@ -184,6 +184,3 @@ def slice_back(program: Program, wanted: Iterable[Var], stop: Iterable[Var]) -> 
         seen.add(v)
         todo.extend(definitions[v].args)
     return [eq for eq in program.equations if eq.out in seen]
-
-
-__all__ = ["Dim", "Lse", "Region", "slice_back"]

@@ -52,6 +52,3 @@ def partial_array(v: Var, geometry: Geometry, per_query_head: bool) -> Array:
     width = geometry.width(features, pad=True) if features else 1
     # features end with the head that the programs run over, so that the launcher knows what to sum
     return Array(v.name, "partials", (*features, "Hq" if per_query_head else "Hkv"), (width,), "float32", True)
-
-
-__all__ = ["partial_array", "rows_kernel"]
