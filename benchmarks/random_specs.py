@@ -104,13 +104,15 @@ def draw(count: int, seed: int) -> list[tuple[SPLASpec, int]]:
 
 def wide(module: ModuleType, part: Partition) -> dict[str, dict[str, int]]:
     """Schedules of few large tiles: to the interpreter a small one costs as much; results stay the same."""
-    block = Geometry.of(part.program).block
-    default = module.SCHEDULES["sm_90"]["fp32"]
-    return {
-        k.name: {**default[k.name], "BLOCK_N": block}
-        for k in part.kernels
-        if k.template in ("block_sparse_forward", "block_sparse_dq", "block_sparse_dkv")
+    geometry = Geometry.of(part.program)
+    rows = min(256, max(16, 1 << (geometry.tile * geometry.group - 1).bit_length()))
+    tiles = {
+        "block_sparse_forward": {"BLOCK_M": rows, "BLOCK_N": geometry.block},
+        "block_sparse_dq": {"BLOCK_M": rows, "BLOCK_N": geometry.block},
+        "block_sparse_dkv": {"BLOCK_M": 128, "BLOCK_N": geometry.block},
     }
+    default = module.SCHEDULES["sm_90"]["fp32"]
+    return {k.name: {**default[k.name], **tiles[k.template]} for k in part.kernels if k.template in tiles}
 
 
 def attempt(

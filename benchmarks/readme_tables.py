@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SECTION = re.compile(r"(<!-- results:begin (\w+)(?:: ([\w. ]+?))? -->\n).*?(<!-- results:end -->)", re.DOTALL)
 UNITS = ("ms", "us", "s", "gib", "mib", "kib", "tflops")
 SPELLED = {"us": "µs", "gib": "GiB", "mib": "MiB", "kib": "KiB", "tflops": "TFLOP/s"}
-KINDS = ("dense", "sparse", "spla")  # examples/byte_lm.py
+KINDS = ("dense", "sparse", "spla", "spla_residual")  # examples/byte_lm.py
 
 
 def updated(text: str, root: Path = ROOT) -> str:

@@ -23,9 +23,6 @@ TOLERANCE: Mapping[torch.dtype, tuple[float, float, float]] = {
 }
 
 
-LOSS_SCALE = 64.0  # of float16 cotangents
-
-
 @dataclass(frozen=True)
 class Row:
     """One comparison: `quantity` at `shape` (B, Hq, L) in `dtype`."""
@@ -91,11 +88,7 @@ def verify(
 def random_inputs(
     oracle: Oracle, shape: tuple[int, int, int], dtype: torch.dtype, device: str | torch.device, seed: int
 ) -> dict[str, Tensor]:
-    """Normal inputs and cotangents of an op by name; a drift tells blocks of keys apart, for the selection.
-
-    Cotangents of float16 are LOSS_SCALE times larger, as in any training in float16: below 6e-5 it loses digits, and
-    the cotangent of a quotient by a long sum (the normaliser) lies there.
-    """
+    """Normal inputs and cotangents of an op by name; a drift tells blocks of keys apart, for the selection."""
     batch, heads, length = shape
     part, definition = oracle.partition, oracle.definition
     sizes = {a: e for a, e in definition.axes if isinstance(e, int)}
@@ -118,8 +111,6 @@ def random_inputs(
             blocks = -(-length // 16)
             drift = torch.randn(batch, blocks, heads // group, *features, generator=draw)
             x = x + 0.7 * drift.repeat_interleave(16, dim=1)[:, :length]
-        if a in part.cotangents and dtype == torch.float16:
-            x = LOSS_SCALE * x
         found[a.name] = x.to(device=device, dtype=torch.float32 if a.layout == "kv_head_scalars" else dtype)
     return found
 
@@ -158,15 +149,29 @@ def compare(
         add("o_r where nothing is unselected", residue, 0.0)
     if indices is not None:
         add("selection", selection_error(oracle, inputs, indices, outputs["block_counts"]), limits[2])
-    residuals = [outputs[a.name] for a in part.residuals]
-    gradients = module.backward(chosen, *arguments, *residuals, *(inputs[a.name] for a in part.cotangents))
     truth, scales = oracle.gradients_and_scales(inputs, indices)
     largest = max(want.norm().item() for want in truth.values())
-    for (name, want), got in zip(truth.items(), gradients, strict=True):
+    residuals = [outputs[a.name] for a in part.residuals]
+    factor = loss_scale(truth, dtype)
+    gradients = module.backward(chosen, *arguments, *residuals, *(factor * inputs[a.name] for a in part.cotangents))
+    for (name, want), scaled in zip(truth.items(), gradients, strict=True):
+        got = scaled.double() / factor
         scale = max(float(want.norm()), scales.get(name, 0.0))
         scale = scale if scale > 1e-9 * largest else largest
         add(f"d{name}", relative_error(got, want, scale), limits[1])
     return rows
+
+
+def loss_scale(truth: Mapping[str, Tensor], dtype: torch.dtype) -> float:
+    """The factor of float16 cotangents, as dynamic loss scaling finds it: a power of two; 1 for other dtypes.
+
+    The largest up to 2^10 that keeps every gradient below 2^14.  float16 loses digits below 6e-5, where cotangents of
+    quotients by a long sum lie, and ends at 65504, which the gradients of unbounded feature maps can pass.
+    """
+    if dtype != torch.float16:
+        return 1.0
+    top = max(float(g.abs().max()) for g in truth.values())
+    return 2.0 ** min(10, math.floor(14 - math.log2(top))) if top > 0 else 1.0
 
 
 def relative_error(got: Tensor, want: Tensor, scale: float | None = None) -> float:
