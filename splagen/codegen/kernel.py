@@ -38,6 +38,7 @@ class Array:
     width: tuple[int, ...] = ()
     dtype: Literal["input", "float32", "int32"] = "input"
     padded: bool = False
+    chunk: int = 0  # of states: positions that one state sums
     missing: str = "0.0"  # what a row beyond the sequence reads as: +inf for a log-sum-exp, so that its p is 0
 
     @property

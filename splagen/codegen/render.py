@@ -126,8 +126,7 @@ def _allocation(a: Array, constants: Mapping[str, int]) -> str:
             length = "n.nC" if a.layout == "cell_rows" else "n.L"
             shape = ["n.B", length, f"n.{_HEADS[a.layout]}", *map(str, a.width)]
         case "states":
-            chunk = constants["CHUNK"] if "T" in a.features else constants["BLOCK"]
-            shape = ["n.B", "n.Hkv", f"cdiv(n.L, {chunk}) + 1", *map(str, a.width)]
+            shape = ["n.B", "n.Hkv", f"cdiv(n.L, {a.chunk}) + 1", *map(str, a.width)]
         case "segments":
             shape = ["n.B", "n.Hkv", "work.segments", str(constants["BLOCK"]), *map(str, a.width)]
         case "partials":

@@ -52,7 +52,8 @@ def state_chains(program: Program, equations: list[Equation]) -> list[StateChain
 def state_array(v: Var, geometry: Geometry) -> Array:
     """The prefix states of a chain: [B, Hkv, chunks + 1, left, right] float32."""
     left, right = _widths(v, geometry)
-    return Array(v.name, "states", features_of(v), (left, right), "float32", True)
+    chunk = geometry.chunk if "T" in v.axes else geometry.block
+    return Array(v.name, "states", features_of(v), (left, right), "float32", True, chunk)
 
 
 def _widths(v: Var, geometry: Geometry) -> tuple[int, int]:
