@@ -153,7 +153,7 @@ def test_a_chunk_of_query_tiles_is_the_slice_of_the_whole(spec: SPLASpec) -> Non
     assert_near(got, whole[:, :, :, start:stop])
 
 
-# -- (c) the masked definition of shared/specs/check_spla.py, imposed selections -------------
+# -- (c) the masked definition of the residual, with random selections imposed ---------------------------------
 
 
 def random_selection(rng: np.random.Generator, length: int, block: int, k: int, n_init: int, n_loc: int) -> Array:
