@@ -88,7 +88,7 @@ class Oracle:
 
     def gradients(self, inputs: Mapping[str, Tensor], block_indices: Tensor | None) -> dict[str, Tensor]:
         """Gradients in float64 by the name of the input: rows of queries per chunk, the rest summed over chunks."""
-        return self.gradients_and_scales(inputs, block_indices)[0]
+        return self._gradients(inputs, block_indices, {})[0]
 
     def gradients_and_scales(
         self, inputs: Mapping[str, Tensor], block_indices: Tensor | None
@@ -97,18 +97,23 @@ class Oracle:
 
         Such a sum can cancel to any small number; rounding moves it by a share of its terms, not of itself.
         """
+        return self._gradients(inputs, block_indices, self.terms)
+
+    def _gradients(
+        self, inputs: Mapping[str, Tensor], block_indices: Tensor | None, terms: Mapping[str, list[Var]]
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
         blocked = self._blocked(inputs)
         program = self.definition
         totals: dict[str, list[Tensor]] = {x.name: [] for x, _ in program.gradients}
-        squares = dict.fromkeys(self.terms, 0.0)
+        squares = dict.fromkeys(terms, 0.0)
         for start, stop, chunk, given in self._chunks(program, inputs, blocked, block_indices):
-            wanted = [*(g for _, g in program.gradients), *(v for terms in self.terms.values() for v in terms)]
+            wanted = [*(g for _, g in program.gradients), *(v for summed in terms.values() for v in summed)]
             found = self._evaluate(program, chunk, blocked, start, stop, given, list(dict.fromkeys(wanted)))
             rows = min(stop * blocked.tile, blocked.length) - start * blocked.tile
             for x, g in program.gradients:
                 totals[x.name].append(blocked.to_tensor(x, found[g.name], rows))
-            for name, terms in self.terms.items():
-                squares[name] += sum(float(found[v.name].square().sum()) for v in terms)
+            for name, summed in terms.items():
+                squares[name] += sum(float(found[v.name].square().sum()) for v in summed)
         by_chunk = {x.name for x, _ in program.gradients if "T" in x.axes}
         gradients = {
             n: torch.cat(p, dim=1) if n in by_chunk else functools.reduce(torch.add, p) for n, p in totals.items()

@@ -11,6 +11,8 @@ from splagen.codegen.row_code import RowCode
 from splagen.codegen.tile_code import (
     COUNTS,
     INDICES,
+    Sum,
+    Tile,
     TileCode,
     Walk,
     accumulators,
@@ -87,12 +89,29 @@ class QuerySide:
         features = features_of(v)
         return f"(BLOCK_M, {self.geometry.width(features, pad=True)})" if features else "(BLOCK_M,)"
 
-    def kernel(self, name: str, template: str, outputs: Sequence[Array], holes: dict[str, object]) -> Kernel:
-        """The finished kernel."""
+    def kernel(
+        self,
+        name: str,
+        outputs: Sequence[tuple[Var, Array]],
+        sums: Sequence[Sum],
+        tiles: Sequence[Tile],
+        loops: Sequence[dict[str, object]],
+        prologue: Sequence[str],
+        epilogue: Sequence[str],
+    ) -> Kernel:
+        """The finished kernel: it also covers the sums and what the tiles form."""
+        self.covers.update(dict.fromkeys(s.equation for s in sums))
+        self.covers.update(dict.fromkeys(eq for t in tiles for eq in (*t.products, *t.equations)))
         order = {eq.out: i for i, eq in enumerate(self.program.equations)}
         covers = tuple(sorted(self.covers, key=lambda eq: order[eq.out]))
+        holes = {
+            "prologue": "\n".join(prologue),
+            "accumulators": [{"name": v.name, "shape": self.shape(v)} for v in accumulators(sums)],
+            "loops": loops,
+            "epilogue": "\n".join(epilogue),
+        }
         grid = "(nT * cdiv(TILE * GROUP, BLOCK_M), B * Hkv)"
-        return Kernel(name, template, covers, tuple(self.arrays.values()), tuple(outputs), holes, grid)
+        return Kernel(name, name, covers, tuple(self.arrays.values()), tuple(a for _, a in outputs), holes, grid)
 
 
 def forward_kernel(walk: Walk, available: Mapping[Var, Array], outputs: Sequence[tuple[Var, Array]]) -> Kernel:
@@ -140,17 +159,8 @@ def forward_kernel(walk: Walk, available: Mapping[Var, Array], outputs: Sequence
                 held[eq.out] = eq.out.name
                 side.covers[eq] = None
     epilogue = finish + side.epilogue(outputs, held)
-    side.covers.update(
-        dict.fromkeys([lse, *(s.equation for s in sums), *(eq for t in tiles for eq in (*t.products, *t.equations))])
-    )
-    side.covers.update(dict.fromkeys(definitions[v] for s in softmax for v in s.factors))
-    holes = {
-        "prologue": "\n".join(prologue),
-        "accumulators": [{"name": v.name, "shape": side.shape(v)} for v in accumulators(sums)],
-        "loops": loops,
-        "epilogue": "\n".join(epilogue),
-    }
-    return side.kernel("block_sparse_forward", "block_sparse_forward", [a for _, a in outputs], holes)
+    side.covers.update(dict.fromkeys([lse, *(definitions[v] for s in softmax for v in s.factors)]))
+    return side.kernel("block_sparse_forward", outputs, sums, tiles, loops, prologue, epilogue)
 
 
 def dq_kernel(walk: Walk, available: Mapping[Var, Array], outputs: Sequence[tuple[Var, Array]]) -> Kernel:
@@ -174,13 +184,4 @@ def dq_kernel(walk: Walk, available: Mapping[Var, Array], outputs: Sequence[tupl
     rows = operands([eq for t in tiles for eq in t.products], [], of_queries=True)
     prologue = side.prologue([*rows, *row_scalars(tiles, sums)], list(keys_used))
     epilogue = side.epilogue(outputs, {s.into: s.into.name for s in sums})
-    side.covers.update(
-        dict.fromkeys([*(s.equation for s in sums), *(eq for t in tiles for eq in (*t.products, *t.equations))])
-    )
-    holes = {
-        "prologue": "\n".join(prologue),
-        "accumulators": [{"name": v.name, "shape": side.shape(v)} for v in accumulators(sums)],
-        "loops": loops,
-        "epilogue": "\n".join(epilogue),
-    }
-    return side.kernel("block_sparse_dq", "block_sparse_dq", [a for _, a in outputs], holes)
+    return side.kernel("block_sparse_dq", outputs, sums, tiles, loops, prologue, epilogue)

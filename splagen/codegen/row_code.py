@@ -101,7 +101,7 @@ class RowCode:
         if "s" in features:
             width = self.geometry.width(features[1:], pad=True)
             return f"tl.reshape({wide}, ({self.tile_rows}, {self.geometry.signs}, {width}))"
-        return f"{wide}[:, None, :]" if wide.isidentifier() or exact or "(" in wide else wide
+        return f"{wide}[:, None, :]"
 
     def operands(self, wanted: Sequence[Var], scales: Mapping[Var, str] | None = None) -> Piece:
         """Bring rows as a tile's products take them: matrices in the input type, numbers per row as vectors.

@@ -175,3 +175,16 @@ GPU = (
          linear=Residual(lib.elu1, temperature=True, normaliser=True), combine="add"),
     real("dense below", (1000, 1001), BF16, dense_below=1001),
 )  # fmt: skip
+
+# sizes of a model, for tests of single kernels and of Schedules on a GPU
+REAL_SPECS = {
+    "token": SPLASpec(head_dim=128, group_size=4, select=Select(budget=4)),
+    "tile": SPLASpec(
+        head_dim=64,
+        group_size=4,
+        causal=False,
+        select=Select(granularity="tile", tile=64, budget=4),
+        linear=Residual(normaliser=True),
+        combine="add",
+    ),
+}

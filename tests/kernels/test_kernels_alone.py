@@ -19,7 +19,7 @@ from splagen.pipeline import generate
 from splagen.spec import Residual, Select, SPLASpec, Statistics, to_toml, windows
 from splagen.verification import TOLERANCE, random_inputs, relative_error, selection_error
 from tests.kernels.arrays import Memory
-from tests.kernels.cases import Shape
+from tests.kernels.cases import REAL_SPECS, Shape
 from tests.kernels.embedding import fill_empty_with_nan
 
 pytestmark = pytest.mark.usefixtures("fast_sort")
@@ -45,20 +45,7 @@ SPECS: dict[str, tuple[SPLASpec, Shape]] = {
         (1, 2, 150),
     ),
 }
-REAL: dict[str, tuple[SPLASpec, Shape]] = {
-    "token": (SPLASpec(head_dim=128, group_size=4, select=Select(budget=4)), (2, 8, 1000)),
-    "tile": (
-        SPLASpec(
-            head_dim=64,
-            group_size=4,
-            causal=False,
-            select=Select(granularity="tile", tile=64, budget=4),
-            linear=Residual(normaliser=True),
-            combine="add",
-        ),
-        (1, 8, 1000),
-    ),
-}
+REAL = {"token": (REAL_SPECS["token"], (2, 8, 1000)), "tile": (REAL_SPECS["tile"], (1, 8, 1000))}
 
 
 class Call:

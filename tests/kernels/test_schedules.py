@@ -16,7 +16,7 @@ from splagen.ops import oracle
 from splagen.pipeline import generate
 from splagen.spec import Residual, Select, SPLASpec, to_toml
 from splagen.verification import Report, compare, random_inputs
-from tests.kernels.cases import Shape
+from tests.kernels.cases import REAL_SPECS
 from tests.kernels.embedding import fill_empty_with_nan
 
 pytestmark = pytest.mark.usefixtures("fast_sort")
@@ -27,20 +27,7 @@ TINY = SPLASpec(
     select=Select(block_size=32, budget=2, granularity="tile", tile=16),
     linear=Residual(temperature=True),
 )
-REAL: dict[str, tuple[SPLASpec, Shape]] = {
-    "token": (SPLASpec(head_dim=128, group_size=4, select=Select(budget=4)), (1, 8, 1000)),
-    "tile": (
-        SPLASpec(
-            head_dim=64,
-            group_size=4,
-            causal=False,
-            select=Select(granularity="tile", tile=64, budget=4),
-            linear=Residual(normaliser=True),
-            combine="add",
-        ),
-        (1, 8, 1000),
-    ),
-}
+REAL = {name: (spec, (1, 8, 1000)) for name, spec in REAL_SPECS.items()}
 
 
 def halved(schedule: Schedule) -> dict[str, int]:
