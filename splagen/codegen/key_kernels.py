@@ -120,7 +120,7 @@ def merge_kernel(
     piece = rows.compute([v for v, _ in outputs], {v: v.name for v in parts})
     epilogue = list(piece.lines)
     for v, array in outputs:
-        epilogue += rows.store(array, v, piece.names[v])
+        epilogue += rows.store(array, piece.names[v])
     accumulators = [
         {
             "name": v.name,

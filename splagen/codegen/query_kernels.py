@@ -81,7 +81,7 @@ class QuerySide:
         self.covers.update(dict.fromkeys(piece.equations))
         lines = list(piece.lines)
         for v, array in outputs:
-            lines += self.rows.store(array, v, piece.names[v])
+            lines += self.rows.store(array, piece.names[v])
         return lines
 
     def shape(self, v: Var) -> str:

@@ -137,7 +137,7 @@ class RowCode:
         width = self.geometry.width((axis,), pad=True)
         return f"({column_name(features)} % {width} < {self.geometry.size(axis)})[None, :]"
 
-    def store(self, array: Array, v: Var, source: str) -> list[str]:
+    def store(self, array: Array, source: str) -> list[str]:
         """Lines that store a row variable, or this program's part of a sum over rows."""
         if array.layout == "partials":
             return self._store_partial(array, source)

@@ -24,7 +24,7 @@ def rows_kernel(
     if side == "query":
         lines[:0] = ["h = query_head // GROUP", "head = query_head + tl.zeros((BLOCK_M,), tl.int64)"]
     for v, array in outputs:
-        lines += code.store(array, v, piece.names[v])
+        lines += code.store(array, piece.names[v])
     holes = {
         "heads": "(Hkv * GROUP)" if side == "query" else "Hkv",
         "head": "query_head" if side == "query" else "h",
