@@ -22,6 +22,8 @@ _HOME = {
     "from_toml": "spec",
     "to_toml": "spec",
     "read_spec": "spec",
+    "SSESpec": "sse_spec",
+    "Router": "sse_spec",
     "FeatureMap": "library",
     "feature_map": "library",
     "identity": "library",
@@ -31,6 +33,10 @@ _HOME = {
     "exp": "library",
     "softmax": "library",
     "hedgehog": "library",
+    "silu": "library",
+    "l2norm": "library",
+    "silu_l2norm": "library",
+    "topk_softmax": "library",
     "Metric": "library",
     "taylor": "library",
     "cumulant": "library",
@@ -63,13 +69,17 @@ if TYPE_CHECKING:
     from splagen.library import feature_map as feature_map
     from splagen.library import hedgehog as hedgehog
     from splagen.library import identity as identity
+    from splagen.library import l2norm as l2norm
     from splagen.library import relu as relu
     from splagen.library import relu2 as relu2
     from splagen.library import score_function as score_function
+    from splagen.library import silu as silu
+    from splagen.library import silu_l2norm as silu_l2norm
     from splagen.library import sliding_window as sliding_window
     from splagen.library import softcap as softcap
     from splagen.library import softmax as softmax
     from splagen.library import taylor as taylor
+    from splagen.library import topk_softmax as topk_softmax
     from splagen.pipeline import Library as Library
     from splagen.pipeline import generate as generate
     from splagen.pipeline import kernels as kernels
@@ -88,6 +98,8 @@ if TYPE_CHECKING:
     from splagen.spec import read_spec as read_spec
     from splagen.spec import to_toml as to_toml
     from splagen.spec import windows as windows
+    from splagen.sse_spec import Router as Router
+    from splagen.sse_spec import SSESpec as SSESpec
 
 
 def __getattr__(name: str) -> Any:

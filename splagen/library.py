@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import sympy as sp
 
@@ -26,7 +26,6 @@ from splagen.expression import (
     maximum,
     minimum,
     sigmoid,
-    silu,
     symbol,
     where,
 )
@@ -45,6 +44,7 @@ __all__ = [
     "feature_map",
     "hedgehog",
     "identity",
+    "l2norm",
     "log1p",
     "maximum",
     "metric_expression",
@@ -54,10 +54,12 @@ __all__ = [
     "score_function",
     "sigmoid",
     "silu",
+    "silu_l2norm",
     "sliding_window",
     "softcap",
     "softmax",
     "taylor",
+    "topk_softmax",
     "where",
 ]
 
@@ -97,23 +99,33 @@ def _call(fn: Callable[..., object], names: tuple[str, ...], path: str) -> sp.Ba
 # -- feature maps ------------------------------------------------------------------------------------------
 
 
+def _later(default: Any) -> Any:
+    """A field younger than the first specs: their text, and so their digest, leaves it out at its default."""
+    return field(default=default, metadata={"later": True})
+
+
 @dataclass(frozen=True)
 class FeatureMap:
-    """phi of the residual branch, applied to rows x [..., D] in float32; the result has `width(D)` features.
+    """phi of a linear branch, applied to rows x [..., D] in float32; the result has `width(D)` features.
 
     phi(x) runs over an extra axis s of size `signs`: y[s, :] = expression at (1 - 2 s) x, then softmax over D
-    if `softmax`.  Source: RAttention, arXiv 2506.15545 (hedgehog is its feature map).
+    if `softmax`.  Source: RAttention, arXiv 2506.15545 (hedgehog is its feature map); l2norm and topk: SSE,
+    arXiv 2507.16577.
 
     Attributes:
         expression: canonical text in x, elementwise.
-        signs: 1, or 2 to apply it to x and to -x.
+        signs: 1, or 2 to apply it to x and to -x; 1 with l2norm or topk.
         softmax: whether a softmax over the head dimension follows, for each sign alone.
         non_negative: whether every feature is >= 0, which a normaliser needs; a softmax always is.
         name: of a named map; "custom" otherwise.
+        l2norm: whether the row y is divided by sqrt(Σ y² + 1e-6); not together with softmax.
+        topk: k from 1 to 256: the softmax runs over the k largest entries of the row y, of equal ones the first,
+            and the others give 0.  None takes all of them.
 
     Raises:
         ExpressionError: the expression is not accepted.
-        SpecError: signs is not 1 or 2, or a map declared non-negative has a negative value.
+        SpecError: signs is not 1 or 2, options exclude each other, or a map declared non-negative has a
+            negative value.
     """
 
     expression: str
@@ -121,13 +133,23 @@ class FeatureMap:
     softmax: bool = False
     non_negative: bool = False
     name: str = "custom"
+    l2norm: bool = _later(False)
+    topk: int | None = _later(None)
 
     def __post_init__(self) -> None:
         if self.signs not in (1, 2) or isinstance(self.signs, bool):
             raise SpecError(f"feature_map.signs is {self.signs!r}", "1, or 2 to apply the map to x and to -x")
-        for flag in ("softmax", "non_negative"):
+        for flag in ("softmax", "non_negative", "l2norm"):
             if not isinstance(getattr(self, flag), bool):
                 raise SpecError(f"feature_map.{flag} is {getattr(self, flag)!r}", "true or false")
+        if self.topk is not None and (type(self.topk) is not int or not 1 <= self.topk <= 256):
+            raise SpecError(f"feature_map.topk is {self.topk!r}", "a whole number from 1 to 256, or None")
+        if self.topk is not None and not self.softmax:
+            raise SpecError(f"feature_map.topk is {self.topk} without softmax", "set softmax, or leave topk out")
+        if self.l2norm and self.softmax:
+            raise SpecError("feature_map.l2norm is set together with softmax", "set one of the two")
+        if self.signs == 2 and (self.l2norm or self.topk is not None):
+            raise SpecError(f"feature_map.signs is 2 with {'l2norm' if self.l2norm else 'topk'}", "set signs to 1")
         object.__setattr__(self, "expression", _canonical(self.expression, ("x",), "x", "feature_map.expression"))
         object.__setattr__(self, "non_negative", self.non_negative or self.softmax)
         expr = self.expr
@@ -150,8 +172,9 @@ class FeatureMap:
 
     def __call__(self, x: sp.Expr | float) -> sp.Expr:
         """The elementwise map at an expression, so that `lambda x: relu(x) ** 2` is a formula."""
-        if self.softmax or self.signs == 2:
-            raise ExpressionError(f"{self.name} is not elementwise", "use identity, relu, elu1 or exp in a formula")
+        if self.softmax or self.l2norm or self.signs == 2:
+            hint = "use identity, relu, elu1, exp or silu in a formula"
+            raise ExpressionError(f"{self.name} is not elementwise", hint)
         return self.expr.xreplace({symbol("x"): sp.sympify(x, strict=True)})
 
 
@@ -162,8 +185,21 @@ elu1 = FeatureMap("where(x > 0, x + 1, exp(x))", non_negative=True, name="elu1")
 exp = FeatureMap("exp(x)", non_negative=True, name="exp")
 softmax = FeatureMap("x", softmax=True, name="softmax")
 hedgehog = FeatureMap("x", signs=2, softmax=True, name="hedgehog")
+silu = FeatureMap("silu(x)", name="silu")
+l2norm = FeatureMap("x", l2norm=True, name="l2norm")
+silu_l2norm = FeatureMap("silu(x)", l2norm=True, name="silu_l2norm")
 
-FEATURE_MAPS: dict[str, FeatureMap] = {m.name: m for m in (identity, relu, relu2, elu1, exp, softmax, hedgehog)}
+_NAMED = (identity, relu, relu2, elu1, exp, softmax, hedgehog, silu, l2norm, silu_l2norm)
+FEATURE_MAPS: dict[str, FeatureMap] = {m.name: m for m in _NAMED}
+
+
+def topk_softmax(k: int) -> FeatureMap:
+    """Softmax over the k largest entries of a row, k from 1 to 256, and 0 elsewhere: SSE, arXiv 2507.16577."""
+    return FeatureMap("x", softmax=True, topk=k)
+
+
+def _options(phi: FeatureMap) -> tuple[int, bool, bool, int | None]:
+    return phi.signs, phi.softmax, phi.l2norm, phi.topk
 
 
 def feature_map(
@@ -172,6 +208,8 @@ def feature_map(
     signs: Literal[1, 2] = 1,
     softmax: bool = False,
     non_negative: bool = False,
+    l2norm: bool = False,
+    topk: int | None = None,
 ) -> FeatureMap:
     """A feature map from a name, a formula in x, a function of a sympy symbol, or a feature map (kept).
 
@@ -180,13 +218,15 @@ def feature_map(
         signs: 1, or 2 to apply it to x and to -x.
         softmax: whether a softmax over the head dimension follows.
         non_negative: declares that the formula is >= 0 everywhere.
+        l2norm: whether the row is divided by its length.
+        topk: how many of the largest entries the softmax takes; None is all.
 
     Raises:
         SpecError: an unknown name, or options given together with a map that is complete already.
         ExpressionError: the formula is not accepted.
     """
     complete = isinstance(source, (FeatureMap, str))
-    if complete and (signs != 1 or softmax or non_negative):
+    if complete and (signs != 1 or softmax or non_negative or l2norm or topk is not None):
         raise SpecError(f"feature_map: options given together with {source!r}", "give a formula and the options")
     if isinstance(source, FeatureMap):
         return source
@@ -199,9 +239,10 @@ def feature_map(
             )
         return FEATURE_MAPS[source]
     expr = _call(source, ("x",), "feature_map") if callable(source) else source
-    made = FeatureMap(_canonical(expr, ("x",), "x", "feature_map"), signs, softmax, non_negative)
+    formula = _canonical(expr, ("x",), "x", "feature_map")
+    made = FeatureMap(formula, signs, softmax, non_negative, l2norm=l2norm, topk=topk)
     for known in FEATURE_MAPS.values():  # one spelling of one map, so that equal specs have equal digests
-        if (known.expression, known.signs, known.softmax) == (made.expression, signs, softmax):
+        if (known.expression, *_options(known)) == (made.expression, *_options(made)):
             return known
     return made
 

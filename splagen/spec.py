@@ -1,5 +1,6 @@
 """What is computed: frozen, validated specs, their TOML form and their digest.
 
+Here stand the spec of SPLA and the text of every kind of spec; SSE's is in `splagen.sse_spec`.
 How it runs is a schedule's business: nothing here mentions a tile, a warp or a device.
 """
 
@@ -16,16 +17,21 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from splagen.errors import SpecError
 from splagen.library import FEATURE_MAPS, FeatureMap, Metric, ScoreFunction, hedgehog, score_function
 from splagen.library import feature_map as make_feature_map
 
+if TYPE_CHECKING:
+    from splagen.sse_spec import SSESpec
+
 __all__ = [
-    "FeatureMap", "Metric", "Numerics", "Residual", "SPLASpec", "ScoreFunction", "Select", "Statistics",
+    "FeatureMap", "Metric", "Numerics", "Residual", "SPLASpec", "ScoreFunction", "Select", "Spec", "Statistics",
     "canonical", "digest", "from_toml", "read_spec", "to_toml", "windows",
 ]  # fmt: skip
+
+Spec: TypeAlias = "SPLASpec | SSESpec"
 
 _toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
@@ -45,6 +51,22 @@ def _one_of(path: str, value: object, choices: tuple[object, ...]) -> None:
 def _is_a(path: str, value: object, kinds: tuple[type, ...], hint: str) -> None:
     if not isinstance(value, kinds):
         raise SpecError(f"{path} is {value!r}", hint)
+
+
+def _positive_number(path: str, value: Any, hint: str) -> float:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise SpecError(f"{path} is {value!r}", f"a positive finite number; {hint}")
+    return float(value)
+
+
+def _identifier(path: str, value: object) -> None:
+    if not (isinstance(value, str) and value.isascii() and value.isidentifier()) or keyword.iskeyword(value):
+        raise SpecError(f"{path} is {value!r}", "an identifier in ASCII such as spla_64")
+
+
+def _at(path: str, error: SpecError) -> SpecError:
+    """The error of a feature map, which does not know its place, with that place."""
+    return type(error)(path + error.message.removeprefix("feature_map"), error.hint)
 
 
 @dataclass(frozen=True)
@@ -127,7 +149,8 @@ class Residual:
     """Linear attention over the blocks not selected (SPLA, arXiv 2601.22379; phi: RAttention, 2506.15545).
 
     Attributes:
-        feature_map: phi, of raw (unscaled) queries and keys; a name or a formula is converted.
+        feature_map: phi, of raw (unscaled) queries and keys, without l2norm and topk; a name or a formula is
+            converted.
         temperature: whether x is multiplied by exp(temperature[h]), a learned input per KV head, before phi.
         normaliser: whether the branch is divided by phi(q)·Σ phi(k), at least 1e-6; for phi >= 0 only.
     """
@@ -138,6 +161,10 @@ class Residual:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "feature_map", make_feature_map(self.feature_map))
+        option = "l2norm" if self.feature_map.l2norm else "topk" if self.feature_map.topk is not None else None
+        if option:
+            hint = "use hedgehog, softmax or an elementwise map here; q_map and k_map of an SSESpec take it"
+            raise SpecError(f"linear.feature_map has {option}, which the residual branch does not support", hint)
         _one_of("linear.temperature", self.temperature, (False, True))
         _one_of("linear.normaliser", self.normaliser, (False, True))
         if self.normaliser and not self.feature_map.non_negative:
@@ -187,6 +214,8 @@ class SPLASpec:
         name: of the op and of its module, an identifier.
     """
 
+    kind: ClassVar[Literal["spla"]] = "spla"
+
     head_dim: int = 128
     value_dim: int = None  # type: ignore[assignment]
     group_size: int = 1
@@ -213,9 +242,7 @@ class SPLASpec:
         _whole("value_dim", self.value_dim, 16, 256, 8)
         _whole("group_size", self.group_size, 1, 64)
         _one_of("causal", self.causal, (False, True))
-        if type(self.scale) not in (int, float) or not 0 < self.scale < math.inf:
-            raise SpecError(f"scale is {self.scale!r}", "a positive finite number; None is head_dim ** -0.5")
-        object.__setattr__(self, "scale", float(self.scale))
+        object.__setattr__(self, "scale", _positive_number("scale", self.scale, "None is head_dim ** -0.5"))
         if callable(self.score):
             object.__setattr__(self, "score", score_function(self.score))
         _is_a("score", self.score, (ScoreFunction, type(None)), "softcap(), alibi(), score_function() or None")
@@ -223,9 +250,7 @@ class SPLASpec:
         _is_a("linear", self.linear, (Residual, type(None)), "Residual(), or None")
         _is_a("numerics", self.numerics, (Numerics,), "Numerics()")
         _whole("dense_below", self.dense_below, 0)
-        name = self.name
-        if not (isinstance(name, str) and name.isascii() and name.isidentifier()) or keyword.iskeyword(name):
-            raise SpecError(f"name is {name!r}", "an identifier in ASCII such as spla_64")
+        _identifier("name", self.name)
         branches = ("none",) if self.linear is None else ("add", "rms", "rms_residual", "gate")
         _one_of("combine", self.combine, branches)
         if self.select is None and self.linear is not None:
@@ -239,8 +264,11 @@ class SPLASpec:
 
 # -- text --------------------------------------------------------------------------------------------------
 
-_PARTS = {"select": Select, "linear": Residual, "numerics": Numerics, "score": ScoreFunction}
-_PARTS |= {"select.metric": Metric, "select.statistics": Statistics, "linear.feature_map": FeatureMap}
+_PARTS: dict[str, type[Any]] = {
+    "select": Select, "select.metric": Metric, "select.statistics": Statistics, "linear": Residual,
+    "linear.feature_map": FeatureMap, "numerics": Numerics, "score": ScoreFunction,
+}  # fmt: skip
+_ABSENT = ("select", "linear", "router")  # written "none" where None means: without it
 
 
 def _plain(value: object) -> Any:
@@ -248,18 +276,19 @@ def _plain(value: object) -> Any:
     if isinstance(value, FeatureMap) and FEATURE_MAPS.get(value.name) == value:
         return value.name
     if dataclasses.is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        given = [(f, getattr(value, f.name)) for f in dataclasses.fields(value) if f.init]
+        return {f.name: _plain(v) for f, v in given if not (f.metadata.get("later") and v == f.default)}
     return value
 
 
-def to_toml(spec: SPLASpec) -> str:
-    """The spec as TOML that `from_toml` reads back to an equal one; an absent select or linear is "none"."""
-    lines: list[str] = []
+def to_toml(spec: Spec) -> str:
+    """The spec as TOML that `from_toml` reads back to an equal one; an absent part is "none"."""
+    lines: list[str] = [] if spec.kind == "spla" else [f"kind = {json.dumps(spec.kind)}"]
 
     def table(path: str, values: Mapping[str, Any]) -> None:
         lines.extend([f"\n[{path}]"] if path else [])
         for key, value in values.items():
-            if value is None and key in ("select", "linear"):
+            if value is None and key in _ABSENT:
                 value = "none"
             if value is not None and not isinstance(value, dict):
                 lines.append(f"{key} = {json.dumps(value)}")
@@ -271,22 +300,26 @@ def to_toml(spec: SPLASpec) -> str:
     return "\n".join(lines) + "\n"
 
 
-def from_toml(text: str) -> SPLASpec:
-    """Read a spec from TOML; what is left out takes its default.
+def from_toml(text: str) -> SPLASpec | Any:  # Any: a caller that knows its file's kind need not narrow it
+    """Read a spec from TOML, an SSESpec where `kind = "sse"` says so; what is left out takes its default.
 
     Raises:
-        SpecError: not TOML, an unknown key (with the closest known one), or a value that is refused.
+        SpecError: not TOML, an unknown kind, an unknown key (with the closest known one), or a value that is refused.
     """
     try:
         values = _toml.loads(text)
     except (ValueError, TypeError, RecursionError) as error:
         raise SpecError(f"not a TOML file: {error}", "compare it with the output of to_toml(SPLASpec())") from None
-    made = _build("", SPLASpec, values)
-    assert isinstance(made, SPLASpec)
-    return made
+    name = values.pop("kind", "spla")
+    _one_of("kind", name, ("spla", "sse"))
+    if name == "spla":
+        return _build("", SPLASpec, values, _PARTS)
+    from splagen.sse_spec import PARTS, SSESpec
+
+    return _build("", SSESpec, values, PARTS)
 
 
-def _build(path: str, kind: type[Any], values: object) -> object:
+def _build(path: str, kind: type[Any], values: object, parts: Mapping[str, type[Any]]) -> Any:
     if not isinstance(values, dict):
         raise SpecError(f"{path} is {values!r}", f"a table [{path}]")
     known = [f.name for f in dataclasses.fields(kind) if f.init]
@@ -296,18 +329,23 @@ def _build(path: str, kind: type[Any], values: object) -> object:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1, 0.0)[0]
             raise SpecError(f"unknown key {where}", f"did you mean {near}? keys: {', '.join(known)}")
-        if where in ("select", "linear") and value == "none":
+        if where in _ABSENT and value == "none":
             made[key] = None
-        elif where in _PARTS and not (where == "linear.feature_map" and isinstance(value, str)):
-            made[key] = _build(where, _PARTS[where], value)
+        elif where in parts and not (parts[where] is FeatureMap and isinstance(value, str)):
+            made[key] = _build(where, parts[where], value, parts)
         else:
             made[key] = value
     if "expression" in known and "expression" not in made:
         raise SpecError(f"{path}.expression is missing", "give the formula as text")
-    return kind(**made)
+    try:
+        return kind(**made)
+    except SpecError as error:
+        if kind is not FeatureMap:
+            raise
+        raise _at(path, error) from None
 
 
-def read_spec(path: str | Path) -> SPLASpec:
+def read_spec(path: str | Path) -> SPLASpec | Any:
     """Read a spec from a TOML file; the error of a bad one names the file.
 
     Raises:
@@ -321,11 +359,11 @@ def read_spec(path: str | Path) -> SPLASpec:
         raise type(error)(f"{path}: {error.message}", error.hint) from error
 
 
-def canonical(spec: SPLASpec) -> str:
+def canonical(spec: Spec) -> str:
     """Sorted JSON of every field, floats by repr: equal text means equal specs, on every machine."""
-    return json.dumps({"kind": "spla", **_plain(spec)}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return json.dumps({"kind": spec.kind, **_plain(spec)}, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def digest(spec: SPLASpec) -> str:
+def digest(spec: Spec) -> str:
     """SHA-256 of `canonical(spec)`, 64 hexadecimal digits."""
     return hashlib.sha256(canonical(spec).encode()).hexdigest()

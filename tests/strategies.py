@@ -26,7 +26,7 @@ def metrics() -> st.SearchStrategy[library.Metric]:
 
 
 def feature_maps(*, non_negative: bool = False) -> st.SearchStrategy[library.FeatureMap]:
-    named = [m for m in library.FEATURE_MAPS.values() if m.non_negative or not non_negative]
+    named = [m for m in library.FEATURE_MAPS.values() if not m.l2norm and (m.non_negative or not non_negative)]
     made = [
         library.feature_map(f, signs=signs, softmax=softmax)  # type: ignore[arg-type]
         for f in FORMULAS

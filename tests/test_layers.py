@@ -17,7 +17,7 @@ ROWS = [
     {"errors", "settings", "expression", "device"},
     {"expression_text"},
     {"library"},
-    {"spec"},
+    {"spec", "sse_spec"},
     {"ir"},
     {"codegen"},
     {"layout"},

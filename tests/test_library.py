@@ -7,6 +7,7 @@ import pytest
 import sympy as sp
 import torch
 
+from splagen import expression
 from splagen.errors import ExpressionError, SpecError
 from splagen.expression import evaluate, log1p, symbol
 from splagen.library import (
@@ -19,15 +20,18 @@ from splagen.library import (
     feature_map,
     hedgehog,
     identity,
+    l2norm,
     maximum,
     metric_expression,
     relu,
     score_function,
     sigmoid,
     silu,
+    silu_l2norm,
     sliding_window,
     softcap,
     taylor,
+    topk_softmax,
     where,
 )
 
@@ -41,6 +45,10 @@ def features(phi, x):
     for s in range(phi.signs):
         y = torch.tensor([[evaluate(phi.expr, {"x": v}) for v in row] for row in ((1 - 2 * s) * x).tolist()])
         y = y.to(torch.float64)
+        if phi.topk is not None:  # a stable sort leaves the first of equal entries in front
+            y = y.scatter(-1, y.sort(dim=-1, descending=True, stable=True).indices[:, phi.topk :], -math.inf)
+        if phi.l2norm:
+            y = y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt()
         parts.append(y.softmax(-1) if phi.softmax else y)
     return torch.cat(parts, -1)
 
@@ -53,6 +61,9 @@ TORCH = {
     "exp": torch.exp,
     "softmax": lambda x: x.softmax(-1),
     "hedgehog": lambda x: torch.cat([x.softmax(-1), (-x).softmax(-1)], -1),
+    "silu": torch.nn.functional.silu,
+    "l2norm": lambda x: x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6),
+    "silu_l2norm": lambda x: TORCH["l2norm"](TORCH["silu"](x)),
 }
 
 
@@ -79,8 +90,26 @@ def test_feature_map_from_formulas():
     assert evaluate(square.expr, {"x": 3.0}) == 9
     assert evaluate(square.expr, {"x": -3.0}) == 0
     assert feature_map(sp.Symbol("x") * 0.1).expression == "x/10"
-    assert feature_map(silu).expr == silu(symbol("x"))
+    assert feature_map(lambda t: t * sigmoid(t)) == silu
+    assert feature_map(lambda t: t * sigmoid(t), l2norm=True) == silu_l2norm
+    assert feature_map(lambda t: t, l2norm=True) == l2norm
+    assert feature_map(lambda t: t, softmax=True, topk=3) == topk_softmax(3)
     assert FeatureMap("x*1").expression == "x"
+
+
+@pytest.mark.parametrize("x", [symbol("x"), 2 * symbol("y") + 1, 1.5, 3, relu(symbol("x"))])
+def test_silu_is_a_function_in_formulas(x):
+    assert silu(x) == expression.silu(x)
+    assert silu.expr == silu(symbol("x"))
+
+
+def test_topk_softmax_keeps_the_first_of_equal_entries():
+    x = torch.tensor([[1.0, 3.0, 2.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    e = math.e
+    want = [[0, e / (2 * e + 1), 1 / (2 * e + 1), 0, e / (2 * e + 1)], [1 / 3, 1 / 3, 1 / 3, 0, 0]]
+    torch.testing.assert_close(features(topk_softmax(3), x), torch.tensor(want, dtype=torch.float64))
+    assert topk_softmax(3).width(5) == 5
+    assert topk_softmax(3).non_negative
 
 
 @pytest.mark.parametrize(
@@ -97,6 +126,17 @@ def test_feature_map_from_formulas():
         (lambda: feature_map(lambda x: x, non_negative=True), "non_negative"),
         (lambda: feature_map("relu", signs=2), "options"),
         (lambda: FeatureMap("x", signs=3), "signs"),
+        (lambda: FeatureMap("x", l2norm=1), "feature_map.l2norm"),
+        (lambda: FeatureMap("x", l2norm=True, softmax=True), "feature_map.l2norm is set together with softmax"),
+        (lambda: FeatureMap("x", l2norm=True, signs=2), "feature_map.signs is 2 with l2norm"),
+        (lambda: FeatureMap("x", softmax=True, topk=2, signs=2), "feature_map.signs is 2 with topk"),
+        (lambda: FeatureMap("x", topk=2), "feature_map.topk is 2 without softmax"),
+        (lambda: topk_softmax(0), "feature_map.topk"),
+        (lambda: topk_softmax(257), "feature_map.topk"),
+        (lambda: topk_softmax(True), "feature_map.topk"),
+        (lambda: feature_map("softmax", topk=2), "options"),
+        (lambda: feature_map(silu, l2norm=True), "options"),
+        (lambda: l2norm(symbol("x")), "elementwise"),
         (lambda: FeatureMap("__import__('os')"), "unknown function"),
         (lambda: FeatureMap(3), "feature_map.expression"),
         (lambda: hedgehog(symbol("x")), "elementwise"),

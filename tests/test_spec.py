@@ -56,6 +56,23 @@ def test_digest_of_the_default_spec():
     assert digest(SPLASpec()) == "713f91839e7fc3e4e9300c30918045c1861eba00e9aecc4cae16739a977f748c"
 
 
+def test_younger_options_of_a_feature_map_are_absent_from_older_text():
+    spec = SPLASpec(linear=Residual(lambda x: library.relu(x) ** 2))
+    for text in (to_toml(spec), canonical(spec)):
+        assert "expression" in text
+        assert "l2norm" not in text
+        assert "topk" not in text
+    assert digest(spec) == "5ddb45d56faef53a6a9ceb80ebf1593854f06910eee69cd7cc3549f938909fb5"
+
+
+def test_a_file_may_name_its_kind():
+    assert "kind" not in to_toml(SPLASpec())
+    assert from_toml('kind = "spla"') == SPLASpec()
+    for kind in ('"splat"', "1"):
+        with pytest.raises(SpecError, match="kind"):
+            from_toml(f"kind = {kind}")
+
+
 def test_defaults_are_filled_in():
     spec = SPLASpec(head_dim=64)
     assert (spec.value_dim, spec.scale, spec.combine) == (64, 0.125, "rms")
@@ -114,6 +131,8 @@ BAD = [
     ("linear.temperature", lambda: Residual(temperature=1)),
     ("linear.normaliser", lambda: Residual(normaliser=None)),
     ("linear.normaliser", lambda: Residual("identity", normaliser=True)),
+    ("linear.feature_map has l2norm", lambda: Residual("silu_l2norm")),
+    ("linear.feature_map has topk", lambda: Residual(library.topk_softmax(4))),
 ]
 
 
@@ -136,6 +155,7 @@ def test_bad_field_is_named(field, make):
         ("[linear.feature_map]\nsigns = 2", "linear.feature_map.expression"),
         ("[linear.feature_map]\nexpression = \"__import__('os').system('x')\"", "Call"),
         ("[linear.feature_map]\nexpression = 3", "text"),
+        ("[linear.feature_map]\nexpression = 'x'\nsigns = 3", "linear.feature_map.signs is 3"),
         ("[score]\nname = 'cap'", "score.expression"),
         ("[score]\nexpression = 's'\nmasks = true", "score.masks"),
         ("head_dim = ", "TOML"),

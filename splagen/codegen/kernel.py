@@ -21,6 +21,17 @@ Layout: TypeAlias = Literal[
     "work",  # the inverse index: which queries chose each key block, cut into segments
     "segments",  # [B, Hkv, segments, BLOCK, width]: partial sums of key rows
     "partials",  # one partial sum per program, summed over programs by the launcher
+    # arrays of recurrences (chunk_kernels.py); T counts the tokens of all samples
+    "token_rows",  # [T, H(, width)]
+    "value_rows",  # [T, HV(, width)]
+    "head_scalars",  # [HV]
+    "state_table",  # [samples, parts, HV, D, E]
+    "plan",  # where the rows of segments lie: `features` names the tensors that a kernel reads
+    "group_states",  # [groups, HV(, D(, E))]
+    "chunk_states",  # [chunks, HV, D, E]
+    "slot_rows",  # [slices of e, slots, HV(, width)]
+    "group_totals",  # [slices of e, groups, HV]: partial sums of a number per head
+    "routing",  # tensors of the router, contiguous
 ]
 
 
@@ -49,6 +60,8 @@ class Array:
                 return tuple(f"{self.name}_{w}" for w in "blh")
             case "head_rows":
                 return (f"{self.name}_h",)
+            case "token_rows" | "value_rows":
+                return tuple(f"{self.name}_{w}" for w in "th")
         return ()
 
     @property
@@ -56,6 +69,8 @@ class Array:
         """Kernel arguments: the pointer, then the strides."""
         if self.layout == "work":
             return tuple(f"{self.name}_{part}_ptr" for part in ("tiles", "offsets", "blocks", "firsts"))
+        if self.layout == "plan":
+            return tuple(f"{part}_ptr" for part in self.features)
         return (f"{self.name}_ptr", *self.stride_names)
 
 

@@ -50,7 +50,7 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
             "outputs": [a.name for a in part.outputs],
             "cotangents": cotangents,
             "gradients": gradients,
-            "schedules": _schedule_text(schedules),
+            "schedules": schedule_text(schedules),
             "fakes": [{"name": a.name, "value": _allocation(a, constants)} for a in (*part.outputs, *part.saved)],
             "group": geometry.group,
             "head_dim": geometry.head_dim,
@@ -155,7 +155,8 @@ def _backward(part: Partition, geometry: Geometry, given: set[str]) -> str:
     return _calls(part.backward, keep, "\n".join([*finish, f"return {', '.join(results)}"]))
 
 
-def _schedule_text(schedules: dict[str, dict[str, dict[str, dict[str, int]]]]) -> str:
+def schedule_text(schedules: dict[str, dict[str, dict[str, dict[str, int]]]]) -> str:
+    """The table of Schedules as source."""
     lines = ["SCHEDULES = {"]
     for arch, by_dtype in schedules.items():
         lines.append(f'    "{arch}": {{')

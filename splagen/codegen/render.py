@@ -56,10 +56,10 @@ def kernel_text(kernel: Kernel) -> str:
     """Device code of one kernel."""
     pointers = [name for a in unique(kernel.inputs, kernel.outputs) for name in a.arguments]
     holes = {
+        "doc": "\n    ".join(equation_text(eq) for eq in kernel.covers) + "\n    ",
         **kernel.holes,
         "name": f"{kernel.name}_kernel",
         "arguments": ",\n    ".join([*pointers, *kernel.scalars]),
-        "doc": "\n    ".join(equation_text(eq) for eq in kernel.covers) + "\n    ",
     }
     scalars = ", ".join(f'"{s}"' for s in kernel.scalars)
     body = re.sub(r"\n{3,}", "\n\n", render(kernel.template, holes))

@@ -25,6 +25,7 @@ from splagen.ir.program import (
     Rename,
     Softmax,
     TopK,
+    UnitInverse,
     Var,
     ordered,
     placeholder,
@@ -115,6 +116,10 @@ class Builder:
     def cumsum(self, name: str, axes: Iterable[str], x: Var) -> Var:
         """Inclusive prefix sum along the group of axes."""
         return self.add(name, CumSum(ordered(axes, self.order)), x)
+
+    def unit_inverse(self, name: str, x: Var, row: str = "i", column: str = "j", third: str = "l") -> Var:
+        """Inverse of 1 + x, x strictly lower triangular over (row, column)."""
+        return self.add(name, UnitInverse(row, column, third), x)
 
     def rename(self, name: str, x: Var, **pairs: str) -> Var:
         """The same array with axes renamed (old=new)."""

@@ -20,6 +20,7 @@ from splagen.ir.program import (
     Rename,
     Softmax,
     TopK,
+    UnitInverse,
     Var,
     placeholder,
     result,
@@ -87,6 +88,19 @@ def _cumsum(program: Program, eq: Equation) -> str | None:
     return f"{eq.args[0]} has no axis {' '.join(sorted(missing))}" if missing else None
 
 
+def _unit_inverse(program: Program, eq: Equation) -> str | None:
+    assert isinstance(eq.op, UnitInverse)
+    if len(eq.args) != 1:
+        return f"takes one array, not {len(eq.args)} arguments"
+    pair = (eq.op.row, eq.op.column)
+    missing = [a for a in pair if a not in eq.args[0].axes]
+    if missing:
+        return f"{eq.args[0]} has no axis {' '.join(missing)}"
+    if eq.op.third in eq.args[0].axes or len({program.extents.get(a) for a in (*pair, eq.op.third)}) != 1:
+        return f"{' '.join(pair)} and {eq.op.third} must be three axes of one extent"
+    return None
+
+
 def _rename(program: Program, eq: Equation) -> str | None:
     assert isinstance(eq.op, Rename)
     if len(eq.args) != 1:
@@ -114,6 +128,7 @@ CHECK: dict[type[Op], Rule] = {
     TopK: _topk,
     CumSum: _cumsum,
     Rename: _rename,
+    UnitInverse: _unit_inverse,
 }
 
 

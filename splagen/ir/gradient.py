@@ -23,6 +23,7 @@ from splagen.ir.program import (
     Rename,
     Softmax,
     TopK,
+    UnitInverse,
     Var,
     ordered,
     placeholder,
@@ -166,6 +167,19 @@ def _rename(b: Builder, eq: Equation, dy: Var, active: set[Var]) -> Iterator[tup
     yield eq.args[0], b.rename(f"d{eq.args[0].name}", dy, **{new: old for old, new in eq.op.pairs})
 
 
+def _unit_inverse(b: Builder, eq: Equation, dy: Var, active: set[Var]) -> Iterator[tuple[Var, Var]]:
+    """Dx = -(y^T dy y^T) below the diagonal, from d(1 + x)^-1 = -y dx y."""
+    assert isinstance(eq.op, UnitInverse)
+    row, column, third = eq.op.row, eq.op.column, eq.op.third
+    x, y = eq.args[0], eq.out
+    rest = [a for a in y.axes if a not in (row, column)]
+    left = b.contract(f"d{x.name}_left", (*rest, column, third), y, b.rename(f"d{y.name}_third", dy, **{column: third}))
+    whole = b.contract(f"d{x.name}_flip", (*rest, row, column), left, b.rename(f"{y.name}_third", y, **{column: third}))
+    turned = b.rename(f"d{x.name}_whole", whole, **{row: column, column: row})
+    i, j = b.iota(f"row_{x.name}", row), b.iota(f"column_{x.name}", column)
+    yield x, b.map(f"d{x.name}", lambda g, r, c: sp.Piecewise((-g, c < r), (0, True)), turned, i, j)
+
+
 def _none(b: Builder, eq: Equation, dy: Var, active: set[Var]) -> Iterator[tuple[Var, Var]]:
     return iter(())
 
@@ -180,4 +194,5 @@ GRADIENT: dict[type[Op], Rule] = {
     TopK: _none,
     CumSum: _cumsum,
     Rename: _rename,
+    UnitInverse: _unit_inverse,
 }

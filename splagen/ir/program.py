@@ -2,7 +2,7 @@
 
     program  ::= axes inputs equations outputs
     equation ::= var[axes] = op(var, ...)
-    op       ::= Iota | Map | Contract | Reduce | Softmax | Lse | TopK | CumSum | Rename
+    op       ::= Iota | Map | Contract | Reduce | Softmax | Lse | TopK | CumSum | Rename | UnitInverse
 
 There are no loops, branches, tiles, permutes or float types.  Every variable carries its axes in the one order that
 the program declares, so broadcasting is by name.  An axis has an extent (an integer, or a symbol known at run time),
@@ -105,8 +105,21 @@ class Rename:
     pairs: tuple[tuple[str, str], ...]
 
 
-Op: TypeAlias = Iota | Map | Contract | Reduce | Softmax | Lse | TopK | CumSum | Rename
-OPS: tuple[type, ...] = (Iota, Map, Contract, Reduce, Softmax, Lse, TopK, CumSum, Rename)
+@dataclass(frozen=True)
+class UnitInverse:
+    """Inverse of 1 + x, x strictly lower triangular over (row, column): entries on and above the diagonal are ignored.
+
+    `third` is an axis of the same extent that the gradient rule sums over.  A triangular solve is the product with it:
+    as a product it is open to every pass that knows products.
+    """
+
+    row: str
+    column: str
+    third: str
+
+
+Op: TypeAlias = Iota | Map | Contract | Reduce | Softmax | Lse | TopK | CumSum | Rename | UnitInverse
+OPS: tuple[type, ...] = (Iota, Map, Contract, Reduce, Softmax, Lse, TopK, CumSum, Rename, UnitInverse)
 
 
 @dataclass(frozen=True)
@@ -218,6 +231,8 @@ def result(op: Op, args: tuple[Var, ...], order: Mapping[str, int]) -> tuple[tup
             return union_axes(args, order), "bool"
         case CumSum():
             return args[0].axes, args[0].kind
+        case UnitInverse():
+            return args[0].axes, "real"
         case Rename(pairs):
             new = dict(pairs)
             return ordered((new.get(a, a) for a in args[0].axes), order), args[0].kind

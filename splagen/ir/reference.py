@@ -26,6 +26,7 @@ from splagen.ir.program import (
     Rename,
     Softmax,
     TopK,
+    UnitInverse,
     Var,
     ordered,
     union_axes,
@@ -270,6 +271,15 @@ def _rename(world: World, eq: Equation, args: Sequence[Tensor]) -> Tensor:
     return args[0].permute(*(renamed.index(a) for a in eq.out.axes))
 
 
+def _unit_inverse(world: World, eq: Equation, args: Sequence[Tensor]) -> Tensor:
+    assert isinstance(eq.op, UnitInverse)
+    pair = [eq.out.axes.index(a) for a in (eq.op.row, eq.op.column)]
+    x = world.real(args[0]).movedim(pair, (-2, -1))
+    one = torch.eye(x.shape[-1], dtype=world.dtype, device=world.device)
+    inverse = torch.linalg.solve_triangular(x.tril(-1) + one, one.expand(x.shape), upper=False, unitriangular=True)
+    return inverse.movedim((-2, -1), pair)
+
+
 EVALUATE: dict[type[Op], Rule] = {
     Iota: _iota,
     Map: _map,
@@ -280,6 +290,7 @@ EVALUATE: dict[type[Op], Rule] = {
     TopK: _topk,
     CumSum: _cumsum,
     Rename: _rename,
+    UnitInverse: _unit_inverse,
 }
 
 

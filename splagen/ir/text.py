@@ -21,6 +21,7 @@ from splagen.ir.program import (
     Rename,
     Softmax,
     TopK,
+    UnitInverse,
     Var,
     placeholder,
 )
@@ -51,6 +52,7 @@ PRINT: dict[type[Op], Callable[..., str]] = {
     TopK: lambda op, args: _over("topk", (op.axis,), args)[:-1] + f", k={op.k})",
     CumSum: lambda op, args: _over("cumsum", op.axes, args),
     Rename: lambda op, args: f"rename({args[0].name}, {', '.join(f'{a}={b}' for a, b in op.pairs)})",
+    UnitInverse: lambda op, args: f"unit_inverse({args[0].name}, {op.row} {op.column})",
 }
 
 

@@ -44,6 +44,8 @@ def features(name: str, x: Array) -> Array:
             return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
         case "exp":
             return np.exp(x)
+        case "silu":
+            return x / (1 + np.exp(-x))
         case "identity":
             return x
     raise AssertionError(name)

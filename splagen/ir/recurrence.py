@@ -1,0 +1,312 @@
+"""Passes for recurrences: routing a partition's rows, one token, and products over pairs and features.
+
+A recurrence is a Program from rows and the state before to rows and the state after that equals itself under
+composition (frontend_sse.py).  What these passes give is equal to it in the sense that each states.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import sympy as sp
+
+from splagen.errors import ProgramError
+from splagen.ir.build import Builder
+from splagen.ir.passes import drop_unused
+from splagen.ir.program import (
+    Contract,
+    CumSum,
+    Equation,
+    Iota,
+    Map,
+    Op,
+    Program,
+    Reduce,
+    Rename,
+    Softmax,
+    TopK,
+    UnitInverse,
+    Var,
+    is_predicate,
+    ordered,
+    placeholder,
+    result,
+)
+
+
+def restrict(program: Program, axis: str, masks: Sequence[str]) -> Program:
+    """The rows of one partition: `axis` disappears and the bool inputs `masks` hold.
+
+    Law: where a row with a false mask changes no state and contributes nothing to an output, the program over all rows
+    is, for each value of `axis`, the restricted program over the rows whose mask holds, in order; outputs that were
+    summed over the axis are sums over the rows of a position.
+    """
+    held = {v for v in program.inputs if v.name in masks}
+    if len(held) != len(masks) or any(v.kind != "bool" for v in held):
+        raise ProgramError(f"{program.name} has no bool inputs {', '.join(masks)}")
+
+    order = {a: n for n, (a, _) in enumerate(x for x in program.axes if x[0] != axis)}
+    new = {v: replace(v, axes=tuple(a for a in v.axes if a != axis)) for v in program.inputs}
+    true = set(held)
+    equations = []
+    for eq in program.equations:
+        kept = tuple(v for v in eq.args if v not in true)
+        args = tuple(new[v] for v in kept)
+        op: Op = eq.op
+        match op:
+            case Rename() if not kept:
+                true.add(eq.out)
+                continue
+            case Map(expr):
+                known = {placeholder(i): sp.true for i, v in enumerate(eq.args) if v in true}
+                moved = {placeholder(i): placeholder(kept.index(v)) for i, v in enumerate(eq.args) if v not in true}
+                expr = expr.xreplace(known).xreplace(moved)
+                if expr == sp.true:
+                    true.add(eq.out)
+                    continue
+                op = Map(expr)
+            case Contract(keep):
+                op = Contract(tuple(a for a in keep if any(a in v.axes for v in args)))
+            case Reduce(how, axes) if axis in axes:
+                rest = tuple(a for a in axes if a != axis)
+                op = Reduce(how, rest) if rest else Map(placeholder(0))
+            case Softmax() | TopK() if axis in (op.axes if isinstance(op, Softmax) else (op.axis,)):
+                raise ProgramError(f"{eq.out} chooses along {axis}", hint="restrict the part behind the router")
+        new[eq.out] = Var(eq.out.name, *result(op, args, order))
+        equations.append(Equation(new[eq.out], op, args))
+    return replace(
+        program,
+        axes=tuple((a, e) for a, e in program.axes if a != axis),
+        inputs=tuple(new[v] for v in program.inputs if v not in held),
+        equations=tuple(equations),
+        outputs=tuple(new[v] for v in program.outputs),
+    )
+
+
+def single(program: Program, axes: Sequence[str]) -> Program:
+    """The program at extent 1 of `axes`, without them: a recurrence's step for one token.  Law: the value at extent 1."""
+    gone = set(axes)
+
+    def without(v: Var) -> Var:
+        return replace(v, axes=tuple(a for a in v.axes if a not in gone))
+
+    same = Map(placeholder(0))
+    new: list[Equation] = []
+    zero: set[Var] = set()
+    for eq in program.equations:
+        op: Op = eq.op
+        args = eq.args
+        match op:
+            case Iota(group):
+                rest = tuple(a for a in group if a not in gone)
+                if not rest:
+                    zero.add(eq.out)
+                    continue
+                op = Iota(rest)
+            case Map(expr):
+                args = tuple(v for v in eq.args if v not in zero)
+                known = {placeholder(i): sp.S.Zero for i, v in enumerate(eq.args) if v in zero}
+                moved = {placeholder(i): placeholder(args.index(v)) for i, v in enumerate(eq.args) if v not in zero}
+                op = Map(expr.xreplace(known).xreplace(moved))
+            case Contract(keep):
+                op = Contract(tuple(a for a in keep if a not in gone))
+            case Reduce(how, over):
+                rest = tuple(a for a in over if a not in gone)
+                op = Reduce(how, rest) if rest else same
+            case CumSum(over):
+                rest = tuple(a for a in over if a not in gone)
+                op = CumSum(rest) if rest else same
+            case Rename(pairs):
+                left = tuple(p for p in pairs if not gone & set(p))
+                op = Rename(left) if left else same
+            case UnitInverse():
+                if {op.row, op.column} <= gone:
+                    op, args = Map(sp.S.One), ()
+        new.append(Equation(without(eq.out), op, tuple(without(v) for v in args)))
+    return drop_unused(
+        replace(
+            program,
+            axes=tuple((a, e) for a, e in program.axes if a not in gone),
+            inputs=tuple(without(v) for v in program.inputs),
+            equations=tuple(new),
+            outputs=tuple(without(v) for v in program.outputs),
+            cotangents=tuple((without(y), without(dy)) for y, dy in program.cotangents),
+            gradients=tuple((without(x), without(g)) for x, g in program.gradients),
+        )
+    )
+
+
+def share_exponentials(program: Program) -> Program:
+    """An expression that holds another equation's exponential reads its value instead.  Law: value unchanged.
+
+    The derivative of y = exp(u) is y itself; with it a decay between pairs of positions is formed once.
+    """
+    known: list[Equation] = []
+    equations = []
+    for eq in program.equations:
+        if isinstance(eq.op, Map) and not is_predicate(eq.op.expr):
+            for old in known:
+                assert isinstance(old.op, Map)
+                if not set(old.args) <= set(eq.args):
+                    continue
+                where = {placeholder(i): placeholder(eq.args.index(v)) for i, v in enumerate(old.args)}
+                value = old.op.expr.xreplace(where)
+                fresh = placeholder(len(eq.args))
+                expr = eq.op.expr.xreplace({value: fresh, _negated(value): -fresh})
+                if fresh in expr.free_symbols:
+                    eq = _pruned(Equation(eq.out, Map(expr), (*eq.args, old.out)))
+            assert isinstance(eq.op, Map)
+            if isinstance(_first_value(eq.op.expr), sp.exp):
+                known.append(eq)
+        equations.append(eq)
+    return program.with_equations(equations)
+
+
+def _first_value(expr: sp.Basic) -> sp.Basic:
+    return expr.args[0][0] if isinstance(expr, sp.Piecewise) else expr
+
+
+def _negated(expr: sp.Basic) -> sp.Basic:
+    if isinstance(expr, sp.Piecewise):
+        return sp.Piecewise(*((-v, c) for v, c in expr.args))
+    return -expr
+
+
+def _pruned(eq: Equation) -> Equation:
+    """The equation without arguments that its expression does not read, unless they give it an axis."""
+    assert isinstance(eq.op, Map)
+    read = [v for i, v in enumerate(eq.args) if placeholder(i) in eq.op.expr.free_symbols]
+    for v in eq.args:
+        if v not in read and set(v.axes) - {a for x in read for a in x.axes}:
+            read.append(v)
+    where = {placeholder(eq.args.index(v)): placeholder(n) for n, v in enumerate(read)}
+    return Equation(eq.out, Map(eq.op.expr.xreplace(where)), tuple(read))
+
+
+@dataclass(frozen=True)
+class _Product:
+    factor: sp.Expr
+    args: tuple[Var, ...]
+
+
+def fold_products(too_large: Callable[[Var], bool]) -> Callable[[Program], Program]:
+    """Sums of products through an array that is too large  ->  one contraction, factors outside of the sum pulled out.
+
+        x[i d] = sum_j y[i j d],  y = q[i d] k[j d] a[i j] w[i j d]   ->   x = q * contract_j(k, a, w)
+
+    so that only w itself, which no product gives, is ever as large.  Law: value unchanged.
+    """
+
+    def apply(program: Program) -> Program:
+        definitions = program.definitions
+        b = Builder(program.name, program.axes)
+        b._taken = set(program.names())
+
+        def product(v: Var) -> _Product:
+            eq = definitions.get(v)
+            inner = _as_product(eq) if eq is not None and too_large(v) else None
+            if inner is None:
+                return _Product(sp.S.One, (v,))
+            parts = [product(x) for x in inner.args]
+            return _Product(
+                inner.factor * sp.Mul(*(p.factor for p in parts)), tuple(itertools.chain(*(p.args for p in parts)))
+            )
+
+        for eq in program.equations:
+            if too_large(eq.out) or not any(too_large(v) for v in eq.args):
+                b.equations.append(eq)
+                continue
+            whole = _summed(eq)
+            if whole is None:
+                b.equations.append(eq)
+                continue
+            parts = [product(v) for v in whole.args]
+            factor = whole.factor * sp.Mul(*(p.factor for p in parts))
+            args = [v for p in parts for v in p.args]
+            kept = set(eq.out.axes)
+            inside = [v for v in args if not set(v.axes) <= kept]
+            outside = [v for v in args if v not in inside]
+            if not outside and factor == 1:
+                b.equations.append(Equation(eq.out, Contract(eq.out.axes), tuple(inside)))
+                continue
+            total = b.contract(f"{eq.out.name}_sum", kept & {a for v in inside for a in v.axes}, *inside)
+            names = list(dict.fromkeys(outside))
+            expr = factor * sp.Mul(placeholder(0), *(placeholder(1 + names.index(v)) for v in outside))
+            b.equations.append(Equation(eq.out, Map(expr), (total, *names)))
+        return drop_unused(program.with_equations(b.equations))
+
+    return apply
+
+
+def _as_product(eq: Equation) -> _Product | None:
+    """A Map or contraction that only multiplies its arguments."""
+    if isinstance(eq.op, Contract):
+        every = {a for v in eq.args for a in v.axes}
+        return _Product(sp.S.One, eq.args) if set(eq.op.keep) == every else None
+    if not isinstance(eq.op, Map):
+        return None
+    factor, rest = eq.op.expr.as_coeff_Mul()
+    factors = sp.Mul.make_args(rest)
+    where = {placeholder(i): v for i, v in enumerate(eq.args)}
+    if all(f in where for f in factors) and len(factors) == len(eq.args):
+        return _Product(factor, tuple(where[f] for f in factors))
+    return None
+
+
+def _summed(eq: Equation) -> _Product | None:
+    match eq.op:
+        case Contract():
+            return _Product(sp.S.One, eq.args)
+        case Reduce("sum", _) if len(eq.args) == 1:
+            return _Product(sp.S.One, eq.args)
+    return None
+
+
+def carried(program: Program, after: Var, before: Var) -> tuple[sp.Expr, tuple[Var, ...]] | None:
+    """The factor by which `before` enters `after`, where it enters through sums and elementwise factors alone.
+
+    Returns the expression and its arguments (over rows' features, never `before`); None where a state enters through a
+    contraction: then the step from state to state is a matrix.
+    """
+    definitions = program.definitions
+    seen: dict[Var, bool] = {}
+
+    def reaches(v: Var) -> bool:
+        if v == before:
+            return True
+        if v not in seen:
+            seen[v] = v in definitions and any(reaches(x) for x in definitions[v].args)
+        return seen[v]
+
+    def factor(v: Var) -> Mapping[Var, sp.Expr] | sp.Expr | None:
+        if v == before:
+            return sp.S.One
+        eq = definitions[v]
+        if not isinstance(eq.op, Map):
+            return None
+        total: sp.Expr = sp.S.Zero
+        for i, x in enumerate(eq.args):
+            if not reaches(x):
+                continue
+            inner = factor(x)
+            slope = eq.op.expr.diff(placeholder(i))
+            linear = all(placeholder(n) not in slope.free_symbols for n, y in enumerate(eq.args) if reaches(y))
+            if not isinstance(inner, sp.Expr) or not linear:
+                return None
+            names = {placeholder(n): sp.Symbol(f"@{y.name}") for n, y in enumerate(eq.args)}
+            total += inner * slope.xreplace(names)
+        return total
+
+    found = factor(after)
+    if not isinstance(found, sp.Expr):
+        return None
+    names = sorted(s.name[1:] for s in found.free_symbols)
+    args = tuple(program.var(n) for n in names)
+    return found.xreplace({sp.Symbol(f"@{n}"): placeholder(i) for i, n in enumerate(names)}), args
+
+
+def largest_rank(rank: int, axes: Sequence[str]) -> Callable[[Var], bool]:
+    """Arrays over more than `rank` of the axes."""
+    return lambda v: len(ordered(set(v.axes) & set(axes), {a: n for n, a in enumerate(axes)})) > rank
