@@ -21,7 +21,8 @@ from splagen import settings
 from splagen.errors import CompileError, InputError, SplagenError, WrongResult
 
 if TYPE_CHECKING:
-    from splagen.spec import SPLASpec
+    from splagen.spec import Spec
+    from splagen.verification import Shape
 
 WRONG_RESULT, WRONG_REQUEST = 1, 2
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -86,7 +87,8 @@ def show(
 def verify(
     spec: SpecFile,
     shape: Annotated[
-        list[str] | None, typer.Option(metavar="B,Hq,L", help="Batch, query heads, length; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="B,H,L", help="Batch, heads of queries (SSE: of values), length; repeatable."),
     ] = None,
     dtype: Annotated[
         list[str] | None, typer.Option(metavar="|".join(DTYPES), help="Repeatable; fp32, on a GPU bf16.")
@@ -97,13 +99,13 @@ def verify(
     seed: Annotated[int, typer.Option(help="Of the random inputs.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Compare the generated op with the oracle: outputs, gradients, selection."""
+    """Compare the generated op with the oracle: outputs, gradients, selection, packed sequences."""
     with _errors(as_json):
         import torch
 
         made = _read(spec)
         place = _device(device, torch.cuda.is_available())
-        shapes = [_shape(s) for s in shape] if shape else _default_shapes(made, place)
+        shapes = [_shape(s) for s in shape] if shape else None
         names = dtype or ["bf16" if place == "cuda" else "fp32"]
         dtypes = {d: getattr(torch, _pick("dtype", d, DTYPES)) for d in names}
         if place == "cpu":
@@ -115,14 +117,14 @@ def verify(
 
         with tempfile.TemporaryDirectory() as folder:
             library = pipeline.generate(made, folder)
-            runs = [(s, d) for d in dtypes.values() for s in shapes]
+            runs = [(s, d) for d in dtypes.values() for s in shapes or pipeline.default_shapes(made, place)]
             rows = [
                 row
                 for s, d in _progress(runs, "verifying")
                 for row in pipeline.verify(library, shapes=[s], dtypes=[d], device=place, seed=seed).rows
             ]
         wrong = [r for r in rows if not r.ok]
-        table = _table("quantity", "B, Hq, L", "dtype", "error", "limit", "")
+        table = _table("quantity", "B, H, L", "dtype", "error", "limit", "")
         for r in rows:
             shown = ", ".join(map(str, r.shape))
             table.add_row(r.quantity, shown, r.dtype, f"{r.error:.1e}", f"{r.limit:.0e}", _mark(r.ok))
@@ -206,7 +208,7 @@ def _errors(as_json: bool) -> Iterator[None]:
         raise typer.Exit(WRONG_RESULT if wrong else WRONG_REQUEST) from None
 
 
-def _read(path: Path) -> SPLASpec:
+def _read(path: Path) -> Spec:
     from splagen.spec import read_spec
 
     return read_spec(path)
@@ -218,22 +220,14 @@ def _pick(what: str, name: str, choices: dict[str, T]) -> T:
     return choices[name]
 
 
-def _shape(text: str) -> tuple[int, int, int]:
+def _shape(text: str) -> Shape:
     try:
         batch, heads, length = (int(n) for n in text.split(","))
     except ValueError:
-        raise InputError(f"--shape {text!r}", "three whole numbers: batch, query heads, length") from None
+        raise InputError(f"--shape {text!r}", "three whole numbers: batch, heads, length") from None
     if min(batch, heads, length) < 1:
         raise InputError(f"--shape {text!r}", "each number is at least 1")
     return batch, heads, length
-
-
-def _default_shapes(spec: SPLASpec, device: str) -> list[tuple[int, int, int]]:
-    """Lengths off the block grid; few and short where kernels are interpreted."""
-    block = spec.select.block_size if spec.select else 64
-    if device == "cpu":
-        return [(1, spec.group_size, 6 * block + 3)]
-    return [(1, 2 * spec.group_size, 1000), (2, spec.group_size, 64 * block - 1)]
 
 
 def _device(name: str, gpu: bool) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from splagen.ir.passes import drop_unused, share
 from splagen.ir.program import Program, Reduce, TopK, Var
 from splagen.ir.reference import evaluate
 from splagen.layout import Blocked, chunked
+
+if TYPE_CHECKING:
+    from splagen.sequence import SSEOracle
 
 CHUNK_BYTES = 256 << 20  # of one float64 array of scores in a chunk of queries
 
@@ -213,13 +217,10 @@ def _terms(program: Program, gradient: Var) -> list[Var]:
 
 
 @functools.lru_cache(maxsize=32)
-def oracle(spec_text: str) -> Oracle:
+def oracle(spec_text: str) -> Oracle | SSEOracle:
     """The oracle of a spec given as TOML."""
-    from splagen.codegen.partition import partition
-    from splagen.ir.frontend_spla import spla_program
-    from splagen.ir.gradient import derive_gradient
-    from splagen.ir.passes import LOWERING, run
+    from splagen.kinds import kind_of
     from splagen.spec import from_toml
 
-    joint = derive_gradient(spla_program(from_toml(spec_text)))
-    return Oracle(joint, partition(run(joint, LOWERING)))
+    spec = from_toml(spec_text)
+    return kind_of(spec).oracle(spec)

@@ -8,31 +8,30 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, overload
 
 import torch
 
 from splagen import settings
 from splagen.codegen.files import write_generated
-from splagen.codegen.module import module_text
-from splagen.codegen.partition import Partition, partition
+from splagen.codegen.partition import Partition
+from splagen.codegen.sequence_partition import SequencePartition
 from splagen.errors import InputError
 from splagen.ir.check import check
-from splagen.ir.frontend_spla import spla_program
-from splagen.ir.gradient import derive_gradient
-from splagen.ir.passes import LOWERING, run
+from splagen.ir.passes import Pass, run
 from splagen.ir.program import Program
+from splagen.kinds import kind_of
 from splagen.ops import oracle
-from splagen.spec import SPLASpec, digest, to_toml
-from splagen.verification import Report
-from splagen.verification import verify as compare_module
+from splagen.spec import Spec, SPLASpec, digest, to_toml
+from splagen.sse_spec import SSESpec
+from splagen.verification import Report, Shape
 
 
 @dataclass(frozen=True)
 class Library:
     """A generated module on disk."""
 
-    spec: SPLASpec
+    spec: Spec
     path: Path
 
     @property
@@ -46,69 +45,96 @@ class Library:
         return getattr(self.module, self.spec.name)  # type: ignore[no-any-return]
 
 
-def program(spec: SPLASpec) -> Program:
+def program(spec: Spec) -> Program:
     """The definition: what is computed."""
-    return check(spla_program(spec))
+    return check(kind_of(spec).definition(spec))
 
 
-def stages(spec: SPLASpec) -> dict[str, Program]:
-    """The Program after every pass, in order; a pass that runs again has a number."""
-    now = program(spec)
-    found = {"definition": now}
-    for apply in (derive_gradient, *LOWERING):
-        now = check(apply(now))
-        name, i = apply.__name__, 2
-        while name in found:
-            name, i = f"{apply.__name__}_{i}", i + 1
-        found[name] = now
+def stages(spec: Spec) -> dict[str, Program]:
+    """The Program after every pass, in order; a pass that runs again has a number.
+
+    Where the definition becomes kernels part by part, as the router and the recurrences of SSE do, a part stands under
+    its name and what a pass makes of it under `part.pass`.
+    """
+    found = {"definition": program(spec)}
+    for part, (now, passes) in kind_of(spec).lowerings(spec).items():
+        if part:
+            found[part] = check(now)
+        for apply in passes:
+            now = check(apply(now))
+            first = f"{part}.{_name(apply)}".removeprefix(".")
+            name, i = first, 2
+            while name in found:
+                name, i = f"{first}_{i}", i + 1
+            found[name] = now
     return found
 
 
-def lowered(spec: SPLASpec) -> Program:
-    """The definition with its gradient, after every pass."""
-    return run(derive_gradient(program(spec)), LOWERING)
+@overload
+def lowered(spec: SPLASpec) -> Program: ...
+@overload
+def lowered(spec: SSESpec) -> dict[str, Program]: ...
+def lowered(spec: Spec) -> Program | dict[str, Program]:
+    """The definition with its gradient, after every pass; of SSE the router and the recurrences, by name."""
+    found = {part: run(now, passes) for part, (now, passes) in kind_of(spec).lowerings(spec).items()}
+    whole = found.get("")
+    return found if whole is None else whole
 
 
-def kernels(spec: SPLASpec) -> Partition:
+def kernels(spec: Spec) -> Partition | SequencePartition:
     """The kernels that compute it."""
-    return partition(lowered(spec))
+    return kind_of(spec).partition(spec)
 
 
-def source(spec: SPLASpec) -> str:
+def source(spec: Spec) -> str:
     """The generated module's text: the same bytes on every machine."""
-    return module_text(kernels(spec), name=spec.name, digest=digest(spec)[:8], spec_text=to_toml(spec))
+    return kind_of(spec).source(spec)
 
 
-def generate(spec: SPLASpec, out: str | Path) -> Library:
+def generate(spec: Spec, out: str | Path) -> Library:
     """Write `{name}_{digest8}.py` into `out`.  Raises GeneratedFileError where a foreign file is in the way."""
     path = Path(out) / f"{spec.name}_{digest(spec)[:8]}.py"
     write_generated(path, source(spec))
     return Library(spec, path)
 
 
-def load(spec: SPLASpec) -> Callable[..., Any]:
+def load(spec: Spec) -> Callable[..., Any]:
     """The op of a spec, generated under the cache directory and imported."""
     return generate(spec, settings.cache_dir() / "kernels").op
 
 
 def verify(
-    library: Library | SPLASpec,
+    library: Library | Spec,
     *,
-    shapes: Sequence[tuple[int, int, int]],
+    shapes: Sequence[Shape] | None = None,
     dtypes: Sequence[torch.dtype] = (torch.float32,),
     device: str = "cpu",
     seed: int = 0,
 ) -> Report:
-    """Compare an op's kernels with the oracle at shapes (B, Hq, L): outputs, gradients, selection.
+    """Compare an op's kernels with the oracle at shapes (B, H, L): everything that it computes, and every gradient.
 
-    On the CPU the kernels run in Triton's interpreter, which TRITON_INTERPRET=1 must ask for before triton is imported.
+    H counts heads of queries, those of values for SSE, which is compared on packed sequences too.  None is the shapes
+    that suit the spec and the device.  On the CPU the kernels run in Triton's interpreter, which TRITON_INTERPRET=1
+    must ask for before triton is imported.
     """
-    if isinstance(library, SPLASpec):
+    if not isinstance(library, Library):
         library = generate(library, settings.cache_dir() / "kernels")
     if device == "cpu" and not settings.interpreted():
         raise InputError("the kernels run on a GPU or in Triton's interpreter", hint="set TRITON_INTERPRET=1")
-    found = oracle(to_toml(library.spec))
-    return compare_module(library.module, found, shapes=shapes, dtypes=dtypes, device=device, seed=seed)
+    spec = library.spec
+    shapes = default_shapes(spec, device) if shapes is None else shapes
+    truth = oracle(to_toml(spec))
+    return kind_of(spec).verify(library.module, truth, shapes=shapes, dtypes=dtypes, device=device, seed=seed)
+
+
+def default_shapes(spec: Spec, device: str) -> list[Shape]:
+    """The shapes (B, H, L) that `verify` takes on a device if it is told none."""
+    return kind_of(spec).shapes(spec, device)
+
+
+def _name(apply: Pass) -> str:
+    """The name of a pass; of a pass with arguments that of the function which takes them."""
+    return str(getattr(apply, "func", apply).__qualname__).split(".")[0]
 
 
 _modules: dict[str, ModuleType] = {}

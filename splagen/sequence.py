@@ -6,6 +6,7 @@ the chunks before it reached; its derived gradient runs the chunks backwards, fr
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -110,8 +111,8 @@ class SSEOracle:
         found = evaluate(
             p, {"logits": _to_axes(x["logits"], p.inputs[0], 1)}, scalars={"L": x["v"].shape[0]}, wanted=wanted
         )
-        masks = {n: _from_axes(found[n], p.var(n)) for n in ("write", "read") if n in found}
-        return {"eta": _from_axes(found[eta.name], eta), "balance": found[balance.name], **masks}
+        routed = {"eta": _from_axes(found[eta.name], eta), "balance": found[balance.name]}
+        return routed | {n: _from_axes(found[n], p.var(n)) for n in ("write", "read") if n in found}
 
     def _router_gradient(self, logits: Tensor, deta: Tensor, dbalance: Tensor) -> Tensor:
         p = self.router
@@ -126,7 +127,7 @@ class SSEOracle:
 
     def _segments(self, x: Mapping[str, Tensor]) -> list[tuple[State, int, slice]]:
         ends = x["cu_seqlens"].tolist()
-        samples = [slice(int(a), int(b)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        samples = [slice(int(a), int(b)) for a, b in itertools.pairwise(ends)]
         return [(kind, n, rows) for kind in self.programs for n, rows in enumerate(samples)]
 
     def _state(self, table: Tensor, kind: State) -> Tensor:

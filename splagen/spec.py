@@ -300,7 +300,7 @@ def to_toml(spec: Spec) -> str:
     return "\n".join(lines) + "\n"
 
 
-def from_toml(text: str) -> SPLASpec | Any:  # Any: a caller that knows its file's kind need not narrow it
+def from_toml(text: str) -> Spec:
     """Read a spec from TOML, an SSESpec where `kind = "sse"` says so; what is left out takes its default.
 
     Raises:
@@ -312,11 +312,10 @@ def from_toml(text: str) -> SPLASpec | Any:  # Any: a caller that knows its file
         raise SpecError(f"not a TOML file: {error}", "compare it with the output of to_toml(SPLASpec())") from None
     name = values.pop("kind", "spla")
     _one_of("kind", name, ("spla", "sse"))
-    if name == "spla":
-        return _build("", SPLASpec, values, _PARTS)
     from splagen.sse_spec import PARTS, SSESpec
 
-    return _build("", SSESpec, values, PARTS)
+    made: Spec = _build("", SPLASpec, values, _PARTS) if name == "spla" else _build("", SSESpec, values, PARTS)
+    return made
 
 
 def _build(path: str, kind: type[Any], values: object, parts: Mapping[str, type[Any]]) -> Any:
@@ -345,7 +344,7 @@ def _build(path: str, kind: type[Any], values: object, parts: Mapping[str, type[
         raise _at(path, error) from None
 
 
-def read_spec(path: str | Path) -> SPLASpec | Any:
+def read_spec(path: str | Path) -> Spec:
     """Read a spec from a TOML file; the error of a bad one names the file.
 
     Raises:

@@ -6,12 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from splagen.errors import InputError, WrongResult
 from splagen.ops import Oracle
+from splagen.spec import SPLASpec
+
+Shape: TypeAlias = tuple[int, int, int]
+"""B sequences, H heads of queries (SSE: of values), L positions."""
 
 # Limits on the relative RMS error, by dtype: (outputs, gradients, selection margin).  float32 follows from its rounding
 # over sums of thousands of terms; the 16-bit ones from the rounding of operands.  The margin is how far below the best
@@ -25,10 +30,10 @@ TOLERANCE: Mapping[torch.dtype, tuple[float, float, float]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: `quantity` at `shape` (B, Hq, L) in `dtype`."""
+    """One comparison: `quantity` at `shape` (B, H, L) in `dtype`."""
 
     quantity: str
-    shape: tuple[int, int, int]
+    shape: Shape
     dtype: str
     error: float
     limit: float
@@ -56,7 +61,7 @@ class Report:
         for r in self.rows:
             if not r.ok:
                 raise WrongResult(
-                    f"{self.name}: {r.quantity} at (B, Hq, L) = {r.shape}, {r.dtype}: "
+                    f"{self.name}: {r.quantity} at (B, H, L) = {r.shape}, {r.dtype}: "
                     f"error {r.error:.2e} > {r.limit:.0e}",
                     hint="report it with the spec, the GPU and the versions that `splagen doctor` prints",
                 )
@@ -66,7 +71,7 @@ def verify(
     module: ModuleType,
     oracle: Oracle,
     *,
-    shapes: Sequence[tuple[int, int, int]],
+    shapes: Sequence[Shape],
     dtypes: Sequence[torch.dtype] = (torch.float32,),
     device: str | torch.device = "cpu",
     seed: int = 0,
@@ -85,8 +90,16 @@ def verify(
     return Report(module.__name__, tuple(rows))
 
 
+def default_shapes(spec: SPLASpec, device: str) -> list[Shape]:
+    """Lengths off the block grid; few and short where kernels are interpreted."""
+    block = spec.select.block_size if spec.select else 64
+    if device == "cpu":
+        return [(1, spec.group_size, 6 * block + 3)]
+    return [(1, 2 * spec.group_size, 1000), (2, spec.group_size, 64 * block - 1)]
+
+
 def random_inputs(
-    oracle: Oracle, shape: tuple[int, int, int], dtype: torch.dtype, device: str | torch.device, seed: int
+    oracle: Oracle, shape: Shape, dtype: torch.dtype, device: str | torch.device, seed: int
 ) -> dict[str, Tensor]:
     """Normal inputs and cotangents of an op by name; a drift tells blocks of keys apart, for the selection."""
     batch, heads, length = shape
@@ -119,7 +132,7 @@ def compare(
     module: ModuleType,
     oracle: Oracle,
     inputs: Mapping[str, Tensor],
-    shape: tuple[int, int, int],
+    shape: Shape,
     schedules: Mapping[str, Mapping[str, int]] | None = None,
 ) -> list[Row]:
     """Run forward and backward kernels on the inputs and compare everything with the oracle."""

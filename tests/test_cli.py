@@ -21,12 +21,28 @@ from splagen.verification import Report, Row
 ROOT = Path(__file__).resolve().parent.parent
 SPECS = sorted((ROOT / "examples/specs").glob("*.toml"))
 SMALL = str(ROOT / "examples/specs/small.toml")
+SEQUENCE = """kind = "sse"
+name = "tiny"
+head_dim = 16
+backbone = "scalar"
+[router]
+partitions = 3
+writers = 1
+"""
 
 
 @pytest.fixture(autouse=True)
 def _surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPLAGEN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # verify sets it: put back afterwards
+
+
+@pytest.fixture
+def sequence(tmp_path: Path) -> Path:
+    """The file of a small SSE spec."""
+    path = tmp_path / "tiny.toml"
+    path.write_text(SEQUENCE)
+    return path
 
 
 def run(*arguments: object) -> Result:
@@ -169,6 +185,26 @@ def test_show_a_kernel() -> None:
     assert "exclude" in refused("show", SMALL, "--kernel", "block_sparse_forward", "--source")
 
 
+def test_generate_and_show_take_an_sse_spec(sequence: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    found = document(run("generate", sequence, "--out", out, "--json"))
+    (path,) = out.iterdir()
+    assert found == {"path": str(path), "module": path.stem, "op": "tiny"}
+    assert path.read_text() == run("show", sequence, "--source").stdout
+    assert run("generate", sequence, "--out", out).exit_code == 0  # its own file is written again
+    assert "outputs o, final1, final2, balance" in run("show", sequence).stdout
+    assert "def gradient2_kernel(" in run("show", sequence, "--kernel", "gradient2").stdout
+
+
+def test_show_after_a_pass_of_a_part_of_an_sse_spec(sequence: Path) -> None:
+    assert " p " in run("show", sequence, "--after", "sparse").stdout
+    assert " p " not in run("show", sequence, "--after", "sparse.restrict").stdout
+    assert "gradients dlogits=" in run("show", sequence, "--after", "router.derive_gradient").stdout
+    message = refused("show", sequence, "--after", "derive_gradient")
+    assert "router.derive_gradient" in message
+    assert "shared.settle_names" in message
+
+
 # -- verify, compile, doctor: a wrong result is 1 ----------------------------------------------------------
 
 
@@ -195,6 +231,25 @@ def test_verify_exits_with_one_if_a_number_is_wrong(error: float, status: int, m
     assert found["ok"] is (status == 0)
     assert found["rows"][1]["error"] == (error if math.isfinite(error) else None)
     assert asked == 2 * [([(1, 2, 99)], [torch.float16], "cpu", 3)]
+
+
+def test_verify_runs_the_kernels_of_an_sse_spec(sequence: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = run("verify", sequence, "--shape", "2,1,9", "--json")
+    assert result.exit_code == 0, result.output
+    found = document(result)
+    assert found["ok"]
+    assert {"o", "final, packed", "balance", "dlogits", "dg2, strong decay"} <= {r["quantity"] for r in found["rows"]}
+    assert all(r["shape"] == [2, 1, 9] for r in found["rows"])
+
+
+def test_compile_reports_the_kernels_of_an_sse_spec(tmp_path: Path) -> None:
+    spec = tmp_path / "shared.toml"
+    spec.write_text('kind = "sse"\nhead_dim = 16\nbackbone = "none"\nrouter = "none"\n')
+    found = document(run("compile", spec, "--target", "sm_90", "--json"))
+    assert found["ok"]
+    assert {"output1", "gradient1"} <= {r["kernel"] for r in found["rows"]}
+    assert all(r["registers"] and r["shared"] is not None for r in found["rows"])
 
 
 @pytest.mark.parametrize("error", [None, "ptxas: unknown instruction"])

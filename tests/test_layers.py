@@ -21,8 +21,9 @@ ROWS = [
     {"ir"},
     {"codegen"},
     {"layout"},
-    {"ops"},
-    {"verification"},
+    {"sequence", "ops"},
+    {"verification", "sequence_verification"},
+    {"kinds"},
     {"autotune"},
     {"pipeline", "cli", "doctor", "__main__", "__init__"},
 ]

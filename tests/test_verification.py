@@ -38,7 +38,7 @@ def test_a_wrong_output_is_found(module: Any) -> None:
 
     report = verify(changed(module, forward=forward), oracle(to_toml(SPEC)), shapes=[SHAPE])
     assert [r.quantity for r in report.rows if not r.ok] == ["o"]
-    with pytest.raises(WrongResult, match=r"o at \(B, Hq, L\) = \(1, 2, 100\), float32: error 1\.00e-04 > 1e-05"):
+    with pytest.raises(WrongResult, match=r"o at \(B, H, L\) = \(1, 2, 100\), float32: error 1\.00e-04 > 1e-05"):
         report.raise_if_wrong()
 
 

@@ -3,8 +3,8 @@
 A program takes one value head and walks over chunks of CHUNK rows; axes i, j and l are rows of the chunk, d and e
 features, p partitions.  A tile has a dimension for each of these axes that its variable carries, in declared order.
 
-Tiles are padded: rows beyond the segment, features beyond the data.  An input reads 0 there.  `clean` tracks along which
-axes a variable is 0 in the padding; a sum along an axis takes at least one factor that is.
+Tiles are padded: rows beyond the segment, features beyond the data.  An input reads 0 there.  `clean` tracks along
+which axes a variable is 0 in the padding; a sum along an axis takes at least one factor that is.
 """
 
 from __future__ import annotations
@@ -168,14 +168,27 @@ class ChunkCode:
         if set(tile_axes(left)) != {kept[0], axis} or set(tile_axes(right)) != {axis, kept[1]}:
             raise PartitionError(f"no product of tiles computes `{equation_text(eq)}`")
         mask = (axis,) if not any(axis in self.clean[v] for v in args) else ()
-        a = self._operand(left, mask)
-        b = self._operand(right, ())
+        fine = any(self._solved(v) for v in args)
+        a = self._operand(left, mask, fine=fine)
+        b = self._operand(right, (), fine=fine)
         a = a if tile_axes(left) == (kept[0], axis) else f"tl.trans({a})"
         b = b if tile_axes(right) == (axis, kept[1]) else f"tl.trans({b})"
-        return f'tl.dot({a}, {b}, input_precision="ieee")', kept
+        return f"dot_fine({a}, {b}, DTYPE)" if fine else f'tl.dot({a}, {b}, input_precision="ieee")', kept
 
-    def _operand(self, v: Var, mask: Sequence[str]) -> str:
-        """A tile in the type that products take."""
+    def _solved(self, v: Var) -> bool:
+        """True for the inverse of a triangular solve, and for what was solved with it."""
+        eq = self.program.definitions.get(v)
+        if eq is None:
+            return False
+        if isinstance(eq.op, Rename):
+            return self._solved(eq.args[0])
+        inverses = (self.program.definitions.get(x) for x in (v, *(eq.args if isinstance(eq.op, Contract) else ())))
+        return any(e is not None and isinstance(e.op, UnitInverse) for e in inverses)
+
+    def _operand(self, v: Var, mask: Sequence[str], *, fine: bool) -> str:
+        """A tile in the type that products take; a triangular solve multiplies in float32, or its rounding adds up."""
+        if fine:
+            return self._zeroed(v, mask)
         if v in self.raw and not mask:
             return self.raw[v]
         return f"({self._zeroed(v, mask)}).to(DTYPE)" if mask else f"{self.names[v]}.to(DTYPE)"
@@ -186,7 +199,7 @@ class ChunkCode:
             raise PartitionError(f"two arrays over pairs and features in `{equation_text(eq)}`")
         decay = self._decay_of(large[0])
         rest = {tile_axes(v): v for v in eq.args if v is not large[0]}
-        forms = {
+        forms: dict[tuple[str, ...], tuple[str, tuple[str, ...], tuple[str, ...]]] = {
             ("i", "j"): ("decayed_scores", ("i", "d"), ("j", "d")),
             ("i", "d"): ("decayed_rows", ("i", "j"), ("j", "d")),
             ("j", "d"): ("decayed_columns", ("i", "j"), ("i", "d")),

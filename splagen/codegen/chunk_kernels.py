@@ -8,12 +8,12 @@ then all groups run again from there.  Where the step is a matrix (delta rule) a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import sympy as sp
 
-from splagen.codegen.chunk_code import ROWS, ChunkCode, tile_axes
+from splagen.codegen.chunk_code import ROWS, ChunkCode, tile_axes, too_large
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.region import padded_extent, slice_back
 from splagen.codegen.triton_expr import triton_text
@@ -130,17 +130,17 @@ def group_factors(r: Recurrence) -> Array:
     return Array(f"factors{r.name}", "group_states", ("d",) if wide else (), (r.tiles[0] if wide else 1,), "float32")
 
 
-def chunk_states(r: Recurrence) -> Array:
-    """The state before each chunk, in the input dtype."""
-    return Array(f"states{r.name}", "chunk_states", ("d", "e"), r.tiles, "input", True)
+def chunk_states(r: Recurrence, name: str = "states") -> Array:
+    """The state before each chunk (or the cotangent of the state after it), in the input dtype."""
+    return Array(f"{name}{r.name}", "chunk_states", ("d", "e"), r.tiles, "input", True)
 
 
 class Loop:
     """Builds one loop over chunks."""
 
-    def __init__(self, r: Recurrence, name: str, *, reverse: bool, block_e: int) -> None:
+    def __init__(self, r: Recurrence, name: str, *, reverse: bool) -> None:
         """`reverse` walks from the last chunk of a group to the first and carries the cotangent of the state."""
-        self.r, self.name, self.reverse, self.block_e = r, f"{name}{r.name}", reverse, block_e
+        self.r, self.name, self.reverse = r, f"{name}{r.name}", reverse
         program = r.program
         if reverse:
             self.before, self.after = r.cotangents[r.outputs[1]], r.gradients[r.state]
@@ -154,51 +154,63 @@ class Loop:
 
     @property
     def key_head(self) -> str:
+        """Source of the key head."""
         return "head" if self.r.group_size == 1 else "key_head"
 
     def kernel(
         self,
         rows: Sequence[tuple[Var, Array, Array | None]],
         *,
-        start: Array | None,
+        start: Array | None = None,
         into: tuple[Array, Array | None] | None = None,
         final: Array | None = None,
         keep: Array | None = None,
         read: Array | None = None,
+        read_after: Array | None = None,
     ) -> Kernel:
         """The kernel that stores `rows` (variable, where to, what is added) for every chunk.
 
         `start`: the state that a group begins with (of groups or the table; None is zero).  `into`: where a group's
         state and factor go.  `final`: the table that takes a segment's last state.  `keep`: where the state before
-        each chunk goes.  `read`: where the state before each chunk is read from, in a reverse loop.
+        each chunk goes.  `read`: where the state before each chunk is read from, in a reverse loop;
+        `read_after`: where the cotangent of the state after it is, so that nothing is carried.
         """
         r, code = self.r, self.code
         factor = r.factor
         wanted = [v for v, _, _ in rows]
-        changes = into is not None or final is not None or keep is not None or bool(rows)
-        assert changes
-        wanted.append(self.after)
+        if read_after is None:
+            wanted.append(self.after)
         if into and into[1]:
             assert factor is not None
             wanted += factor[1]
         self.equations = slice_back(r.program, wanted, r.program.inputs)
         needed = {v for eq in self.equations for v in eq.args} | set(wanted)
-        code.bind(self.before, "carried")
-        loads = []
+        loads: dict[Var, list[str]] = {}
+        if read_after is None:
+            code.bind(self.before, "carried")
+        else:
+            loads[self.before] = self._load_state(self.before, read_after)
         for v in r.program.inputs:
             if v in needed and v != self.before:
-                loads += self._load(v, read)
-        code.emit(self.equations)
-        stores, finish = [], []
-        for v, array, base in rows:
-            lines, last = self._store(v, array, base)
-            stores += lines
-            finish += last
-        advance = [f"carried = {code.names[self.after]}"]
+                loads[v] = self._load(v, read)
+        finish: list[str] = []
+        targets = {v: (array, base) for v, array, base in rows}
+        for node in in_order(self.equations, loads, targets, wanted):
+            if isinstance(node, Equation):
+                code.emit([node])
+                if node.out in targets:
+                    lines, last = self._store(node.out, *targets[node.out])
+                    code.lines += lines
+                    finish += last
+            else:
+                code.lines += loads[node]
+        for v in targets.keys() - {eq.out for eq in self.equations}:
+            raise PartitionError(f"{self.name} would store {v}, which no equation defines")
+        advance = [f"carried = {code.names[self.after]}"] if read_after is None else []
         if keep:
             self.outputs[keep.name] = keep
-            loads.insert(0, f"tl.store({self._chunk_state(keep)}, carried.to({keep.name}_ptr.dtype.element_ty))")
-        begin = self._begin(start, final)
+            code.lines.insert(0, f"tl.store({self._chunk_state(keep)}, carried.to({keep.name}_ptr.dtype.element_ty))")
+        begin = self._begin(start) if read_after is None else []
         if into:
             finish += self._group_store(into[0], "carried")
         if into and into[1]:
@@ -218,15 +230,12 @@ class Loop:
             "token": "token = tl.load(tokens_ptr + slots + slot, mask=row_ok, other=0).to(tl.int64)"
             if r.gathered
             else "token = slot.to(tl.int64)",
-            "loads": "\n".join(loads),
             "body": "\n".join(code.lines),
-            "stores": "\n".join(stores),
             "advance": "\n".join(advance),
             "finish": "\n".join(finish) or "pass",
             "d_extent": r.tiles[0],
             "e_extent": r.tiles[1],
-            "dtype": f"{next(a.name for a in self.arrays.values() if a.dtype == 'input' and a.features and a.layout != 'plan')}"
-            "_ptr.dtype.element_ty",
+            "dtype": f"{self._rows_of_input_type()}_ptr.dtype.element_ty",
         }
         self.arrays[r.plan.name] = replace(r.plan, features=plan_tensors(holes))
         return Kernel(
@@ -240,6 +249,10 @@ class Loop:
             scalars=PLAN,
             tunable=("CHUNK", "BLOCK_E"),
         )
+
+    def _rows_of_input_type(self) -> str:
+        layouts = ("token_rows", "value_rows")
+        return next(a.name for a in self.arrays.values() if a.layout in layouts and a.features and a.dtype == "input")
 
     # -- addresses -----------------------------------------------------------------------------------------------------
 
@@ -262,9 +275,7 @@ class Loop:
         if v == r.state:
             if read is None:
                 raise PartitionError(f"{self.name} needs the state before each chunk")
-            self.arrays[read.name] = read
-            code.bind(v, f"{name}.to(tl.float32)", name)
-            return [f"{name} = tl.load({self._chunk_state(read)})"]
+            return self._load_state(v, read)
         rows = set(tile_axes(v)) & set(ROWS)
         if name in ("eta", "write", "read"):
             code.bind(v, name)
@@ -288,12 +299,17 @@ class Loop:
         address = f"{source}_ptr + (token * {source}_t + {head} * {source}_h)[:, None] + {f}[None, :]"
         return [f"{name} = tl.load({address}, mask={self._row_mask(f)}, other=0.0)"]
 
+    def _load_state(self, v: Var, array: Array) -> list[str]:
+        self.arrays[array.name] = array
+        self.code.bind(v, f"{v.name}.to(tl.float32)", v.name)
+        return [f"{v.name} = tl.load({self._chunk_state(array)})"]
+
     def _row_mask(self, feature: str) -> str:
         return f"row_ok[:, None] & {feature}_ok[None, :]" if self.code.padding(feature) else "row_ok[:, None]"
 
     def _store(self, v: Var, array: Array, base: Array | None) -> tuple[list[str], list[str]]:
         """Lines in the loop and lines behind it that store an output."""
-        code, r = self.code, self.r
+        code = self.code
         self.outputs[array.name] = array
         source = code.names[v]
         if array.layout == "group_totals":
@@ -324,7 +340,8 @@ class Loop:
         return [f"tl.store({at}, {source}, mask={mask})"], []
 
     def _chunk_state(self, array: Array) -> str:
-        return f"{array.name}_ptr + ((chunk_base + chunk).to(tl.int64) * HV + head) * (D * E) + d[:, None] * E + e[None, :]"
+        state = "((chunk_base + chunk).to(tl.int64) * HV + head) * (D * E)"
+        return f"{array.name}_ptr + {state} + d[:, None] * E + e[None, :]"
 
     def _group(self, array: Array) -> str:
         size = {2: "D * E", 1: "D", 0: "1"}[len(array.features)]
@@ -340,7 +357,7 @@ class Loop:
         masks = [f"{a}_ok[{view}]" for a, view in (("d", ":, None"), ("e", "None, :")) if self.code.padding(a)]
         return " & ".join(masks) or "None"
 
-    def _begin(self, start: Array | None, final: Array | None) -> list[str]:
+    def _begin(self, start: Array | None) -> list[str]:
         if start is None:
             return ["carried = tl.zeros((D, BLOCK_E), tl.float32)"]
         self.arrays[start.name] = start
@@ -364,7 +381,7 @@ def scan_kernel(r: Recurrence, name: str, states: Array, start: Array, final: Ar
     d, e = r.sizes
     wide_d, wide_e = r.tiles
     holes = {
-        "doc": f"{states.name}: what each group adds to a state -> the state before the group; {final.name}: the last ones.\n\n"
+        "doc": f"{states.name}: what a group adds to a state -> the state before it; {final.name}: the last ones.\n\n"
         f"    state after = {factors.name} * state before + what the group adds\n    ",
         "states": states.name,
         "factors": factors.name,
@@ -402,7 +419,7 @@ def sum_kernel(r: Recurrence, parts: Array, output: Array, base: Array | None) -
         "tl.load(places_ptr + (router * T + token) * CHOICES + choice, mask=row_ok, other=0)" if r.gathered else "token"
     )
     holes = {
-        "doc": f"{output.name}: for each token the sum of {parts.name} over its slots, its group's value heads, and slices.",
+        "doc": f"{output.name}: the sum of {parts.name} over a token's slots, value heads of a group, and slices.",
         "parts": parts.name,
         "width": parts.width[0] if parts.width else 1,
         "columns": padded_extent(parts.width[0]) if parts.width else 1,
@@ -431,6 +448,61 @@ def sum_kernel(r: Recurrence, parts: Array, output: Array, base: Array | None) -
 def _row(a: Array) -> str:
     inner = " + column[None, :]" if a.features else " + column[None, :] * 0"
     return f"(token.to(tl.int64) * {a.name}_t + head * {a.name}_h)[:, None]{inner}"
+
+
+def in_order(
+    equations: Sequence[Equation],
+    loads: Mapping[Var, Sequence[str]],
+    stored: Collection[Var],
+    kept: Collection[Var],
+) -> list[Var | Equation]:
+    """Loads and equations in an order that keeps few tiles alive: the next is the one after which least is live.
+
+    A stored variable dies when nothing else reads it; a kept one that is not stored lives on.
+    """
+    inside = {eq.out for eq in equations}
+    readers: dict[Var, set[Var]] = {}
+    for eq in equations:
+        for v in eq.args:
+            readers.setdefault(v, set()).add(eq.out)
+    todo: list[Var | Equation] = [*loads, *equations]
+    done: set[Var] = set()
+    ordered: list[Var | Equation] = []
+
+    def ready(node: Var | Equation) -> bool:
+        return not isinstance(node, Equation) or all(
+            v in done or (v not in inside and v not in loads) for v in node.args
+        )
+
+    def growth(node: Var | Equation) -> int:
+        out = node.out if isinstance(node, Equation) else node
+        lives = readers.get(out) or (out in kept and out not in stored)
+        grown = tile_bytes(out, loaded=not isinstance(node, Equation)) if lives else 0
+        if isinstance(node, Equation):
+            for v in set(node.args):
+                if readers[v] == {node.out} and not (v in kept and v not in stored):
+                    grown -= tile_bytes(v, loaded=v in loads)
+        return grown
+
+    while todo:
+        best = min((n for n in todo if ready(n)), key=growth)
+        todo.remove(best)
+        ordered.append(best)
+        done.add(best.out if isinstance(best, Equation) else best)
+        if isinstance(best, Equation):
+            for v in set(best.args):
+                readers[v].discard(best.out)
+    return ordered
+
+
+def tile_bytes(v: Var, *, loaded: bool) -> int:
+    """What a tile takes, at typical extents: rows 64, features 128."""
+    if too_large(v) or v.kind == "int":
+        return 0
+    size = 2 if loaded else 4
+    for a in tile_axes(v):
+        size *= 64 if a in ROWS else 128
+    return size
 
 
 PLAN_TENSORS = ("offsets", "firsts", "owners", "tokens", "places", "gates", "writes", "reads")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -18,11 +19,11 @@ from threading import Timer
 from typing import IO, Any
 
 import splagen
-from splagen.codegen.geometry import Geometry
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.partition import Partition
 from splagen.codegen.render import unique
-from splagen.codegen.schedule import DTYPES, TARGETS, Schedule, default_schedule
+from splagen.codegen.schedule import DTYPES, TARGETS, Schedule
+from splagen.codegen.sequence_partition import SequencePartition
 from splagen.errors import CompileError, InputError
 
 _GPU = {
@@ -32,7 +33,8 @@ _GPU = {
     "gfx942": ("hip", "gfx942", 64),
 }
 _TYPES = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "float32": "fp32", "int32": "i32"}
-_BATCH, _LENGTH, _KV_HEADS = 2, 65_536, 2  # the sizes whose strides decide what the JIT would specialise on
+_INTEGERS = frozenset({"offsets", "firsts", "owners", "tokens", "places", "writes", "reads", "chosen"})  # of a plan
+_LENGTH, _KV_HEADS = 65_536, 2  # the sizes whose strides decide what the JIT would specialise on
 _SECONDS = 600  # for one kernel
 ALIGNMENT = 16
 
@@ -64,14 +66,14 @@ class Built:
 
 def compile_module(
     path: str | Path,
-    part: Partition,
+    part: Partition | SequencePartition,
     *,
     targets: Sequence[str] = tuple(TARGETS),
     dtypes: Sequence[str] = ("bf16",),
     jobs: int | None = None,
     progress: bool | None = None,
 ) -> list[Built]:
-    """Compile the kernels of a generated module with their default Schedules: one row per job.
+    """Compile the kernels of a generated module with the Schedules that stand in it: one row per job.
 
     Args:
         path: the module that was generated from `part`.
@@ -86,14 +88,9 @@ def compile_module(
     """
     _known("target", targets, TARGETS)
     _known("dtype", dtypes, DTYPES)
-    geometry = Geometry.of(part.program)
-    wanted = [
-        (k, arch, dtype, default_schedule(k, geometry, arch, dtype))
-        for arch in targets
-        for dtype in dtypes
-        for k in part.kernels
-    ]
-    requests = [_request(Path(path).resolve(), geometry, *w) for w in wanted]
+    schedules = _schedules(Path(path))
+    wanted = [(k, arch, d, schedules[arch][d][k.name]) for arch in targets for d in dtypes for k in part.kernels]
+    requests = [_request(Path(path).resolve(), part, *w) for w in wanted]
     count = min(jobs or os.cpu_count() or 1, len(requests))
     with _workers(count) as run, ThreadPoolExecutor(count) as pool:
         futures = [pool.submit(run, r) for r in requests]
@@ -127,7 +124,16 @@ def _row(kernel: Kernel, arch: str, dtype: str, schedule: Schedule, answer: dict
     return Built(kernel.name, arch, dtype, schedule, **answer)
 
 
-def _undescribed(path: Path, part: Partition) -> list[Built]:
+def _schedules(path: Path) -> dict[str, dict[str, dict[str, Schedule]]]:
+    """The table of Schedules in the text of a generated module, which is not imported: that would import triton."""
+    for statement in ast.parse(path.read_text()).body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(id="SCHEDULES")]):
+                return dict(ast.literal_eval(statement.value))
+    raise InputError(f"{path} has no Schedules", hint="give a module that splagen has generated")
+
+
+def _undescribed(path: Path, part: Partition | SequencePartition) -> list[Built]:
     """Kernels in the file that no Kernel describes would go unchecked: each is a failure."""
     known = {f"{k.name}_kernel" for k in part.kernels}
     loose = [n for n in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE) if n not in known]
@@ -140,16 +146,16 @@ def _undescribed(path: Path, part: Partition) -> list[Built]:
 
 
 def _request(
-    path: Path, geometry: Geometry, kernel: Kernel, arch: str, dtype: str, schedule: Schedule
+    path: Path, part: Partition | SequencePartition, kernel: Kernel, arch: str, dtype: str, schedule: Schedule
 ) -> dict[str, Any]:
     types: dict[str, str] = {}
     constants: dict[str, int] = {}
     aligned: list[str] = []
     for array in unique(kernel.inputs, kernel.outputs):
         pointers = [a for a in array.arguments if a not in array.stride_names]
-        types |= dict.fromkeys(pointers, f"*{_TYPES[dtype if array.dtype == 'input' else array.dtype]}")
+        types |= {a: f"*{_TYPES[_element(array, a, part, dtype)]}" for a in pointers}
         aligned += pointers
-        for name, stride in zip(array.stride_names, _strides(array, geometry), strict=True):
+        for name, stride in zip(array.stride_names, _strides(array, part.group_size), strict=True):
             types[name] = "constexpr" if stride == 1 else "i32"
             constants |= {name: 1} if stride == 1 else {}
             aligned += [name] if stride > 1 and stride % ALIGNMENT == 0 else []
@@ -166,9 +172,18 @@ def _request(
     }
 
 
-def _strides(array: Array, geometry: Geometry) -> list[int]:
+def _element(array: Array, argument: str, part: Partition | SequencePartition, dtype: str) -> str:
+    """What a pointer argument of an array points to, in an op whose q has `dtype`."""
+    if array.layout in ("plan", "routing"):
+        return "int32" if argument.removesuffix("_ptr") in _INTEGERS else "float32"
+    if array.dtype == "input":
+        return "float32" if array.name in part.wide else dtype
+    return array.dtype
+
+
+def _strides(array: Array, group_size: int) -> list[int]:
     """Strides of a contiguous array in elements, in the order of its stride names."""
-    heads = _KV_HEADS * (geometry.group if array.layout.startswith("query") else 1)
+    heads = _KV_HEADS * (group_size if array.layout.startswith(("query", "value")) else 1)
     width = array.width[-1] if array.width else 1
     rows = [_LENGTH * heads * width, heads * width, width]
     return rows[len(rows) - len(array.stride_names) :]

@@ -49,6 +49,16 @@ class Partition:
     gradients: list[tuple[str, Var]] = field(default_factory=list)
 
     @property
+    def group_size(self) -> int:
+        """Query heads of a KV head."""
+        return Geometry.of(self.program).group
+
+    @property
+    def wide(self) -> frozenset[str]:
+        """Rows of the op that are float32 beside 16-bit q, k and v: none."""
+        return frozenset()
+
+    @property
     def residuals(self) -> list[Array]:
         """What backward is given beside inputs and cotangents: outputs that it reads, then what forward saved."""
         read = {a.name for k in self.backward for a in k.inputs}

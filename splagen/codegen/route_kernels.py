@@ -178,7 +178,7 @@ class Router:
                 routing("totals"),
                 routing("dbalance"),
             ),
-            (Array("dlogits", "token_rows", ("p",), (self.partitions,)),),
+            (Array("dlogits", "token_rows", ("p",), (self.partitions,), "float32"),),
             holes,
             f"(cdiv(T, CHUNK), {self.router})",
             scalars=("T", "SLOTS", "HV", "SLICES", "HEADS"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeAlias
 
 from splagen.codegen.chunk_code import too_large
@@ -21,19 +22,24 @@ from splagen.codegen.chunk_kernels import (
 )
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.route_kernels import Router
+from splagen.codegen.step_kernels import step_kernel
 from splagen.ir.frontend_sse import SUFFIX, State, recurrence_program, router_program, states
 from splagen.ir.gradient import derive_gradient
 from splagen.ir.passes import Pass, copy_prop, drop_unused, run, settle_names, share
-from splagen.ir.program import Program
-from splagen.ir.recurrence import fold_products, restrict, share_exponentials
+from splagen.ir.program import Program, Var
+from splagen.ir.recurrence import fold_products, pull_factors, restrict, share_exponentials
 from splagen.sse_spec import SSESpec
 
+FACTORING: tuple[Pass, ...] = (share, pull_factors, share, copy_prop, drop_unused)  # before the gradient is derived
 SEQUENCE_LOWERING: tuple[Pass, ...] = (
     share,
     share_exponentials,
     fold_products(too_large),
     copy_prop,
     share,
+    pull_factors,
+    share,
+    copy_prop,
     drop_unused,
     settle_names,
 )
@@ -59,6 +65,7 @@ class SequencePartition:
     inputs: tuple[Array, ...]
     forward: tuple[Step, ...]
     backward: tuple[Step, ...]
+    step: tuple[Kernel, ...]
     parts: int
     choices: int
     by_head: bool
@@ -67,21 +74,43 @@ class SequencePartition:
     @property
     def kernels(self) -> list[Kernel]:
         """Every kernel once."""
-        return list({k.name: k for k in (*self.forward, *self.backward) if isinstance(k, Kernel)}.values())
+        return list({k.name: k for k in (*self.forward, *self.backward, *self.step) if isinstance(k, Kernel)}.values())
+
+    @property
+    def group_size(self) -> int:
+        """Value heads of a key head."""
+        return int(str(next(iter(self.programs.values())).extents["g"]))
+
+    @property
+    def wide(self) -> frozenset[str]:
+        """Rows of the op that are float32 beside 16-bit q, k and v: decays, beta, logits, and the gradient of these."""
+        return frozenset(a.name for a in self.inputs if a.name[0] not in "qkv") | {"dlogits"}
 
 
-def recurrence(spec: SSESpec, kind: State) -> Recurrence:
-    """One recurrence, lowered: with its partition axis gone where its rows are routed."""
-    program = recurrence_program(spec, kind)
+def lowerings(spec: SSESpec) -> dict[str, tuple[Program, tuple[Pass, ...]]]:
+    """The router's program and that of each kind of state, with the passes that make it ready for kernels.
+
+    Where rows are routed, the first pass takes the axis of partitions away.
+    """
+    found: dict[str, tuple[Program, tuple[Pass, ...]]] = {}
+    if spec.router:
+        found["router"] = router_program(spec), (derive_gradient, share, copy_prop, share)
+    for kind in states(spec):
+        passes: tuple[Pass, ...] = (*FACTORING, derive_gradient, *SEQUENCE_LOWERING)
+        if kind == "sparse":
+            masks = ["write"] if spec.form == "sorted" else []
+            passes = (partial(restrict, axis="p", masks=masks), *passes)
+        found[kind] = recurrence_program(spec, kind), passes
+    return found
+
+
+def recurrence(spec: SSESpec, kind: State, program: Program) -> Recurrence:
+    """One recurrence to compile, from its lowered program."""
     router = spec.router if kind == "sparse" else None
-    if router:
-        masks = ["write"] if spec.form == "sorted" else []
-        program = restrict(program, "p", masks)
     choices = 1 if not router else router.writers if spec.form == "sorted" else router.partitions
     part = 1 if kind == "sparse" and spec.shared else 0
     by_head = router is not None and router.scope == "head"
-    lowered = run(derive_gradient(program), SEQUENCE_LOWERING)
-    return Recurrence(SUFFIX[kind], lowered, router is not None, choices, by_head, part, parts_of(spec))
+    return Recurrence(SUFFIX[kind], program, router is not None, choices, by_head, part, parts_of(spec))
 
 
 def parts_of(spec: SSESpec) -> int:
@@ -91,12 +120,12 @@ def parts_of(spec: SSESpec) -> int:
 
 def sequence_partition(spec: SSESpec) -> SequencePartition:
     """Kernels and launches of a spec."""
-    found = [recurrence(spec, kind) for kind in states(spec)]
+    ready = {name: run(program, passes) for name, (program, passes) in lowerings(spec).items()}
+    found = [recurrence(spec, kind, ready[kind]) for kind in states(spec)]
     router = None
     if spec.router:
-        program = run(derive_gradient(router_program(spec)), (share, copy_prop, share))
         choices = spec.router.writers if spec.form == "sorted" else spec.router.partitions
-        router = Router(program, choices, spec.router.scope == "head", spec.group_size)
+        router = Router(ready["router"], choices, spec.router.scope == "head", spec.group_size)
     builder = _Launches(spec, found, router)
     rows: dict[str, Array] = {}
     for r in found:
@@ -107,12 +136,12 @@ def sequence_partition(spec: SSESpec) -> SequencePartition:
         rows["logits"] = router.array
     v = next(x for x in found[0].program.inputs if x.name == "v")
     rows["v"] = token_array(found[0], v)
-    programs = {f"recurrence {r.name}": r.program for r in found} | ({"router": router.program} if router else {})
     return SequencePartition(
-        programs,
+        ready,
         tuple(rows.values()),
         tuple(builder.forward()),
         tuple(builder.backward()),
+        (*([router.forward()] if router else []), step_kernel(spec, found, router, parts_of(spec))),
         parts_of(spec),
         router.choices if router else 1,
         router.by_head if router else False,
@@ -132,10 +161,11 @@ class _Launches:
             out, _ = r.outputs
             last = r is self.found[-1]
             target = token_array(r, out, name="o" if last else f"o{r.name}")
-            loop = Loop(r, "output", reverse=False, block_e=r.tiles[1])
+            loop = Loop(r, "output", reverse=False)
             direct = r.direct(out, r.tiles[1])
             array, base = (target, o) if direct else (slot_array(r, out), None)
-            steps.append(loop.kernel([(out, array, base)], **self.ends(r, "added", "state", "final")))
+            begin, end = self.ends(r, "added", "state", "final")
+            steps.append(loop.kernel([(out, array, base)], start=begin, final=end))
             if not direct:
                 steps.append(sum_kernel(r, array, target, o))
             o = target
@@ -149,24 +179,28 @@ class _Launches:
         dv: Array | None = None
         for r in self.found:
             steps += self.states_before_groups(r, "final")
+            kept, cotangents = chunk_states(r), chunk_states(r, "dstates")
             start = group_states(r, "added") if r.factor else state_table("state")
-            steps.append(Loop(r, "states", reverse=False, block_e=0).kernel([], start=start, keep=chunk_states(r)))
-            read = chunk_states(r)
+            users = ", ".join(f'"{user}{r.name}"' for user in ("states", "dstates", "dvalues", "gradient"))
+            steps.append(Host((f"one_chunk(schedules, {users})",)))
+            steps.append(Loop(r, "states", reverse=False).kernel([], start=start, keep=kept))
             if r.factor:
-                cotangents = group_states(r, "dadded")
-                steps.append(
-                    Loop(r, "dadd", reverse=True, block_e=0).kernel([], start=None, into=(cotangents, None), read=read)
-                )
-                steps.append(
-                    scan_kernel(r, "dscan", cotangents, state_table("dfinal"), state_table("dstate"), reverse=True)
-                )
-            rows, sums = [], []
+                added = group_states(r, "dadded")
+                steps.append(Loop(r, "dadd", reverse=True).kernel([], into=(added, None), read=kept))
+                steps.append(scan_kernel(r, "dscan", added, state_table("dfinal"), state_table("dstate"), reverse=True))
+            begin, end = self.ends(r, "dadded", "dfinal", "dstate")
+            steps.append(
+                Loop(r, "dstates", reverse=True).kernel([], start=begin, final=end, keep=cotangents, read=kept)
+            )
+            rows: list[tuple[Var, Array, Array | None]] = []
+            sums: list[Step] = []
             block_e = gradient_tile(r)
             last = r is self.found[-1]
             for x, g in r.gradients.items():
                 if x == r.state:
                     continue
-                target = token_array(r, x, name=f"d{x.name}" if x.name != "v" or last else f"dv{r.name}")
+                like = "input" if x.name[0] in "qkv" else "float32"
+                target = token_array(r, x, like, name=f"d{x.name}" if x.name != "v" or last else f"dv{r.name}")
                 base = dv if x.name == "v" else None
                 if x.name == "eta" or target.layout == "head_scalars" or not r.direct(x, block_e):
                     parts = replace(slot_array(r, x), name=f"d{x.name}{r.name if x.name == 'v' else ''}_parts")
@@ -179,12 +213,16 @@ class _Launches:
                     rows.append((g, target, base))
                 if x.name == "v":
                     dv = target
-            loop = Loop(r, "gradient", reverse=True, block_e=block_e)
-            steps.append(loop.kernel(rows, read=read, **self.ends(r, "dadded", "dfinal", "dstate")))
+            # dv apart from the rest: together their tiles do not fit into registers
+            values = [row for row in rows if row[0] == r.gradients[self.values(r)]]
+            for name, part in (("dvalues", values), ("gradient", [row for row in rows if row not in values])):
+                steps.append(Loop(r, name, reverse=True).kernel(part, read=kept, read_after=cotangents))
             steps += sums
         if self.router:
             steps += self.router_gradient()
-        return steps
+        exact = [x.name for r in self.found for x in r.gradients if x.name not in ("eta", "v") and x.name[0] in "gb"]
+        exact += ["logits"] if self.router else []
+        return [*steps, Host(tuple(f"d{x} = d{x}.to({x}.dtype)" for x in exact))]
 
     def plans(self) -> list[Step]:
         """Where rows lie: tokens for the shared state, slots for the partitions."""
@@ -207,16 +245,21 @@ class _Launches:
         if not r.factor:
             return []
         added = group_states(r, "added")
-        loop = Loop(r, "add", reverse=False, block_e=r.tiles[1])
+        loop = Loop(r, "add", reverse=False)
         return [
             loop.kernel([], start=None, into=(added, group_factors(r))),
             scan_kernel(r, "scan", added, state_table("state"), state_table(final), reverse=False),
         ]
 
-    def ends(self, r: Recurrence, groups: str, start: str, final: str) -> dict[str, Array]:
+    def values(self, r: Recurrence) -> Var:
+        """The variable v."""
+        return next(x for x in r.program.inputs if x.name == "v")
+
+    def ends(self, r: Recurrence, groups: str, start: str, final: str) -> tuple[Array, Array | None]:
+        """Where a loop starts from, and where it leaves the last state of a segment if no scan does."""
         if r.factor:
-            return {"start": group_states(r, groups)}
-        return {"start": state_table(start), "final": state_table(final)}
+            return group_states(r, groups), None
+        return state_table(start), state_table(final)
 
     def router_gradient(self) -> list[Step]:
         assert self.router is not None

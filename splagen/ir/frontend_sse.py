@@ -31,8 +31,9 @@ SUFFIX = {"shared": "1", "sparse": "2"}
 
 def states(spec: SSESpec) -> tuple[State, ...]:
     """The kinds of state that a spec has."""
-    kinds: list[State] = (["shared"] if spec.shared else []) + (["sparse"] if spec.router else [])
-    return tuple(kinds)
+    shared: tuple[State, ...] = ("shared",) if spec.shared else ()
+    sparse: tuple[State, ...] = ("sparse",) if spec.router else ()
+    return shared + sparse
 
 
 def sse_program(spec: SSESpec) -> Program:
@@ -86,7 +87,7 @@ def _builder(spec: SSESpec) -> Builder:
 
 
 def add_router(b: Builder, router: Router) -> tuple[Var, Var, Var, Var]:
-    """Gates eta, the masks of partitions written and read, and the balance loss N/k sum_n p_n f_n (sse.md section 4)."""
+    """Gates eta, the masks of partitions written and read, and the balance loss N/k sum_n p_n f_n."""
     head = ("h",) if router.scope == "head" else ()
     logits = b.input("logits", ("b", *head, "i", "p"))
     write = b.topk("write", router.writers, "p", logits)
@@ -143,7 +144,7 @@ class _Recurrence:
     def features(
         self, side: Literal["q", "k"], x: Var, phi: FeatureMap, eta: Var | None, mask: Var | None, scale: sp.Expr
     ) -> Var:
-        """phi of the rows, times the gate, 0 where the partition is not selected (sse.md sections 4 and 14.1)."""
+        """Phi of the rows, times the gate, 0 where the partition is not selected (sse.md sections 4 and 14.1)."""
         b, n = self.b, self.n
         if eta is not None and side == "k":
             eta = b.rename(self.name("eta_k"), eta, i="j")
@@ -209,7 +210,7 @@ class _Recurrence:
             late = b.rename(name("decay_k"), decay, i="j")
             between = self.pair(name("between"), sp.exp(symbol("x0") - symbol("x1")), decay, late)
             a = b.map(name("a"), lambda x, y: x * y, s, between)
-        values = self.v if self.spec.backbone != "delta" else self.corrected(k, decay, late, between)
+        values = self.v if self.spec.backbone != "delta" else self.corrected(k, late, between)
         out = b.contract(name("o_inside"), ("b", "h", "g", "i", "e"), a, values)
         past = b.contract(name("past"), (*rows, "i", "e"), q, self.state)
         if decay is None:
@@ -226,7 +227,7 @@ class _Recurrence:
             final = b.map(name("final"), lambda h, t, u: h * sp.exp(t) + u, self.state, total, added)
         return b.map(name("o"), lambda x, y: x + y, out, before), final
 
-    def corrected(self, k: Var, decay: Var, late: Var, between: Var) -> Var:
+    def corrected(self, k: Var, late: Var, between: Var) -> Var:
         """What the delta rule writes in place of v: U = (I + tril(beta k k^T decay, -1))^-1 beta (v - decay k h)."""
         b, name = self.b, self.name
         assert self.beta is not None

@@ -86,7 +86,7 @@ def restrict(program: Program, axis: str, masks: Sequence[str]) -> Program:
 
 
 def single(program: Program, axes: Sequence[str]) -> Program:
-    """The program at extent 1 of `axes`, without them: a recurrence's step for one token.  Law: the value at extent 1."""
+    """The program at extent 1 of `axes`, without them: a recurrence's step for one token.  Law: the value there."""
     gone = set(axes)
 
     def without(v: Var) -> Var:
@@ -123,7 +123,7 @@ def single(program: Program, axes: Sequence[str]) -> Program:
                 op = Rename(left) if left else same
             case UnitInverse():
                 if {op.row, op.column} <= gone:
-                    op, args = Map(sp.S.One), ()
+                    op = Map(sp.S.One)
         new.append(Equation(without(eq.out), op, tuple(without(v) for v in args)))
     return drop_unused(
         replace(
@@ -247,8 +247,9 @@ def _as_product(eq: Equation) -> _Product | None:
         return _Product(sp.S.One, eq.args) if set(eq.op.keep) == every else None
     if not isinstance(eq.op, Map):
         return None
-    factor, rest = eq.op.expr.as_coeff_Mul()
-    factors = sp.Mul.make_args(rest)
+    every = sp.Mul.make_args(eq.op.expr)
+    factor = sp.Mul(*(f for f in every if f.is_number))
+    factors = [f for f in every if not f.is_number]
     where = {placeholder(i): v for i, v in enumerate(eq.args)}
     if all(f in where for f in factors) and len(factors) == len(eq.args):
         return _Product(factor, tuple(where[f] for f in factors))
@@ -310,3 +311,48 @@ def carried(program: Program, after: Var, before: Var) -> tuple[sp.Expr, tuple[V
 def largest_rank(rank: int, axes: Sequence[str]) -> Callable[[Var], bool]:
     """Arrays over more than `rank` of the axes."""
     return lambda v: len(ordered(set(v.axes) & set(axes), {a: n for n, a in enumerate(axes)})) > rank
+
+
+def pull_factors(program: Program) -> Program:
+    """contract(c f x, y)  ->  c f contract(x, y)  for factors f that carry no summed axis.
+
+    A gate or a decay of rows leaves a product of tiles, whose operands are then what lies in memory.
+    Law: value unchanged.
+    """
+    b = Builder(program.name, program.axes)
+    b._taken = set(program.names())
+    definitions: dict[Var, Equation] = {}
+
+    def factors(v: Var, summed: set[str]) -> _Product:
+        """V as numbers and variables without a summed axis, times the rest."""
+        eq = definitions.get(v)
+        inner = _as_product(eq) if eq is not None else None
+        if inner is None or not any(set(x.axes) & summed for x in inner.args):
+            return _Product(sp.S.One, (v,))
+        if inner.factor == 1 and all(set(x.axes) & summed for x in inner.args):
+            return _Product(sp.S.One, (v,))
+        inside = [x for x in inner.args if set(x.axes) & summed]
+        if len(inside) != 1:
+            return _Product(sp.S.One, (v,))
+        deeper = factors(inside[0], summed)
+        outside = tuple(x for x in inner.args if x is not inside[0])
+        return _Product(inner.factor * deeper.factor, (*outside, *deeper.args))
+
+    for eq in program.equations:
+        new = eq
+        if isinstance(eq.op, Contract):
+            summed = {a for v in eq.args for a in v.axes} - set(eq.op.keep)
+            parts = [factors(v, summed) for v in eq.args]
+            factor = sp.Mul(*(p.factor for p in parts))
+            args = [v for p in parts for v in p.args]
+            inside = [v for v in args if set(v.axes) & summed]
+            outside = [v for v in args if v not in inside]
+            if summed and (factor != 1 or outside) and inside:
+                total = b.contract(f"{eq.out.name}_sum", set(eq.op.keep) & {a for v in inside for a in v.axes}, *inside)
+                names = list(dict.fromkeys(outside))
+                expr = factor * sp.Mul(placeholder(0), *(placeholder(1 + names.index(v)) for v in outside))
+                definitions[total] = b.equations[-1]
+                new = Equation(eq.out, Map(expr), (total, *names))
+        b.equations.append(new)
+        definitions[eq.out] = new
+    return program.with_equations(b.equations)

@@ -276,7 +276,8 @@ def _unit_inverse(world: World, eq: Equation, args: Sequence[Tensor]) -> Tensor:
     pair = [eq.out.axes.index(a) for a in (eq.op.row, eq.op.column)]
     x = world.real(args[0]).movedim(pair, (-2, -1))
     one = torch.eye(x.shape[-1], dtype=world.dtype, device=world.device)
-    inverse = torch.linalg.solve_triangular(x.tril(-1) + one, one.expand(x.shape), upper=False, unitriangular=True)
+    lower = x.tril(-1) + one
+    inverse: Tensor = torch.linalg.solve_triangular(lower, one.expand(x.shape), upper=False, unitriangular=True)
     return inverse.movedim((-2, -1), pair)
 
 

@@ -11,15 +11,17 @@ from splagen.codegen.compile import Built, compile_module, raise_if_failed
 from splagen.codegen.compile_worker import register_a_wgmmas, resources
 from splagen.codegen.schedule import DTYPES, TARGETS
 from splagen.errors import CompileError, InputError
-from splagen.spec import Select, SPLASpec, digest, read_spec
+from splagen.spec import Select, Spec, SPLASpec, digest, read_spec
+from splagen.sse_spec import Router, SSESpec
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SPECS = sorted((ROOT / "examples/specs").glob("*.toml"))
 SMALL = SPLASpec(head_dim=16, group_size=2, select=Select(block_size=16, budget=2))
+ROUTED = SSESpec(head_dim=16, group_size=2, backbone="scalar", shared=False, router=Router(partitions=3, writers=2))
 DENSE = SPLASpec(head_dim=16, select=None, linear=None)
 
 
-def compiled(spec: SPLASpec, folder: Path, **given: Any) -> list[Built]:
+def compiled(spec: Spec, folder: Path, **given: Any) -> list[Built]:
     return compile_module(pipeline.generate(spec, folder).path, pipeline.kernels(spec), progress=False, **given)
 
 
@@ -46,6 +48,36 @@ def test_the_rows_say_what_a_kernel_uses(rows: list[Built]) -> None:
         assert (r.register_a is None) == (r.arch == "gfx942")
         assert r.schedule["num_warps"] in (1, 2, 4, 8)
     assert max(r.shared or 0 for r in rows) > 0
+
+
+def test_the_kernels_of_a_recurrence_compile_with_the_schedules_of_their_module(tmp_path: Path) -> None:
+    found = compiled(ROUTED, tmp_path, targets=["sm_90"])
+    raise_if_failed(found)
+    assert [r.kernel for r in found] == [k.name for k in pipeline.kernels(ROUTED).kernels]
+    table = pipeline.generate(ROUTED, tmp_path).module.SCHEDULES["sm_90"]["bf16"]
+    assert {r.kernel: r.schedule for r in found} == table
+    assert all(r.registers and r.shared is not None and r.spilled is not None for r in found)
+
+
+def test_pointers_are_those_that_the_launcher_of_a_recurrence_passes(tmp_path: Path) -> None:
+    part = pipeline.kernels(ROUTED)
+    table = pipeline.generate(ROUTED, tmp_path).module.SCHEDULES["sm_90"]["bf16"]
+    types: dict[str, str] = {}
+    for k in part.kernels:
+        types |= ahead_of_time._request(tmp_path, part, k, "sm_90", "bf16", table[k.name])["types"]
+    pointed = {n.removesuffix("_ptr"): t for n, t in types.items() if n.endswith("_ptr")}
+    whole = {"offsets", "firsts", "owners", "tokens", "places", "writes", "chosen"}
+    assert {n for n, t in pointed.items() if t == "*i32"} == whole
+    assert all(pointed[n] == "*bf16" for n in ("q2", "k2", "v", "do", "o", "dq2", "dv"))
+    assert all(pointed[n] == "*fp32" for n in ("g2", "logits", "dlogits", "gates", "eta", "state", "final", "dbalance"))
+    assert types["v_t"] == "i32"
+    assert types["g2_h"] == "constexpr"
+
+
+def test_a_file_without_schedules_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(InputError, match="no Schedules"):
+        compile_module(tmp_path / "empty.py", pipeline.kernels(DENSE))
 
 
 def test_every_module_level_kernel_is_compiled_or_reported(tmp_path: Path) -> None:

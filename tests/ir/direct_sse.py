@@ -1,4 +1,4 @@
-"""SSE written token by token (arXiv 2507.16577; sse.md section 5), for torch's autograd: it knows nothing of Programs."""
+"""SSE written token by token (arXiv 2507.16577), for torch's autograd: it knows nothing of Programs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from splagen.ir.reference import _walk
 from splagen.library import FeatureMap
-from splagen.sse_spec import SSESpec
+from splagen.sse_spec import Router, SSESpec
 
 
 def largest(x: Tensor, k: int, dim: int) -> Tensor:
@@ -31,28 +31,36 @@ def unit(x: Tensor) -> Tensor:
     return x / torch.sqrt((x * x).sum(-1, keepdim=True) + 1e-6)
 
 
+def route(router: Router, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gates, and the partitions written and read, of logits [..., N]."""
+    write, read = largest(logits, router.writers, -1), largest(logits, router.readers, -1)
+    seen = logits if router.normalise == "all" else logits.masked_fill(~write, -torch.inf)
+    return seen.softmax(-1), write, read
+
+
+def balance(router: Router, logits: Tensor) -> Tensor:
+    """N / k_w sum_n p_n f_n (sse.md section 4) of logits [..., N]: f has no gradient."""
+    often = largest(logits, router.writers, -1).double().flatten(0, -2).mean(0)
+    return router.partitions / router.writers * (often * logits.softmax(-1).flatten(0, -2).mean(0)).sum()
+
+
 def sse(spec: SSESpec, x: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """o, final1, final2, balance from the inputs of the definition, by name, over its axes."""
     v = x["v"]
-    b, h, g, length, _ = v.shape
+    h, length = v.shape[1], v.shape[3]
     out: dict[str, Tensor] = {}
     o = [torch.zeros_like(v[:, :, :, 0]) for _ in range(length)]
     if spec.shared:
         out["final1"] = _run(spec, x, "1", x["state1"], None, None, None, o)
     if spec.router:
-        router = spec.router
-        logits = x["logits"] if router.scope == "head" else x["logits"].unsqueeze(1).expand(-1, h, -1, -1)
-        write = largest(logits, router.writers, 3)
-        read = largest(logits, router.readers, 3)
-        share = logits.softmax(3)
-        eta = share if router.normalise == "all" else logits.masked_fill(~write, -torch.inf).softmax(3)
+        logits = x["logits"] if spec.router.scope == "head" else x["logits"].unsqueeze(1).expand(-1, h, -1, -1)
+        eta, write, read = route(spec.router, logits)
         finals = []
-        for p in range(router.partitions):
+        for p in range(spec.router.partitions):
             finals.append(_run(spec, x, "2", x["state2"][:, :, :, p], eta[..., p], write[..., p], read[..., p], o))
         out["final2"] = torch.stack(finals, 3)
-        f, mean = write.double().mean((0, 1, 2)), share.mean((0, 1, 2))
-        out["balance"] = router.partitions / router.writers * (f * mean).sum()
-    return {"o": torch.stack(o, 3), **out}
+        out["balance"] = balance(spec.router, x["logits"])
+    return {"o": torch.stack(o, 3) if o else v, **out}
 
 
 def _run(spec, x, n, state, eta, write, read, o):  # type: ignore[no-untyped-def]

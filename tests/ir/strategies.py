@@ -13,10 +13,14 @@ from splagen.expression import log1p, symbol
 from splagen.ir.build import Builder
 from splagen.ir.check import check
 from splagen.ir.program import Program, Var
+from splagen.library import topk_softmax
 from splagen.spec import SPLASpec
+from splagen.sse_spec import Router, SSESpec
 from tests.strategies import specs
+from tests.test_sse_spec import sse_specs
 
-AXES = (("i", symbol("N")), ("j", symbol("N")), ("t", symbol("M")), ("c", 3), ("d", 2))
+AXES = (("i", symbol("N")), ("j", symbol("N")), ("l", symbol("N")), ("t", symbol("M")), ("c", 3), ("d", 2))
+NAMES = tuple(a for a, _ in AXES if a != "l")  # l is the third axis of a unit inverse: its gradient sums over it
 LENGTH = 3.0  # the scalar L of random Programs
 LARGEST = 1e3  # bound of a value before the next product squashes it
 
@@ -24,6 +28,7 @@ SMOOTH = (
     lambda x, y: sp.tanh(x + y),
     lambda x, y: x * sp.tanh(y),
     lambda x, y: x * sp.exp(-(y**2)),
+    lambda x, y: sp.exp(sp.tanh(x) - y**2),
     lambda x, y: x - y / 3,
     lambda x, y: log1p(x**2) + sp.tanh(y),
     lambda x, y: x / sp.sqrt(1 + y**2),
@@ -117,10 +122,16 @@ class _Growing:
             v, old, new = self.any_of(able)
             self.keep(self.b.rename("renamed", v, **{old: new}), self.bound[v])
 
+    def unit_inverse(self) -> None:
+        i, j = self.b.iota("at_row", "i"), self.b.iota("at_column", "j")
+        slope = sp.Rational(self.draw(st.integers(-3, 3)), 3)
+        mixing = self.b.map("mixing", lambda v, r, c: sp.tanh(v + slope * r - c / 3), self.real(), i, j)
+        row, column = self.any_of([("i", "j"), ("j", "i")])
+        self.keep(self.b.unit_inverse("inverse", mixing, row, column), 8.0)
+
     def affine(self) -> None:
-        names = [a for a, _ in AXES]
-        left = self.b.iota("left", *self.some_axes(names[:3], 1))
-        right = self.b.iota("right", *self.some_axes(names, 1))
+        left = self.b.iota("left", *self.some_axes(NAMES[:3], 1))
+        right = self.b.iota("right", *self.some_axes(NAMES, 1))
         shift = self.draw(st.integers(-2, 2))
         rule = self.any_of(
             [
@@ -151,7 +162,7 @@ class _Growing:
                 self.keep(self.b.reduce("count", "sum", rest.axes[:1], rest), 4.0)
 
 
-STEPS = ("map", "contract", "contract", "reduce", "softmax", "lse", "cumsum", "rename")
+STEPS = ("map", "contract", "contract", "reduce", "softmax", "lse", "cumsum", "rename", "unit_inverse")
 MASK_STEPS = ("affine", "above", "topk", "topk", "complement")
 
 
@@ -159,8 +170,7 @@ MASK_STEPS = ("affine", "above", "topk", "topk", "complement")
 def programs(draw: st.DrawFn) -> Program:
     """A valid Program whose every input reaches an output; real variables that nothing reads are outputs."""
     grow = _Growing(draw)
-    names = [a for a, _ in AXES]
-    given = [grow.b.input(n, grow.some_axes(names, 1)) for n in "xyz"]
+    given = [grow.b.input(n, grow.some_axes(NAMES, 1)) for n in "xyz"]
     grow.bound.update(dict.fromkeys(given, 1.0))
     for _ in range(draw(st.integers(2, 3))):
         getattr(grow, grow.any_of(MASK_STEPS))()
@@ -177,7 +187,7 @@ def programs(draw: st.DrawFn) -> Program:
 def sizes(draw: st.DrawFn) -> dict[str, int]:
     """Extents of the run-time axes of `programs()`."""
     n, m = draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    return {"i": n, "j": n, "t": m}
+    return {"i": n, "j": n, "l": n, "t": m}
 
 
 def inputs(program: Program, extents: Mapping[str, int], seed: int) -> dict[str, Tensor]:
@@ -213,3 +223,42 @@ def small(spec: SPLASpec) -> SPLASpec:
 def small_specs() -> st.SearchStrategy[SPLASpec]:
     """Specs of every kind, at sizes that the oracle evaluates in milliseconds."""
     return specs().map(small)
+
+
+def small_sse(spec: SSESpec) -> SSESpec:
+    """The same kind of spec at sizes that a loop over tokens evaluates in milliseconds."""
+    router = spec.router
+    if router:
+        partitions = 1 + (router.partitions - 1) % 5
+        writers, readers = min(router.writers, partitions), min(router.readers, partitions)
+        router = replace(router, partitions=partitions, writers=writers, readers=readers)
+    return replace(
+        spec, head_dim=16, value_dim=16 if spec.value_dim == spec.head_dim else 20, group_size=1 + spec.group_size % 2,
+        router=router, scale=min(spec.scale, 0.5),
+    )  # fmt: skip
+
+
+def small_sse_specs() -> st.SearchStrategy[SSESpec]:
+    """SSE specs of every kind, at sizes that a loop over tokens evaluates in milliseconds."""
+    return sse_specs().map(small_sse)
+
+
+ROUTES: dict[str, dict[str, object]] = {
+    "no router": {"router": None},
+    "sorted": {"router": Router(partitions=4, writers=2)},
+    "masked, k_w != k_r": {"router": Router(writers=1, readers=3), "form": "masked"},
+    "per-head router": {"router": Router(partitions=5, scope="head"), "group_size": 2},
+    "gates of the selected": {"router": Router(partitions=5, writers=2, normalise="selected"), "group_size": 2},
+    "gate of writers": {"router": Router(gate="write"), "k_map": topk_softmax(4)},
+    "gate of readers, no shared state": {"router": Router(writers=3, gate="read"), "shared": False},
+    "no gate": {"router": Router(gate="none"), "q_map": "softmax", "k_map": "relu"},
+}
+BACKBONES = [("none", None), ("constant", None), ("scalar", None), ("vector", None)]
+BACKBONES += [("delta", "pre_norm"), ("delta", "post_norm")]
+CASES: dict[str, SSESpec] = {
+    " ".join(filter(None, (backbone, site, route))): SSESpec(
+        head_dim=16, value_dim=20, backbone=backbone, gate_site=site, **changes  # type: ignore[arg-type]
+    )
+    for backbone, site in BACKBONES
+    for route, changes in ROUTES.items()
+}  # fmt: skip

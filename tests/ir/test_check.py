@@ -23,18 +23,21 @@ from splagen.ir.program import (
     Rename,
     Softmax,
     TopK,
+    UnitInverse,
     Var,
 )
 from tests.ir.strategies import programs
 
 X = Var("x", ("i", "d"))
 Y = Var("y", ("j",))
+Z = Var("z", ("i", "j"))
+W = Var("w", ("i", "j", "k"))
 M = Var("m", ("i",), "bool")
-AXES = (("i", symbol("N")), ("j", symbol("N")), ("d", 2))
+AXES = (("i", symbol("N")), ("j", symbol("N")), ("k", symbol("N")), ("d", 2))
 
 
 def with_equation(out: Var, op: Op, *args: Var) -> Program:
-    return Program("bad", AXES, (X, Y, M), (Equation(out, op, args),), ())
+    return Program("bad", AXES, (X, Y, Z, W, M), (Equation(out, op, args),), ())
 
 
 def real(*axes: str) -> Var:
@@ -135,13 +138,37 @@ BAD = {
         with_equation(real("d"), Rename((("j", "d"),)), Y),
         "bad: an axis may only be renamed to one of the same extent, in `out[d] = rename(y, j=d)`",
     ),
+    "unit inverse of two": (
+        with_equation(real("i", "j"), UnitInverse("i", "j", "k"), Z, Z),
+        "bad: takes one array, not 2 arguments, in `out[i j] = unit_inverse(z, i j)`",
+    ),
+    "unit inverse over an axis it lacks": (
+        with_equation(real("i", "d"), UnitInverse("i", "j", "k"), X),
+        "bad: x[i d] has no axis j, in `out[i d] = unit_inverse(x, i j)`",
+    ),
+    "unit inverse of a rectangle": (
+        with_equation(real("i", "d"), UnitInverse("i", "d", "k"), X),
+        "bad: i d and k must be three axes of one extent, in `out[i d] = unit_inverse(x, i d)`",
+    ),
+    "unit inverse whose third axis is of another extent": (
+        with_equation(real("i", "j"), UnitInverse("i", "j", "d"), Z),
+        "bad: i j and d must be three axes of one extent, in `out[i j] = unit_inverse(z, i j)`",
+    ),
+    "unit inverse whose third axis is carried": (
+        with_equation(real("i", "j", "k"), UnitInverse("i", "j", "k"), W),
+        "bad: i j and k must be three axes of one extent, in `out[i j k] = unit_inverse(w, i j)`",
+    ),
+    "unit inverse whose third axis is its row": (
+        with_equation(real("i", "j"), UnitInverse("i", "j", "i"), Z),
+        "bad: i j and i must be three axes of one extent, in `out[i j] = unit_inverse(z, i j)`",
+    ),
     "two variables of one name": (
         with_equation(Var("x", ("j",)), CumSum(("j",)), Y),
         "bad: x is defined twice, in `x[j] = cumsum(y, over=j)`",
     ),
     "an argument from nowhere": (
-        with_equation(real("j"), CumSum(("j",)), Var("z", ("j",))),
-        "bad: z[j] is read before it is defined, in `out[j] = cumsum(z, over=j)`",
+        with_equation(real("j"), CumSum(("j",)), Var("u", ("j",))),
+        "bad: u[j] is read before it is defined, in `out[j] = cumsum(u, over=j)`",
     ),
     "an axis that is not declared": (
         with_equation(real("w"), CumSum(("j",)), Y),

@@ -118,6 +118,33 @@ def test_gradcheck(spec: SPLASpec, lowered: bool) -> None:
     assert torch.autograd.gradcheck(Attention.apply, leaves, fast_mode=True, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize(("row", "column"), [("i", "j"), ("j", "i")])
+def test_gradcheck_of_unit_inverse(row: str, column: str, size: int) -> None:
+    """-(y^T dy y^T) below the diagonal and exactly 0 elsewhere, against finite differences."""
+    b = Builder("p", (("n", 2), *((a, symbol("N")) for a in "ijl")))
+    p = b.program(b.unit_inverse("y", b.input("x", ("n", "i", "j")), row, column))
+    joint = check(derive_gradient(p))
+    ((_, dx),) = joint.gradients
+
+    class Inverse(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)  # type: ignore[attr-defined]
+            return evaluate(p, {"x": x})["y"]
+
+        @staticmethod
+        def backward(ctx: object, dy: Tensor) -> Tensor:
+            (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
+            return evaluate(joint, {"x": x, "dy": dy}, wanted=[dx])[dx.name]
+
+    x = torch.randn(2, size, size, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(Inverse.apply, x)
+    (got,) = torch.autograd.grad(Inverse.apply(x).square().sum(), x)
+    square = got if row == "i" else got.mT
+    assert not square.triu().any()
+
+
 # -- exact zeros -------------
 
 

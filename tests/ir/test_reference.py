@@ -203,6 +203,24 @@ def test_rename_moves_the_array_to_its_new_place() -> None:
     assert torch.equal(got, arrays["x"].movedim(0, 1))
 
 
+@pytest.mark.parametrize("size", [0, 1, 2, 7])
+@pytest.mark.parametrize(("row", "column"), [("i", "j"), ("j", "i")])
+def test_unit_inverse_reads_what_lies_below_the_diagonal(row: str, column: str, size: int) -> None:
+    """In both orders of the pair, for every index of the other axes; the rest of x may be anything."""
+    b = Builder("p", (("c", 2), *((a, symbol("N")) for a in "ijl"), ("d", 3)))
+    x = b.input("x", ("c", "i", "j", "d"))
+    arrays = {"x": normal(2, size, size, 3)}
+    pair = (1, 2) if row == "i" else (2, 1)
+    matrices = arrays["x"].movedim(pair, (-2, -1))
+    upper = torch.ones(size, size, dtype=torch.bool).triu()
+    arrays["x"] = matrices.masked_fill(upper, math.nan).movedim((-2, -1), pair)
+    got = single(b, b.unit_inverse("y", x, row, column), arrays).movedim(pair, (-2, -1))
+    one = torch.eye(size, dtype=torch.float64)
+    assert_close(got @ (matrices.tril(-1) + one), one.expand(2, 3, size, size), rtol=0, atol=1e-11)
+    assert not got.triu(1).any()
+    assert torch.equal(got.diagonal(dim1=-2, dim2=-1), torch.ones(2, 3, size, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_values_have_the_type_asked_for(dtype: torch.dtype) -> None:
     b = builder()

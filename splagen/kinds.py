@@ -1,0 +1,93 @@
+"""The kinds of spec: what each brings of its own.  Everything else is the same for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeAlias, TypeVar
+
+from splagen import sequence_verification, verification
+from splagen.codegen.module import module_text
+from splagen.codegen.partition import Partition, partition
+from splagen.codegen.sequence_module import sequence_module_text
+from splagen.codegen.sequence_partition import SequencePartition, lowerings, sequence_partition
+from splagen.ir.frontend_spla import spla_program
+from splagen.ir.frontend_sse import sse_program
+from splagen.ir.gradient import derive_gradient
+from splagen.ir.passes import LOWERING, Pass, run
+from splagen.ir.program import Program
+from splagen.ops import Oracle
+from splagen.sequence import SSEOracle
+from splagen.spec import Spec, SPLASpec, digest, to_toml
+from splagen.sse_spec import SSESpec
+from splagen.verification import Report, Shape
+
+Lowerings: TypeAlias = Mapping[str, tuple[Program, tuple[Pass, ...]]]
+S = TypeVar("S", SPLASpec, SSESpec)
+
+
+@dataclass(frozen=True)
+class Kind(Generic[S]):
+    """What a kind of spec brings.
+
+    Attributes:
+        definition: what is computed.
+        lowerings: the Programs that become kernels by name, each with its passes; one without a name is the definition.
+        partition: the kernels.
+        source: the text of the generated module.
+        oracle: the reference, which is also the op on CPU tensors.
+        verify: compares a module with the oracle.
+        shapes: what is compared on a device, "cpu" or "cuda", if nothing is said.
+    """
+
+    definition: Callable[[S], Program]
+    lowerings: Callable[[S], Lowerings]
+    partition: Callable[[S], Partition | SequencePartition]
+    source: Callable[[S], str]
+    oracle: Callable[[S], Oracle | SSEOracle]
+    verify: Callable[..., Report]
+    shapes: Callable[[S, str], list[Shape]]
+
+
+def kind_of(spec: Spec) -> Kind[Any]:
+    """The kind of a spec."""
+    return KINDS[spec.kind]
+
+
+def _partition(spec: SPLASpec) -> Partition:
+    return partition(run(derive_gradient(spla_program(spec)), LOWERING))
+
+
+def _source(spec: SPLASpec) -> str:
+    return module_text(_partition(spec), name=spec.name, digest=digest(spec)[:8], spec_text=to_toml(spec))
+
+
+def _sequence_source(spec: SSESpec) -> str:
+    part = sequence_partition(spec)
+    return sequence_module_text(part, spec, digest=digest(spec)[:8], spec_text=to_toml(spec))
+
+
+def _oracle(spec: SPLASpec) -> Oracle:
+    return Oracle(derive_gradient(spla_program(spec)), _partition(spec))
+
+
+KINDS: Mapping[str, Kind[Any]] = {
+    "spla": Kind[SPLASpec](
+        definition=spla_program,
+        lowerings=lambda spec: {"": (spla_program(spec), (derive_gradient, *LOWERING))},
+        partition=_partition,
+        source=_source,
+        oracle=_oracle,
+        verify=verification.verify,
+        shapes=verification.default_shapes,
+    ),
+    "sse": Kind[SSESpec](
+        definition=sse_program,
+        lowerings=lowerings,
+        partition=sequence_partition,
+        source=_sequence_source,
+        oracle=SSEOracle,
+        verify=sequence_verification.verify,
+        shapes=sequence_verification.default_shapes,
+    ),
+}
