@@ -121,7 +121,7 @@ def attempt(
     """Generate, compile and compare one spec; needs a process in which Triton interprets kernels."""
     from splagen import pipeline, verification
     from splagen.codegen.compile import compile_module
-    from splagen.ops import oracle
+    from splagen.kinds import oracle
 
     seconds = [time.perf_counter()]
     try:

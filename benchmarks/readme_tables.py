@@ -2,8 +2,8 @@
 
 Between `<!-- results:begin NAME: COLUMN ... -->` and `<!-- results:end -->` stand the rows of
 benchmarks/results/NAME.json, or its figures where it has no rows; without columns all of them.  A number in
-a dict of a row is the column errors.o, and errors.max is the largest.  A missing record is named there.  NAME
-byte_lm stands for the models in examples/results/.  From the repository root:
+a dict of a row is the column errors.o or forward.ms, and errors.max is the largest.  A missing record is named
+there.  NAME byte_lm stands for the models in examples/results/.  From the repository root:
 
     python -m benchmarks.readme_tables            # rewrites README.md
     python -m benchmarks.readme_tables --check    # exit status 1 if that would change it
@@ -109,7 +109,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str
 def _heading(key: str) -> str:
     if key.endswith(".max"):
         return f"largest {key.removesuffix('.max').removesuffix('s')}"
-    words = key.replace(".", " ").split("_")
+    words = ["time", key] if key in UNITS else re.split("[._]", key)
     units = [w for w in words[1:] if w in UNITS]
     named = " ".join(w for w in words if w not in units)
     return ", ".join([named, *(SPELLED.get(u, u) for u in units)])

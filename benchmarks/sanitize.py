@@ -10,7 +10,7 @@ import os
 import torch
 
 from splagen import library, pipeline
-from splagen.ops import oracle
+from splagen.kinds import oracle
 from splagen.spec import Residual, Select, SPLASpec, to_toml
 from splagen.verification import compare, random_inputs
 

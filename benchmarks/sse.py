@@ -58,8 +58,9 @@ CONFIGURATIONS = 24
 
 
 def spec_of(backbone: str, partitions: int, choices: int) -> SSESpec:
-    """The spec of a case."""
-    return SSESpec(head_dim=D, backbone=backbone, router=Router(partitions=partitions, writers=choices))  # type: ignore[arg-type]
+    """The spec of a case: of queries and keys as they are, like the peers."""
+    router = Router(partitions=partitions, writers=choices)
+    return SSESpec(head_dim=D, backbone=backbone, router=router, q_map="identity", k_map="identity")  # type: ignore[arg-type]
 
 
 def plain_spec(backbone: str) -> SSESpec:

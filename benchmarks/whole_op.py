@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.record import write
 from benchmarks.timing import time_ms
 from splagen import pipeline
-from splagen.ops import oracle
+from splagen.kinds import oracle
 from splagen.spec import Residual, Select, SPLASpec, to_toml
 from splagen.verification import random_inputs
 

@@ -30,7 +30,7 @@ def main(length: int | None, steps: int) -> int:
         settings.interpret()  # before anything imports triton
     from examples.real_qkv import real_qkv
     from splagen import pipeline
-    from splagen.ops import oracle
+    from splagen.kinds import oracle
     from splagen.spec import read_spec, to_toml
     from splagen.verification import compare, random_inputs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -18,7 +19,7 @@ from splagen.ir.passes import LOWERING, Pass, run
 from splagen.ir.program import Program
 from splagen.ops import Oracle
 from splagen.sequence import SSEOracle
-from splagen.spec import Spec, SPLASpec, digest, to_toml
+from splagen.spec import Spec, SPLASpec, digest, from_toml, to_toml
 from splagen.sse_spec import SSESpec
 from splagen.verification import Report, Shape
 
@@ -52,6 +53,13 @@ class Kind(Generic[S]):
 def kind_of(spec: Spec) -> Kind[Any]:
     """The kind of a spec."""
     return KINDS[spec.kind]
+
+
+@functools.lru_cache(maxsize=32)
+def oracle(spec_text: str) -> Any:
+    """The oracle of a spec given as TOML: an `Oracle` or an `SSEOracle`."""
+    spec = from_toml(spec_text)
+    return kind_of(spec).oracle(spec)
 
 
 def _partition(spec: SPLASpec) -> Partition:

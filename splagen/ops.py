@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,9 +13,6 @@ from splagen.ir.passes import drop_unused, share
 from splagen.ir.program import Program, Reduce, TopK, Var
 from splagen.ir.reference import evaluate
 from splagen.layout import Blocked, chunked
-
-if TYPE_CHECKING:
-    from splagen.sequence import SSEOracle
 
 CHUNK_BYTES = 256 << 20  # of one float64 array of scores in a chunk of queries
 
@@ -214,13 +210,3 @@ def _terms(program: Program, gradient: Var) -> list[Var]:
     if isinstance(eq.op, Reduce):
         return [eq.args[0]]
     return [v for x in eq.args for v in _terms(program, x)]
-
-
-@functools.lru_cache(maxsize=32)
-def oracle(spec_text: str) -> Oracle | SSEOracle:
-    """The oracle of a spec given as TOML."""
-    from splagen.kinds import kind_of
-    from splagen.spec import from_toml
-
-    spec = from_toml(spec_text)
-    return kind_of(spec).oracle(spec)

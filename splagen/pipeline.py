@@ -20,8 +20,7 @@ from splagen.errors import InputError
 from splagen.ir.check import check
 from splagen.ir.passes import Pass, run
 from splagen.ir.program import Program
-from splagen.kinds import kind_of
-from splagen.ops import oracle
+from splagen.kinds import kind_of, oracle
 from splagen.spec import Spec, SPLASpec, digest, to_toml
 from splagen.sse_spec import SSESpec
 from splagen.verification import Report, Shape

@@ -25,6 +25,7 @@ ROWS = [
     {"verification", "sequence_verification"},
     {"kinds"},
     {"autotune"},
+    {"kinds"},
     {"pipeline", "cli", "doctor", "__main__", "__init__"},
 ]
 ROW = {name: row for row, names in enumerate(ROWS) for name in names}

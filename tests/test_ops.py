@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from splagen import library as lib
 from splagen import ops
-from splagen.ops import oracle
+from splagen.kinds import oracle
 from splagen.pipeline import Library, generate
 from splagen.spec import Residual, Select, SPLASpec, to_toml
 from splagen.verification import random_inputs, relative_error

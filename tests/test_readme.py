@@ -171,6 +171,25 @@ def test_rows_become_a_table_of_the_columns_asked_for(tmp_path: Path) -> None:
     ]
 
 
+def test_figures_of_a_pass_are_columns_with_units(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    rows = [
+        {"system": "a", "N": 16, "floor_ms": {"forward": 0.5}, "forward": {"ms": 1.25, "kernels_ms": {"add1": 1.0}}},
+        {"system": "a", "N": 4, "floor_ms": {"forward": 2.5}, "forward": {"skipped": "it would need about 99 GiB"}},
+        {"system": "dense", "forward": {"ms": 2.5, "peak_gib_beyond_inputs": 3.0}, "us": 7.0},
+    ]
+    (tmp_path / "benchmarks/results/sse.json").write_text(json.dumps({"figures": {"fla": {}, "rows": rows}}))
+    columns = "system N floor_ms.forward forward.ms forward.peak_gib_beyond_inputs us"
+    text = f"<!-- results:begin sse: {columns} -->\n<!-- results:end -->\n"
+    assert readme_tables.updated(text, tmp_path).splitlines()[1:6] == [
+        "| system | N | floor forward, ms | forward, ms | forward peak beyond inputs, GiB | time, µs |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| a | 16 | 0.5 | 1.25 |  |  |",
+        "| a | 4 | 2.5 |  |  |  |",
+        "| dense |  |  | 2.5 | 3 | 7 |",
+    ]
+
+
 def test_figures_without_rows_become_a_list_and_a_damaged_record_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "benchmarks/results").mkdir(parents=True)
     path = tmp_path / "benchmarks/results/gpu_tests.json"

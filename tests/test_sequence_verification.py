@@ -9,7 +9,7 @@ import torch
 
 from splagen import pipeline
 from splagen.errors import InputError, WrongResult
-from splagen.ops import oracle
+from splagen.kinds import oracle
 from splagen.sequence import SSEOracle
 from splagen.sequence_verification import TOLERANCE, cases, gradient_scales, random_inputs, verify
 from splagen.spec import SPLASpec, to_toml

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from splagen.errors import WrongResult
-from splagen.ops import oracle
+from splagen.kinds import oracle
 from splagen.pipeline import generate
 from splagen.spec import Residual, Select, SPLASpec, to_toml
 from splagen.verification import loss_scale, random_inputs, relative_error, selection_error, verify

@@ -168,7 +168,7 @@ def _request(
         "constants": constants | {name: schedule[name] for name in kernel.tunable},
         "aligned": aligned,
         "target": _GPU[arch],
-        "options": {name: schedule[name] for name in ("num_warps", "num_stages")},
+        "options": {name: schedule[name] for name in ("num_warps", "num_stages", "maxnreg") if name in schedule},
     }
 
 

@@ -111,7 +111,7 @@ class Router:
         lines = []
         for n, eq in enumerate(self.totals):
             assert isinstance(eq.op, Reduce)
-            divide = " / (T * HEADS)" if eq.op.how == "mean" else ""
+            divide = " / tl.maximum(T * HEADS, 1)" if eq.op.how == "mean" else ""
             lines.append(f"{eq.out.name} = total_{n}{divide}")
             lines.append(f"tl.store(totals_ptr + {n} * {wide} + p, {eq.out.name})")
             code.bind(eq.out, eq.out.name)

@@ -8,21 +8,21 @@ from functools import partial
 from typing import TypeAlias
 
 from splagen.codegen.chunk_code import too_large
-from splagen.codegen.chunk_kernels import (
-    Loop,
+from splagen.codegen.chunk_kernels import Loop
+from splagen.codegen.group_kernels import scan_kernel, sum_kernel
+from splagen.codegen.kernel import Array, Kernel
+from splagen.codegen.recurrences import (
     Recurrence,
     chunk_states,
     group_factors,
     group_states,
-    scan_kernel,
     slot_array,
     state_table,
-    sum_kernel,
     token_array,
 )
-from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.route_kernels import Router
 from splagen.codegen.step_kernels import step_kernel
+from splagen.errors import PartitionError
 from splagen.ir.frontend_sse import SUFFIX, State, recurrence_program, router_program, states
 from splagen.ir.gradient import derive_gradient
 from splagen.ir.passes import Pass, copy_prop, drop_unused, run, settle_names, share
@@ -119,7 +119,10 @@ def parts_of(spec: SSESpec) -> int:
 
 
 def sequence_partition(spec: SSESpec) -> SequencePartition:
-    """Kernels and launches of a spec."""
+    """Kernels and launches of a spec.  Raises PartitionError for a form that has no kernels."""
+    if spec.form == "routed":
+        hint = 'take form "sorted", whose results are the same; "masked" where readers and writers differ'
+        raise PartitionError(f'{spec.name}: form "routed" has no kernels yet', hint)
     ready = {name: run(program, passes) for name, (program, passes) in lowerings(spec).items()}
     found = [recurrence(spec, kind, ready[kind]) for kind in states(spec)]
     router = None

@@ -11,8 +11,16 @@ from splagen.codegen.sequence_partition import STATE_TILE
 from splagen.sse_spec import SSESpec
 
 
-def default_schedule(kernel: Kernel, spec: SSESpec, dtype: str) -> dict[str, int]:
+def default_schedule(kernel: Kernel, spec: SSESpec, arch: str, dtype: str) -> dict[str, int]:
     """A legal Schedule that is reasonable before tuning."""
+    schedule = _schedule(kernel, spec, dtype)
+    if kernel.template == "chunk_loop" and arch.startswith("sm_"):
+        # left alone, ptxas gives some of these kernels 32 registers and spills the rest
+        schedule["maxnreg"] = 255 if schedule["num_warps"] <= 8 else 128
+    return schedule
+
+
+def _schedule(kernel: Kernel, spec: SSESpec, dtype: str) -> dict[str, int]:
     wide = DTYPES[dtype] == 4
     d, e = padded_extent(spec.head_dim), padded_extent(spec.value_dim or spec.head_dim)
     match kernel.template:
@@ -48,6 +56,8 @@ def _loop_schedule(kernel: Kernel, spec: SSESpec, d: int, e: int, *, wide: bool)
             chunk, stages, warps = 64, 2 if heavy else 3, 4
         case "states" | "dstates" if not heavy:
             stages = 3
+        case "dvalues":
+            warps = 4
         case "output" if not heavy:
             chunk, stages, warps = (64, 2, 4) if kernel.name.endswith("1") else (32, 3, 4)
     return {"CHUNK": chunk, "BLOCK_E": block_e, "num_warps": warps, "num_stages": stages}
@@ -55,4 +65,6 @@ def _loop_schedule(kernel: Kernel, spec: SSESpec, d: int, e: int, *, wide: bool)
 
 def default_schedules(kernels: Sequence[Kernel], spec: SSESpec) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
     """Schedules of every kernel by architecture and dtype."""
-    return {arch: {t: {k.name: default_schedule(k, spec, t) for k in kernels} for t in DTYPES} for arch in TARGETS}
+    return {
+        arch: {t: {k.name: default_schedule(k, spec, arch, t) for k in kernels} for t in DTYPES} for arch in TARGETS
+    }

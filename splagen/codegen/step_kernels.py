@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from splagen.codegen.chunk_code import ChunkCode, tile_axes
-from splagen.codegen.chunk_kernels import Recurrence, token_array
 from splagen.codegen.kernel import Array, Kernel
+from splagen.codegen.recurrences import Recurrence, token_array
 from splagen.codegen.region import padded_extent, slice_back
 from splagen.codegen.route_kernels import Router, routing
 from splagen.ir.frontend_sse import SUFFIX, State, recurrence_program, states

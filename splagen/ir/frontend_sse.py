@@ -43,7 +43,7 @@ def sse_program(spec: SSESpec) -> Program:
     outputs, finals = [], []
     routed = add_router(b, spec.router) if spec.router else None
     for kind in states(spec):
-        o, final = _Recurrence(b, spec, kind, v).add(routed if kind == "sparse" else None)
+        o, final = _Recurrence(b, spec, kind, v).add(routed[:3] if routed and kind == "sparse" else None)
         outputs.append(o)
         finals.append(final)
     o = outputs[0] if len(outputs) == 1 else b.map("o", lambda x, y: x + y, *outputs)
@@ -62,14 +62,15 @@ def recurrence_program(spec: SSESpec, kind: State) -> Program:
     """One recurrence alone: inputs q, k, v, decay, (eta, write, read) and the state before; outputs o, state after."""
     b = _builder(spec)
     v = b.input("v", ("b", "h", "g", "j", "e"))
-    routed = None
+    routed: tuple[Var | None, Var, Var] | None = None
     if kind == "sparse":
         assert spec.router is not None
         head = ("h",) if spec.router.scope == "head" else ()
-        eta = b.input("eta", ("b", *head, "i", "p"))
-        write = b.input("write", ("b", *head, "i", "p"), "bool")
+        axes = ("b", *head, "i", "p")
+        eta = b.input("eta", axes) if spec.router.gate != "none" else None
+        write = b.input("write", axes, "bool")
         one = spec.router.readers == spec.router.writers
-        routed = (eta, write, write if one else b.input("read", ("b", *head, "i", "p"), "bool"), eta)
+        routed = (eta, write, write if one else b.input("read", axes, "bool"))
     return b.program(*_Recurrence(b, spec, kind, v).add(routed))
 
 
@@ -120,9 +121,9 @@ class _Recurrence:
             self.beta = b.input(f"beta{n}", ("b", "h", "g", "j"))
         self.state = b.input(f"state{n}", ("b", "h", "g", *self.p, "d", "e"))
 
-    def add(self, routed: tuple[Var, Var, Var, Var] | None) -> tuple[Var, Var]:
+    def add(self, routed: tuple[Var | None, Var, Var] | None) -> tuple[Var, Var]:
         """Outputs o and the state after the sequence (sse.md sections 5 and 6)."""
-        eta, write, read, _ = routed or (None, None, None, None)
+        eta, write, read = routed or (None, None, None)
         gate = self.spec.router.gate if self.spec.router and routed else "none"
         q = self.features("q", self.q, self.spec.q_map, eta if gate in ("both", "read") else None, read, self.scale)
         k = self.features("k", self.k, self.spec.k_map, eta if gate in ("both", "write") else None, write, sp.S.One)

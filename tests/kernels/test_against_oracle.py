@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from splagen.ops import oracle
+from splagen.kinds import oracle
 from splagen.pipeline import generate
 from splagen.spec import SPLASpec, to_toml
 from splagen.verification import Report, compare, random_inputs

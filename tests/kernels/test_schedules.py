@@ -12,7 +12,7 @@ from splagen.codegen.geometry import Geometry
 from splagen.codegen.kernel import Kernel
 from splagen.codegen.schedule import Schedule, check_schedule
 from splagen.errors import ScheduleError
-from splagen.ops import oracle
+from splagen.kinds import oracle
 from splagen.pipeline import generate
 from splagen.spec import Residual, Select, SPLASpec, to_toml
 from splagen.verification import Report, compare, random_inputs

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from splagen import library as lib
 from splagen.codegen import sequence_partition, sequence_schedule
+from splagen.errors import PartitionError
 from splagen.pipeline import generate
 from splagen.sequence import SSEOracle
 from splagen.sequence_verification import compare
@@ -65,9 +66,9 @@ SMALL = (
     small("delta pre_norm alone", backbone="delta", gate_site="pre_norm", router=Router(1), shared=False),
     small("vector no router", backbone="vector", router=None),
     small("scalar N 16", backbone="scalar", router=Router(16), group_size=1, shared=False),
-    # the masked form, where readers may differ from writers, and the routed one
+    # the masked form, where readers may differ from writers
     small("vector masked", backbone="vector", router=Router(3, 1, 2), form="masked", group_size=1, shared=False),
-    small("scalar routed", backbone="scalar", router=Router(2, 1, 2), form="routed", group_size=1),
+    small("scalar masked", backbone="scalar", router=Router(2, 1, 2), form="masked", group_size=1),
     # feature maps
     small("unit rows, row sparse", backbone="scalar", router=None, q_map=UNIT_RELU, k_map=lib.topk_softmax(4),
           head_dim=20, group_size=1),
@@ -290,7 +291,7 @@ def test_where_tokens_go(
 TWICE = {c.name: c for c in (*SMALL, *SWEEP)}
 
 
-@pytest.mark.parametrize("name", ["vector", "constant per-head router", "scalar routed"])
+@pytest.mark.parametrize("name", ["vector", "constant per-head router", "scalar masked"])
 def test_two_runs_give_the_same_bits(name: str, device: torch.device, tmp_path: Path) -> None:
     case = replace(TWICE[name], lengths=(1, 20))
     recorded = Recorded(generate(case.spec, tmp_path).module, case.spec)
@@ -327,6 +328,13 @@ def test_no_token_at_all(
         assert torch.equal(x.double(), want[n]), n
 
 
+def test_a_form_without_kernels_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PartitionError, match='form "routed" has no kernels yet') as caught:
+        generate(SSESpec(head_dim=16, backbone="scalar", form="routed"), tmp_path)
+    assert caught.value.hint
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.xfail(strict=True, reason="the kernel divides by the number of tokens; the oracle says 0")
 def test_the_balance_of_no_token(device: torch.device, tmp_path: Path) -> None:
     spec = SSESpec(head_dim=16, router=Router(2))
@@ -358,4 +366,4 @@ def test_every_axis_has_a_case() -> None:
     every = [c.spec for c in (*SMALL, *SWEEP)]
     assert {s.router.gate for s in every if s.router} == {"both", "write", "read"}
     assert {s.router.normalise for s in every if s.router} == {"all", "selected"}
-    assert {s.form for s in every} == {"sorted", "masked", "routed"}
+    assert {s.form for s in every} == {"sorted", "masked"}
