@@ -185,7 +185,10 @@ class _Launches:
             kept, cotangents = chunk_states(r), chunk_states(r, "dstates")
             start = group_states(r, "added") if r.factor else state_table("state")
             users = ", ".join(f'"{user}{r.name}"' for user in ("states", "dstates", "dvalues", "gradient"))
-            steps.append(Host((f"one_chunk(schedules, {users})",)))
+            checks = [f"one_chunk(schedules, {users})"]
+            if any(r.direct(x, gradient_tile(r)) and "e" not in x.axes for x in r.gradients):
+                checks.append(f'whole_tile(schedules, "gradient{r.name}", {gradient_tile(r)})')
+            steps.append(Host(tuple(checks)))
             steps.append(Loop(r, "states", reverse=False).kernel([], start=start, keep=kept))
             if r.factor:
                 added = group_states(r, "dadded")

@@ -20,6 +20,7 @@ from splagen.ir.program import (
     CumSum,
     Equation,
     Iota,
+    Lse,
     Map,
     Op,
     Program,
@@ -34,6 +35,8 @@ from splagen.ir.program import (
     placeholder,
     result,
 )
+
+_NO_RECURRENCE = "take the part of the program that is a recurrence"
 
 
 def restrict(program: Program, axis: str, masks: Sequence[str]) -> Program:
@@ -86,56 +89,75 @@ def restrict(program: Program, axis: str, masks: Sequence[str]) -> Program:
 
 
 def single(program: Program, axes: Sequence[str]) -> Program:
-    """The program at extent 1 of `axes`, without them: a recurrence's step for one token.  Law: the value there."""
+    """The program at extent 1 of `axes`, without them: a recurrence's step for one token.  Law: the value there.
+
+    Raises ProgramError for a softmax, log-sum-exp or choice along one of the axes: a recurrence has none.
+    """
     gone = set(axes)
+    left = {s for a, e in program.axes if a not in gone and not isinstance(e, int) for s in e.free_symbols}
+    ones = {e: sp.S.One for a, e in program.axes if a in gone and isinstance(e, sp.Symbol) and e not in left}
 
     def without(v: Var) -> Var:
         return replace(v, axes=tuple(a for a in v.axes if a not in gone))
 
-    same = Map(placeholder(0))
-    new: list[Equation] = []
+    equations: list[Equation] = []
     zero: set[Var] = set()
     for eq in program.equations:
-        op: Op = eq.op
-        args = eq.args
-        match op:
-            case Iota(group):
-                rest = tuple(a for a in group if a not in gone)
-                if not rest:
-                    zero.add(eq.out)
-                    continue
-                op = Iota(rest)
-            case Map(expr):
-                args = tuple(v for v in eq.args if v not in zero)
-                known = {placeholder(i): sp.S.Zero for i, v in enumerate(eq.args) if v in zero}
-                moved = {placeholder(i): placeholder(args.index(v)) for i, v in enumerate(eq.args) if v not in zero}
-                op = Map(expr.xreplace(known).xreplace(moved))
-            case Contract(keep):
-                op = Contract(tuple(a for a in keep if a not in gone))
-            case Reduce(how, over):
-                rest = tuple(a for a in over if a not in gone)
-                op = Reduce(how, rest) if rest else same
-            case CumSum(over):
-                rest = tuple(a for a in over if a not in gone)
-                op = CumSum(rest) if rest else same
-            case Rename(pairs):
-                left = tuple(p for p in pairs if not gone & set(p))
-                op = Rename(left) if left else same
-            case UnitInverse():
-                if {op.row, op.column} <= gone:
-                    op = Map(sp.S.One)
-        new.append(Equation(without(eq.out), op, tuple(without(v) for v in args)))
+        op, args = _single(eq, gone, zero)
+        if isinstance(op, Iota) and not op.axes:
+            zero.add(eq.out)
+            continue
+        if isinstance(op, Map):
+            op = Map(op.expr.xreplace(ones))
+        equations.append(Equation(without(eq.out), op, tuple(without(v) for v in args)))
     return drop_unused(
         replace(
             program,
             axes=tuple((a, e) for a, e in program.axes if a not in gone),
             inputs=tuple(without(v) for v in program.inputs),
-            equations=tuple(new),
+            equations=tuple(equations),
             outputs=tuple(without(v) for v in program.outputs),
             cotangents=tuple((without(y), without(dy)) for y, dy in program.cotangents),
             gradients=tuple((without(x), without(g)) for x, g in program.gradients),
         )
     )
+
+
+def _single(eq: Equation, gone: set[str], zero: set[Var]) -> tuple[Op, tuple[Var, ...]]:
+    """An equation's operation and arguments without the axes; `zero` are positions that are 0."""
+    same = Map(placeholder(0))
+    match eq.op:
+        case Iota(group):
+            return Iota(tuple(a for a in group if a not in gone)), ()
+        case Map(expr):
+            args = tuple(v for v in eq.args if v not in zero)
+            known = {placeholder(i): sp.S.Zero for i, v in enumerate(eq.args) if v in zero}
+            moved = {placeholder(i): placeholder(args.index(v)) for i, v in enumerate(eq.args) if v not in zero}
+            return Map(expr.xreplace(known).xreplace(moved)), args
+        case Contract(keep):
+            return Contract(tuple(a for a in keep if a not in gone)), eq.args
+        case Reduce(how, over):
+            rest = tuple(a for a in over if a not in gone)
+            if rest:
+                return Reduce(how, rest), eq.args
+            if eq.args[0].kind == "bool":
+                raise ProgramError(f"{eq.out} counts along {' '.join(over)}, of which one is left", hint=_NO_RECURRENCE)
+            held = len(eq.args) > 1
+            return Map(sp.Piecewise((placeholder(0), placeholder(1)), (0, True))) if held else same, eq.args
+        case Softmax() | Lse() | TopK():
+            along = {eq.op.axis} if isinstance(eq.op, TopK) else set(eq.op.axes)
+            if along & gone:
+                what = f"{eq.out} goes along {' '.join(sorted(along & gone))}, of which one is left"
+                raise ProgramError(what, hint=_NO_RECURRENCE)
+            return eq.op, eq.args
+        case CumSum(over):
+            rest = tuple(a for a in over if a not in gone)
+            return (CumSum(rest) if rest else same), eq.args
+        case Rename(pairs):
+            kept = tuple(p for p in pairs if not gone & set(p))
+            return (Rename(kept) if kept else same), eq.args
+        case UnitInverse():
+            return (Map(sp.S.One) if {eq.op.row, eq.op.column} <= gone else eq.op), eq.args
 
 
 def share_exponentials(program: Program) -> Program:
@@ -215,7 +237,7 @@ def fold_products(too_large: Callable[[Var], bool]) -> Callable[[Program], Progr
             )
 
         for eq in program.equations:
-            if too_large(eq.out) or not any(too_large(v) for v in eq.args):
+            if too_large(eq.out) or eq.out.kind != "real" or not any(too_large(v) for v in eq.args):
                 b.equations.append(eq)
                 continue
             whole = _summed(eq)
