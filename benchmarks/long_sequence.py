@@ -19,7 +19,8 @@ from torch import Tensor
 from benchmarks.record import write
 from benchmarks.whole_op import HQ, D, spec_of
 from splagen import pipeline
-from splagen.ops import Oracle, oracle
+from splagen.kinds import oracle
+from splagen.ops import Oracle
 from splagen.spec import to_toml
 from splagen.verification import TOLERANCE, random_inputs, relative_error
 

@@ -96,7 +96,8 @@ def _unit_inverse(program: Program, eq: Equation) -> str | None:
     missing = [a for a in pair if a not in eq.args[0].axes]
     if missing:
         return f"{eq.args[0]} has no axis {' '.join(missing)}"
-    if eq.op.third in eq.args[0].axes or len({program.extents.get(a) for a in (*pair, eq.op.third)}) != 1:
+    three = {*pair, eq.op.third}
+    if eq.op.third in eq.args[0].axes or len(three) != 3 or len({program.extents.get(a) for a in three}) != 1:
         return f"{' '.join(pair)} and {eq.op.third} must be three axes of one extent"
     return None
 

@@ -158,6 +158,10 @@ BAD = {
         with_equation(real("i", "j", "k"), UnitInverse("i", "j", "k"), W),
         "bad: i j and k must be three axes of one extent, in `out[i j k] = unit_inverse(w, i j)`",
     ),
+    "unit inverse of a diagonal": (
+        with_equation(real("i", "j"), UnitInverse("i", "i", "k"), Z),
+        "bad: i i and k must be three axes of one extent, in `out[i j] = unit_inverse(z, i i)`",
+    ),
     "unit inverse whose third axis is its row": (
         with_equation(real("i", "j"), UnitInverse("i", "j", "i"), Z),
         "bad: i j and i must be three axes of one extent, in `out[i j] = unit_inverse(z, i j)`",

@@ -13,8 +13,9 @@ from splagen.codegen.module import FUNCTIONS
 from splagen.codegen.partition import Partition
 from splagen.ir.program import Contract, Program, TopK, Var
 from splagen.ir.reference import evaluate
+from splagen.kinds import oracle
 from splagen.layout import Blocked
-from splagen.ops import Oracle, oracle
+from splagen.ops import Oracle
 from splagen.pipeline import generate
 from splagen.spec import Residual, Select, SPLASpec, Statistics, to_toml, windows
 from splagen.verification import TOLERANCE, random_inputs, relative_error, selection_error
