@@ -23,7 +23,7 @@ from splagen.codegen.recurrences import (
 from splagen.codegen.route_kernels import Router
 from splagen.codegen.step_kernels import step_kernel
 from splagen.errors import PartitionError
-from splagen.ir.frontend_sse import SUFFIX, State, recurrence_program, router_program, states
+from splagen.ir.frontend_sse import SUFFIX, State, held_masks, recurrence_program, router_program, states
 from splagen.ir.gradient import derive_gradient
 from splagen.ir.passes import Pass, copy_prop, drop_unused, run, settle_names, share
 from splagen.ir.program import Program, Var
@@ -55,6 +55,7 @@ class Host:
 
 
 Step: TypeAlias = Kernel | Host
+Stored: TypeAlias = tuple[Var, Array, Array | None]  # a variable, where it goes, what is added to it
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,7 @@ def lowerings(spec: SSESpec) -> dict[str, tuple[Program, tuple[Pass, ...]]]:
     for kind in states(spec):
         passes: tuple[Pass, ...] = (*FACTORING, derive_gradient, *SEQUENCE_LOWERING)
         if kind == "sparse":
-            masks = ["write"] if spec.form == "sorted" else []
-            passes = (partial(restrict, axis="p", masks=masks), *passes)
+            passes = (partial(restrict, axis="p", masks=held_masks(spec)), *passes)
         found[kind] = recurrence_program(spec, kind), passes
     return found
 
@@ -181,46 +181,20 @@ class _Launches:
         ]
         dv: Array | None = None
         for r in self.found:
-            steps += self.states_before_groups(r, "final")
+            steps += [self.agreement(r), *self.states_before_groups(r, "final")]
             kept, cotangents = chunk_states(r), chunk_states(r, "dstates")
             start = group_states(r, "added") if r.factor else state_table("state")
-            users = ", ".join(f'"{user}{r.name}"' for user in ("states", "dstates", "dvalues", "gradient"))
-            checks = [f"one_chunk(schedules, {users})"]
-            if any(r.direct(x, gradient_tile(r)) and "e" not in x.axes for x in r.gradients):
-                checks.append(f'whole_tile(schedules, "gradient{r.name}", {gradient_tile(r)})')
-            steps.append(Host(tuple(checks)))
             steps.append(Loop(r, "states", reverse=False).kernel([], start=start, keep=kept))
             if r.factor:
                 added = group_states(r, "dadded")
                 steps.append(Loop(r, "dadd", reverse=True).kernel([], into=(added, None), read=kept))
                 steps.append(scan_kernel(r, "dscan", added, state_table("dfinal"), state_table("dstate"), reverse=True))
             begin, end = self.ends(r, "dadded", "dfinal", "dstate")
-            steps.append(
-                Loop(r, "dstates", reverse=True).kernel([], start=begin, final=end, keep=cotangents, read=kept)
-            )
-            rows: list[tuple[Var, Array, Array | None]] = []
-            sums: list[Step] = []
-            block_e = gradient_tile(r)
-            last = r is self.found[-1]
-            for x, g in r.gradients.items():
-                if x == r.state:
-                    continue
-                like = "input" if x.name[0] in "qkv" else "float32"
-                target = token_array(r, x, like, name=f"d{x.name}" if x.name != "v" or last else f"dv{r.name}")
-                base = dv if x.name == "v" else None
-                if x.name == "eta" or target.layout == "head_scalars" or not r.direct(x, block_e):
-                    parts = replace(slot_array(r, x), name=f"d{x.name}{r.name if x.name == 'v' else ''}_parts")
-                    rows.append((g, parts, None))
-                    if target.layout == "head_scalars":
-                        sums.append(Host((f"{target.name} = {parts.name}.sum((0, 1))",), (target.name,)))
-                    elif x.name != "eta":
-                        sums.append(sum_kernel(r, parts, target, base))
-                else:
-                    rows.append((g, target, base))
-                if x.name == "v":
-                    dv = target
+            loop = Loop(r, "dstates", reverse=True)
+            steps.append(loop.kernel([], start=begin, final=end, keep=cotangents, read=kept))
+            rows, sums, dv = self.gradient_rows(r, dv)
             # dv apart from the rest: together their tiles do not fit into registers
-            values = [row for row in rows if row[0] == r.gradients[self.values(r)]]
+            values = [row for row in rows if row[1].name.removesuffix("_parts").rstrip("12") == "dv"]
             for name, part in (("dvalues", values), ("gradient", [row for row in rows if row not in values])):
                 steps.append(Loop(r, name, reverse=True).kernel(part, read=kept, read_after=cotangents))
             steps += sums
@@ -229,6 +203,37 @@ class _Launches:
         exact = [x.name for r in self.found for x in r.gradients if x.name not in ("eta", "v") and x.name[0] in "gb"]
         exact += ["logits"] if self.router else []
         return [*steps, Host(tuple(f"d{x} = d{x}.to({x}.dtype)" for x in exact))]
+
+    def agreement(self, r: Recurrence) -> Host:
+        """What the Schedules of a backward pass must agree on."""
+        users = ", ".join(f'"{user}{r.name}"' for user in ("states", "dstates", "dvalues", "gradient"))
+        checks = [f"one_chunk(schedules, {users})"]
+        if any(r.direct(x, gradient_tile(r)) and "e" not in x.axes for x in r.gradients):
+            checks.append(f'whole_tile(schedules, "gradient{r.name}", {gradient_tile(r)})')
+        return Host(tuple(checks))
+
+    def gradient_rows(self, r: Recurrence, dv: Array | None) -> tuple[list[Stored], list[Step], Array | None]:
+        """Where the gradients of rows go, what sums them per token, and dv so far: the first recurrence's is added."""
+        rows: list[Stored] = []
+        sums: list[Step] = []
+        last = r is self.found[-1]
+        for x, g in r.gradients.items():
+            if x == r.state:
+                continue
+            like = "input" if x.name[0] in "qkv" else "float32"
+            target = token_array(r, x, like, name=f"d{x.name}" if x.name != "v" or last else f"dv{r.name}")
+            base = dv if x.name == "v" else None
+            if x.name != "eta" and target.layout != "head_scalars" and r.direct(x, gradient_tile(r)):
+                rows.append((g, target, base))
+            else:
+                parts = replace(slot_array(r, x), name=f"d{x.name}{r.name if x.name == 'v' else ''}_parts")
+                rows.append((g, parts, None))
+                if target.layout == "head_scalars":
+                    sums.append(Host((f"{target.name} = {parts.name}.sum((0, 1))",), (target.name,)))
+                elif x.name != "eta":
+                    sums.append(sum_kernel(r, parts, target, base))
+            dv = target if x.name == "v" else dv
+        return rows, sums, dv
 
     def plans(self) -> list[Step]:
         """Where rows lie: tokens for the shared state, slots for the partitions."""
@@ -256,10 +261,6 @@ class _Launches:
             loop.kernel([], start=None, into=(added, group_factors(r))),
             scan_kernel(r, "scan", added, state_table("state"), state_table(final), reverse=False),
         ]
-
-    def values(self, r: Recurrence) -> Var:
-        """The variable v."""
-        return next(x for x in r.program.inputs if x.name == "v")
 
     def ends(self, r: Recurrence, groups: str, start: str, final: str) -> tuple[Array, Array | None]:
         """Where a loop starts from, and where it leaves the last state of a segment if no scan does."""

@@ -10,7 +10,7 @@ from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.recurrences import Recurrence, token_array
 from splagen.codegen.region import padded_extent, slice_back
 from splagen.codegen.route_kernels import Router, routing
-from splagen.ir.frontend_sse import SUFFIX, State, recurrence_program, states
+from splagen.ir.frontend_sse import SUFFIX, State, held_masks, recurrence_program, states
 from splagen.ir.passes import copy_prop, drop_unused, run, share
 from splagen.ir.program import Program, Var
 from splagen.ir.recurrence import pull_factors, restrict, single
@@ -34,7 +34,7 @@ def step_program(spec: SSESpec, kind: State) -> Program:
     """The recurrence for one token."""
     program = recurrence_program(spec, kind)
     if kind == "sparse":
-        program = restrict(program, "p", ["write"] if spec.form == "sorted" else [])
+        program = restrict(program, "p", held_masks(spec))
     return run(single(program, ("i", "j", "l")), (share, copy_prop, share, pull_factors, share, copy_prop, drop_unused))
 
 
@@ -114,7 +114,7 @@ def _part(spec: SSESpec, kind: State, r: Recurrence) -> _Part:
 
 def _as_rows(v: Var) -> Var:
     """The variable as it lies in memory, with a row per sequence."""
-    features = [a for a in tile_axes(v)]
+    features = tile_axes(v)
     return Var(v.name, (*(a for a in v.axes if a not in features), "i", *features), v.kind)
 
 

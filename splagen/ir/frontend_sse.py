@@ -36,6 +36,11 @@ def states(spec: SSESpec) -> tuple[State, ...]:
     return shared + sparse
 
 
+def held_masks(spec: SSESpec) -> tuple[str, ...]:
+    """The masks that hold for every row of a partition: in sorted form its rows are those that it was routed."""
+    return ("write",) if spec.form == "sorted" else ()
+
+
 def sse_program(spec: SSESpec) -> Program:
     """The whole definition: outputs o, the final states, and the balance loss where there is a router."""
     b = _builder(spec)
