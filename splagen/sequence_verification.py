@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from splagen.codegen.sequence_partition import parts_of
 from splagen.errors import InputError
 from splagen.ir.program import Var
 from splagen.sequence import SSEOracle
@@ -96,8 +97,7 @@ def random_inputs(
         if name.startswith("beta"):
             x = x.sigmoid()
         found[name] = x.to(dtype) if name[0] in "qkv" else x
-    parts = int(spec.shared) + (spec.router.partitions if spec.router else 0)
-    found["state"] = 0.5 * normal(len(lengths), parts, heads, spec.head_dim, spec.value_dim)
+    found["state"] = 0.5 * normal(len(lengths), parts_of(spec), heads, spec.head_dim, spec.value_dim)
     found["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     found["do"] = normal(*found["v"].shape).to(dtype)
     found["dfinal"] = 0.3 * normal(*found["state"].shape)

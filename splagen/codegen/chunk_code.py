@@ -53,8 +53,7 @@ def too_large(v: Var) -> bool:
 class ChunkCode:
     """Prints equations of a program as lines; `names` maps variables to float32 (or bool) source.
 
-    `raw` maps loaded variables to source in the dtype of memory, for products.  `functions` collects the device
-    functions that the lines call.
+    `raw` maps loaded variables to source in the dtype of memory, for products.
     """
 
     program: Program

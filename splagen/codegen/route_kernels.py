@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from splagen.codegen.chunk_code import ChunkCode, tile_axes
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.region import padded_extent, slice_back
-from splagen.ir.program import Equation, Program, Reduce, Var
+from splagen.ir.program import Equation, Program, Reduce
 
 SCALARS = {"B": "1", "L": "T", "H": "HEADS"}
 
@@ -26,10 +26,7 @@ class Router:
         self.partitions = int(str(program.extents["p"]))
         self.eta, self.balance = program.outputs
         (self.logits,) = program.inputs[:1]
-        self.totals = [eq for eq in program.equations if self._is_total(eq) and self._forward(eq.out)]
-
-    def _forward(self, v: Var) -> bool:
-        return v in {x for eq in slice_back(self.program, [self.balance], self.program.inputs) for x in (eq.out,)}
+        self.totals = [eq for eq in slice_back(program, [self.balance], program.inputs) if self._is_total(eq)]
 
     def _is_total(self, eq: Equation) -> bool:
         return isinstance(eq.op, Reduce) and tile_axes(eq.out) == ("p",) and "i" in eq.op.axes
