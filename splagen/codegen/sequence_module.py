@@ -40,9 +40,7 @@ def sequence_module_text(part: SequencePartition, spec: SSESpec, *, digest: str,
     inputs = [a.name for a in part.inputs]
     outputs = ["o", "final", *(["balance"] if part.balanced else [])]
     device = "".join(k["device"] for k in kernels)
-    functions = [
-        f for f in FUNCTIONS if re.search(rf"\b{f}\(", device) or (f in DECAY_PARTS and "decayed_" in device)
-    ]
+    functions = [f for f in FUNCTIONS if re.search(rf"\b{f}\(", device) or (f in DECAY_PARTS and "decayed_" in device)]
     equations = [
         f"{title}\n" + "\n".join(equation_text(eq) for eq in program.equations)
         for title, program in part.programs.items()
