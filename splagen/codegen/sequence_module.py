@@ -103,6 +103,7 @@ def launcher_text(kernel: Kernel) -> str:
 
 def _allocation(a: Array, kernel: Kernel, plan: str) -> str:
     width = list(map(str, a.width))
+    several = [str(a.partitions)] if a.partitions > 1 else []
     dtype = "n.dtype" if a.dtype == "input" else f"torch.{a.dtype}"
     match a.layout:
         case "token_rows":
@@ -112,11 +113,11 @@ def _allocation(a: Array, kernel: Kernel, plan: str) -> str:
         case "value_rows":
             shape = ["n.T", "n.HV", *width]
         case "group_states":
-            shape = [f"{plan}.groups", "n.HV", *width]
+            shape = [f"{plan}.groups", *several, "n.HV", *width]
         case "chunk_states":
-            shape = [f"cdiv({plan}.slots, CHUNK) + {plan}.segments + 1", "n.HV", *width]
+            shape = [f"cdiv({plan}.slots, CHUNK) + {plan}.segments + 1", *several, "n.HV", *width]
         case "slot_rows":
-            shape = ["grid[2]", f"{plan}.slots", "n.HV", *width]
+            shape = ["grid[2]", *several, f"{plan}.slots", "n.HV", *width]
         case "group_totals":
             return f"torch.zeros(grid[2], {plan}.groups, n.HV, dtype=torch.float32, device=n.device)"
         case "routing":

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from splagen.codegen.kernel import Kernel
 from splagen.codegen.region import padded_extent
 from splagen.codegen.schedule import DTYPES, TARGETS
-from splagen.codegen.sequence_partition import STATE_TILE
+from splagen.codegen.sequence_partition import LEAST_COLUMNS, STATE_TILE
+from splagen.ir.frontend_sse import SUFFIX
 from splagen.sse_spec import SSESpec
 
 
@@ -41,10 +42,11 @@ def _schedule(kernel: Kernel, spec: SSESpec, dtype: str) -> dict[str, int]:
 
 def _loop_schedule(kernel: Kernel, spec: SSESpec, d: int, e: int, *, wide: bool) -> dict[str, int]:
     """Measured on an H200 at D = E = 128; the kernels that share the states of chunks have one CHUNK."""
+    states = carried_states(kernel, spec)
     block_e = e
-    while d * block_e > STATE_TILE and block_e > 16:
+    while states * d * block_e > STATE_TILE and block_e > LEAST_COLUMNS:
         block_e //= 2
-    small = d * block_e <= STATE_TILE // 4
+    small = states * d * block_e <= STATE_TILE // 4
     warps = 4 if small else 8
     if wide:  # products without tensor cores
         return {"CHUNK": 16, "BLOCK_E": block_e, "num_warps": warps, "num_stages": 1}
@@ -61,6 +63,13 @@ def _loop_schedule(kernel: Kernel, spec: SSESpec, d: int, e: int, *, wide: bool)
         case "output" if not heavy:
             chunk, stages, warps = (64, 2, 4) if kernel.name.endswith("1") else (32, 3, 4)
     return {"CHUNK": chunk, "BLOCK_E": block_e, "num_warps": warps, "num_stages": stages}
+
+
+def carried_states(kernel: Kernel, spec: SSESpec) -> int:
+    """How many states a loop has in registers: all partitions' in form "routed", where it carries them."""
+    together = spec.form == "routed" and spec.router and kernel.name.endswith(SUFFIX["sparse"])
+    rows = kernel.name.rstrip("12") in ("dvalues", "gradient")
+    return spec.router.partitions if spec.router and together and not rows else 1
 
 
 def default_schedules(kernels: Sequence[Kernel], spec: SSESpec) -> dict[str, dict[str, dict[str, dict[str, int]]]]:

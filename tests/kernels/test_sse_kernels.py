@@ -70,6 +70,9 @@ SMALL = (
     # the masked form, where readers may differ from writers
     small("vector masked", backbone="vector", router=Router(3, 1, 2), form="masked", group_size=1, shared=False),
     small("scalar masked", backbone="scalar", router=Router(2, 1, 2), form="masked", group_size=1),
+    # the routed form, where all states are carried together
+    small("scalar routed", FP32, FP16, backbone="scalar", router=Router(2), form="routed"),
+    small("none routed readers 2", backbone="none", router=Router(3, 1, 2), form="routed", group_size=1, shared=False),
     # feature maps
     small("unit rows, row sparse", backbone="scalar", router=None, q_map=UNIT_RELU, k_map=lib.topk_softmax(4),
           head_dim=20, group_size=1),
@@ -103,8 +106,17 @@ SWEEP = (
     small("scalar groups", backbone="scalar", **LONG),
     small("constant groups", backbone="constant", **LONG),
     small("none groups", backbone="none", **LONG),
-    small("routed groups", backbone="vector", router=Router(2), **{k: x for k, x in LONG.items() if k != "router"}),
-)
+    small("constant routed per-head", backbone="constant", router=Router(2, scope="head"), form="routed", heads=2),
+    small("scalar routed N 4 k 2", backbone="scalar", router=Router(4, 2), form="routed", head_dim=20, group_size=1),
+    small("scalar routed no gate", backbone="scalar", router=Router(3, 2, 1, gate="none"), form="routed"),
+    small("scalar routed strong decay", FP32, FP16, backbone="scalar", router=Router(2), form="routed", decay=5.0),
+    small("none routed N 1", backbone="none", router=Router(1), form="routed", group_size=1),
+    small("scalar routed no router", backbone="scalar", router=None, form="routed"),
+    small("scalar routed slices", backbone="scalar", value_dim=60, router=Router(2), form="routed",
+          schedule={"CHUNK": 32, "BLOCK_E": 16}),
+    small("constant routed groups", backbone="constant", form="routed", **LONG | {"router": Router(2)}),
+    small("sorted groups", backbone="vector", **LONG | {"router": Router(2)}),
+)  # fmt: skip
 
 
 REAL = (0, 1, 15, 63, 64, 65, 1000, 4095)
@@ -126,6 +138,7 @@ GPU = (
     real("scalar 128 k 2", backbone="scalar", head_dim=128, router=Router(4, 2), group_size=2),
     real("scalar 64 N 1", FP32, FP16, backbone="scalar", router=Router(1)),
     real("scalar value 256", backbone="scalar", head_dim=128, value_dim=256, router=Router(16), shared=False),
+    real("scalar routed", BF16, FP32, backbone="scalar", head_dim=128, router=Router(4, 2, 1), form="routed"),
     real("constant masked", backbone="constant", router=Router(4, 1, 2), form="masked"),
     real("none", backbone="none", head_dim=64, value_dim=128, router=Router(2), group_size=2),
     real("delta 128 k 2", backbone="delta", head_dim=128, router=Router(4, 2)),
@@ -321,11 +334,16 @@ def test_no_token_at_all(
         assert torch.equal(x.double(), want[n]), n
 
 
-def test_a_form_without_kernels_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PartitionError, match='form "routed" has no kernels yet') as caught:
-        generate(SSESpec(head_dim=16, backbone="scalar", form="routed"), tmp_path)
-    assert caught.value.hint
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(("head_dim", "most"), [(72, 8), (136, 4)])
+def test_states_that_one_program_cannot_carry_are_refused(head_dim: int, most: int, tmp_path: Path) -> None:
+    spec = SSESpec(head_dim=head_dim, backbone="scalar", router=Router(most), form="routed")
+    generate(spec, tmp_path / "most")
+    what = f'form "routed" carries all states together: {most + 1} of {head_dim} key features'
+    for readers, other in ((1, "sorted"), (2, "masked")):
+        with pytest.raises(PartitionError, match=what) as caught:
+            generate(replace(spec, router=Router(most + 1, 1, readers)), tmp_path / other)
+        assert caught.value.hint == f'take form "{other}", whose results are the same, or at most {most} partitions'
+        assert not (tmp_path / other).exists()
 
 
 def test_every_axis_has_a_case() -> None:
@@ -340,10 +358,12 @@ def test_every_axis_has_a_case() -> None:
         assert {r.partitions for r in routers} >= {1, 2, 3, 16}
         assert {r.writers for r in routers} == {1, 2}
         assert {r.scope for r in routers} == {"token", "head"}
-        assert any(s.router and s.router.readers != s.router.writers and s.form == "masked" for s in specs)
+        for form in ("masked", "routed"):
+            assert any(s.router and s.router.readers != s.router.writers and s.form == form for s in specs)
         assert {0.3, 5.0} <= {c.decay for c in cases}
         assert {FP32, FP16} <= {t for c in cases for t in c.dtypes}
     every = [c.spec for c in (*SMALL, *SWEEP)]
     assert {s.router.gate for s in every if s.router} == {"both", "write", "read", "none"}
     assert {s.router.normalise for s in every if s.router} == {"all", "selected"}
-    assert {s.form for s in every} == {"sorted", "masked"}
+    assert {s.form for s in every} == {"sorted", "masked", "routed"}
+    assert {s.backbone for s in every if s.form == "routed"} == {"none", "constant", "scalar"}
