@@ -305,8 +305,8 @@ class _Launches:
 
 
 def gradient_tile(r: Recurrence) -> int:
-    """Columns of v that one program of a gradient takes: all of them where the state then fits."""
+    """Columns of v that one program of a gradient takes: all of them where the states then fit."""
     d, e = r.tiles
-    while d * e > STATE_TILE and e > LEAST_COLUMNS:
+    while len(r.states) * d * e > STATE_TILE and e > LEAST_COLUMNS:
         e //= 2
     return e

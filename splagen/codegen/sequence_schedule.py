@@ -62,14 +62,15 @@ def _loop_schedule(kernel: Kernel, spec: SSESpec, d: int, e: int, *, wide: bool)
             warps = 4
         case "output" if not heavy:
             chunk, stages, warps = (64, 2, 4) if kernel.name.endswith("1") else (32, 3, 4)
+    if states > 1:  # the gates of all partitions are alive at once
+        warps, chunk, stages = 8, min(chunk, 32), 1 if stem == "output" else stages
     return {"CHUNK": chunk, "BLOCK_E": block_e, "num_warps": warps, "num_stages": stages}
 
 
 def carried_states(kernel: Kernel, spec: SSESpec) -> int:
-    """How many states a loop has in registers: all partitions' in form "routed", where it carries them."""
-    together = spec.form == "routed" and spec.router and kernel.name.endswith(SUFFIX["sparse"])
-    rows = kernel.name.rstrip("12") in ("dvalues", "gradient")
-    return spec.router.partitions if spec.router and together and not rows else 1
+    """How many states the programs of a loop have to do with: those of all partitions in form "routed"."""
+    together = spec.form == "routed" and kernel.name.endswith(SUFFIX["sparse"])
+    return spec.router.partitions if spec.router and together else 1
 
 
 def default_schedules(kernels: Sequence[Kernel], spec: SSESpec) -> dict[str, dict[str, dict[str, dict[str, int]]]]:

@@ -249,18 +249,27 @@ def test_the_gpu_agrees_with_the_oracle_and_with_itself(
         assert torch_equal(*(run(recorded, inputs_of(case, dtype, device)) for _ in range(2)))
 
 
-@pytest.mark.parametrize("backbone", ["scalar", pytest.param("vector", marks=pytest.mark.slow), "delta"])
+@pytest.mark.parametrize(
+    ("backbone", "form", "columns"),
+    [
+        ("scalar", "sorted", 32),
+        ("scalar", "routed", 16),
+        pytest.param("vector", "sorted", 32, marks=pytest.mark.slow),
+        ("delta", "sorted", 32),
+    ],
+)
 def test_slices_of_a_gradient(
-    backbone: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: str, form: Any, columns: int, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A state too large for one program: gradients of queries, keys, decays and gates are sums over slices of v."""
     for module in (sequence_partition, sequence_schedule):
         monkeypatch.setattr(module, "STATE_TILE", 16 * 32)
-    case = small("slices", backbone=backbone, value_dim=60, router=Router(2), group_size=1, shared=backbone == "delta")
+    axes = {"form": form, "value_dim": 60, "router": Router(2), "group_size": 1, "shared": backbone == "delta"}
+    case = small("slices", backbone=backbone, **axes)
     module = generate(case.spec, tmp_path).module
     fill_empty_with_nan(module, monkeypatch)
     inputs = inputs_of(case, FP32, device)
-    assert module.schedules_for(inputs["v"])["gradient2"]["BLOCK_E"] == 32
+    assert module.schedules_for(inputs["v"])["gradient2"]["BLOCK_E"] == columns
     check(module, case, inputs, {})
 
 
