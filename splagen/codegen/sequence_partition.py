@@ -260,8 +260,9 @@ class _Launches:
         return rows, sums, dv
 
     def plans(self) -> list[Step]:
-        """Where rows lie: tokens for the shared state, slots for the partitions."""
+        """Where rows lie: tokens for the shared state and for partitions together, slots for partitions apart."""
         steps: list[Step] = []
+        of_tokens: dict[str, str] = {}
         for r in self.found:
             whole = "False" if r.factors else "True"
             if r.name == SUFFIX["sparse"]:
@@ -269,7 +270,9 @@ class _Launches:
                 route = self.router.forward()
                 steps += [route, self.router.totals_kernel()]
             if not r.gathered:
-                steps.append(Host((f"plan{r.name} = token_plan(n, cu_seqlens, {whole})",), (f"plan{r.name}",)))
+                plan = of_tokens.setdefault(whole, f"token_plan(n, cu_seqlens, {whole})")
+                steps.append(Host((f"plan{r.name} = {plan}",), (f"plan{r.name}",)))
+                of_tokens[whole] = f"plan{r.name}"
                 continue
             masks = ["writes", "reads" if any(a.name == "reads" for a in route.outputs) else "writes"]
             form = "routed_plan" if self.spec.form == "sorted" else "masked_plan"
