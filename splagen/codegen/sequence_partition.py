@@ -23,14 +23,16 @@ from splagen.codegen.recurrences import (
 )
 from splagen.codegen.region import padded_extent
 from splagen.codegen.route_kernels import Router
+from splagen.codegen.slice_kernels import SliceLoop
 from splagen.codegen.step_kernels import step_kernel
 from splagen.errors import PartitionError
 from splagen.ir.frontend_sse import SUFFIX, State, held_masks, recurrence_program, router_program, states
 from splagen.ir.gradient import derive_gradient
 from splagen.ir.partitions import masks_as_factors, unroll
 from splagen.ir.passes import Pass, copy_prop, drop_unused, run, settle_names, share
+from splagen.ir.products import fold_products, pull_factors
 from splagen.ir.program import Program, Var
-from splagen.ir.recurrence import fold_products, pull_factors, restrict, share_exponentials
+from splagen.ir.recurrence import restrict, share_exponentials
 from splagen.sse_spec import SSESpec
 
 FACTORING: tuple[Pass, ...] = (share, pull_factors, share, copy_prop, drop_unused)  # before the gradient is derived
@@ -40,7 +42,7 @@ SEQUENCE_LOWERING: tuple[Pass, ...] = (
     fold_products(too_large),
     copy_prop,
     share,
-    pull_factors,
+    partial(pull_factors, last=("b", "h", "g")),  # a program takes one head
     share,
     copy_prop,
     drop_unused,
@@ -218,7 +220,7 @@ class _Launches:
             # dv apart from the rest: together their tiles do not fit into registers
             values = [row for row in rows if row[1].name.removesuffix("_parts").rstrip("12") == "dv"]
             for name, part in (("dvalues", values), ("gradient", [row for row in rows if row not in values])):
-                steps.append(Loop(r, name, reverse=True).kernel(part, read=kept, read_after=cotangents))
+                steps.append(SliceLoop(r, name, reverse=True).rows_kernel(part, kept, cotangents))
             steps += sums
         if self.router:
             steps += self.router_gradient()
@@ -229,10 +231,7 @@ class _Launches:
     def agreement(self, r: Recurrence) -> Host:
         """What the Schedules of a backward pass must agree on."""
         users = ", ".join(f'"{user}{r.name}"' for user in ("states", "dstates", "dvalues", "gradient"))
-        checks = [f"one_chunk(schedules, {users})"]
-        if any(r.direct(x, gradient_tile(r)) and "e" not in x.axes for x in r.gradients):
-            checks.append(f'whole_tile(schedules, "gradient{r.name}", {gradient_tile(r)})')
-        return Host(tuple(checks))
+        return Host((f"one_chunk(schedules, {users})",))
 
     def gradient_rows(self, r: Recurrence, dv: Array | None) -> tuple[list[Stored], list[Step], Array | None]:
         """Where the gradients of rows go, what sums them per token, and dv so far: the first recurrence's is added."""
@@ -246,7 +245,7 @@ class _Launches:
             like = "input" if x.name[0] in "qkv" else "float32"
             target = token_array(r, x, like, name=f"d{x.name}" if x.name != "v" or last else f"dv{r.name}")
             base = dv if x.name == "v" else None
-            if not eta and target.layout != "head_scalars" and r.direct(x, gradient_tile(r)):
+            if not eta and target.layout != "head_scalars" and r.direct(x, r.tiles[1]):
                 rows.append((g, target, base))
             else:
                 stem = "eta" if eta else f"v{r.name}" if x.name == "v" else x.name
@@ -305,11 +304,3 @@ class _Launches:
             empty = f"deta_parts = torch.empty(0, plan{r.name}.slots, n.HV, device=n.device)"
             steps.append(Host((empty,), ("deta_parts",)))
         return [*steps, self.router.gradient(r.plan if r.gathered else None, parts)]
-
-
-def gradient_tile(r: Recurrence) -> int:
-    """Columns of v that one program of a gradient takes: all of them where the states then fit."""
-    d, e = r.tiles
-    while len(r.states) * d * e > STATE_TILE and e > LEAST_COLUMNS:
-        e //= 2
-    return e

@@ -64,6 +64,8 @@ def _loop_schedule(kernel: Kernel, spec: SSESpec, d: int, e: int, *, wide: bool)
             chunk, stages, warps = (64, 2, 4) if kernel.name.endswith("1") else (32, 3, 4)
     if states > 1:  # the gates of all partitions are alive at once
         warps, chunk, stages = 8, min(chunk, 32), 1 if stem == "output" else stages
+    if states > 2 and stem in ("states", "dstates", "dvalues", "gradient"):  # and a gradient's sums over columns
+        chunk = 16
     return {"CHUNK": chunk, "BLOCK_E": block_e, "num_warps": warps, "num_stages": stages}
 
 
