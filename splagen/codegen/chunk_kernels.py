@@ -47,7 +47,8 @@ class Loop:
             self.before, self.after = r.states, finals
         self.carried = self.one_each("carried")
         self.code = ChunkCode(program, scalars={"L": "CHUNK"}, mild=mild)
-        self.arrays: dict[str, Array] = {r.plan.name: r.plan}
+        self.plan = r.plan
+        self.arrays: dict[str, Array] = {}
         self.outputs: dict[str, Array] = {}
         self.once: list[str] = []
         self.equations: list[Equation] = []
@@ -179,15 +180,15 @@ class Loop:
             "dtype": self._input_type(),
         }
         found = plan_tensors(holes)
-        self.arrays[r.plan.name] = replace(r.plan, features=tuple(t for t in found if t not in self.arrays))
+        plan = replace(self.plan, features=tuple(t for t in found if t not in self.arrays))
         return Kernel(
             self.name,
             "chunk_loop",
             tuple(self.equations),
-            tuple(self.arrays.values()),
+            (plan, *self.arrays.values()),
             tuple(self.outputs.values()),
             holes,
-            f"(plan{r.name}.groups, HV, {1 if columns else f'cdiv({r.tiles[1]}, BLOCK_E)'})",
+            f"({plan.name}.groups, HV, {1 if columns else f'cdiv({r.tiles[1]}, BLOCK_E)'})",
             scalars=PLAN,
             tunable=("CHUNK", "BLOCK_E"),
         )

@@ -94,6 +94,11 @@ class Recurrence:
         return Array(f"plan{self.name}", "plan")
 
     @property
+    def pieces(self) -> Array:
+        """The same rows in short groups, for kernels that carry nothing from group to group."""
+        return self.plan if self.factors else Array(f"pieces{self.name}", "plan")
+
+    @property
     def sizes(self) -> tuple[int, int]:
         """Key and value features of a state."""
         return int(str(self.program.extents["d"])), int(str(self.program.extents["e"]))

@@ -216,6 +216,8 @@ class _Launches:
             begin, end = self.ends(r, "dadded", "dfinal", "dstate")
             loop = Loop(r, "dstates", reverse=True)
             steps.append(loop.kernel([], start=begin, final=end, keep=cotangents, read=kept))
+            if r.pieces != r.plan:
+                steps.append(Host((f"{r.pieces.name} = in_pieces(n, {r.plan.name})",)))
             rows, sums, dv = self.gradient_rows(r, dv)
             # dv apart from the rest: together their tiles do not fit into registers
             values = [row for row in rows if row[1].name.removesuffix("_parts").rstrip("12") == "dv"]

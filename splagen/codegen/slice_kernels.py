@@ -30,6 +30,7 @@ class SliceLoop(Loop):
 
         `states`: those before each chunk; `cotangents`: those of the states after it.
         """
+        self.plan = self.r.pieces
         code, wanted = self.code, [v for v, _, _ in rows]
         equations = self._simplified(wanted)
         inner = [eq for eq in equations if any(COLUMN in tile_axes(v) for v in (eq.out, *eq.args))]

@@ -108,6 +108,7 @@ SWEEP = (
     small("scalar groups", backbone="scalar", **LONG),
     small("constant groups", backbone="constant", **LONG),
     small("none groups", backbone="none", **LONG),
+    small("delta groups", backbone="delta", **LONG),
     small("constant routed per-head", backbone="constant", router=Router(2, scope="head"), form="routed", heads=2),
     small("scalar routed N 4 k 2", backbone="scalar", router=Router(4, 2), form="routed", head_dim=20, group_size=1),
     small("scalar routed no gate", backbone="scalar", router=Router(3, 2, 1, gate="none"), form="routed"),
