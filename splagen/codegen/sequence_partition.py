@@ -21,6 +21,7 @@ from splagen.codegen.recurrences import (
     token_array,
 )
 from splagen.codegen.route_kernels import Router
+from splagen.codegen.schedule import Agreement, AtLeast, Constraint
 from splagen.codegen.step_kernels import step_kernel
 from splagen.errors import PartitionError
 from splagen.ir.frontend_sse import SUFFIX, State, held_masks, recurrence_program, router_program, states
@@ -48,10 +49,14 @@ STATE_TILE = 128 * 128  # elements of a state that one program carries
 
 @dataclass(frozen=True)
 class Host:
-    """Lines of the host between launches; `makes` are the names that they define."""
+    """Lines of the host between launches; `makes` are the names that they define.
+
+    `constraints` are what the lines check of the Schedules.
+    """
 
     lines: tuple[str, ...]
     makes: tuple[str, ...] = ()
+    constraints: tuple[Constraint, ...] = ()
 
 
 Step: TypeAlias = Kernel | Host
@@ -76,6 +81,11 @@ class SequencePartition:
     def kernels(self) -> list[Kernel]:
         """Every kernel once."""
         return list({k.name: k for k in (*self.forward, *self.backward, *self.step) if isinstance(k, Kernel)}.values())
+
+    @property
+    def constraints(self) -> tuple[Constraint, ...]:
+        """What Schedules must agree on."""
+        return tuple(c for step in (*self.forward, *self.backward) if isinstance(step, Host) for c in step.constraints)
 
     @property
     def group_size(self) -> int:
@@ -206,11 +216,13 @@ class _Launches:
 
     def agreement(self, r: Recurrence) -> Host:
         """What the Schedules of a backward pass must agree on."""
-        users = ", ".join(f'"{user}{r.name}"' for user in ("states", "dstates", "dvalues", "gradient"))
-        checks = [f"one_chunk(schedules, {users})"]
+        users = tuple(f"{user}{r.name}" for user in ("states", "dstates", "dvalues", "gradient"))
+        quoted = ", ".join(f'"{user}"' for user in users)
+        checks, constraints = [f"one_chunk(schedules, {quoted})"], [Agreement("CHUNK", users)]
         if any(r.direct(x, gradient_tile(r)) and "e" not in x.axes for x in r.gradients):
             checks.append(f'whole_tile(schedules, "gradient{r.name}", {gradient_tile(r)})')
-        return Host(tuple(checks))
+            return Host(tuple(checks), (), (*constraints, AtLeast(f"gradient{r.name}", "BLOCK_E", gradient_tile(r))))
+        return Host(tuple(checks), (), tuple(constraints))
 
     def gradient_rows(self, r: Recurrence, dv: Array | None) -> tuple[list[Stored], list[Step], Array | None]:
         """Where the gradients of rows go, what sums them per token, and dv so far: the first recurrence's is added."""
