@@ -25,21 +25,29 @@ LONGEST = 300  # characters of a text in a key
 
 @dataclass(frozen=True)
 class Bucket:
-    """Sizes that share their Schedules, as powers of two: positions, and samples × KV heads, which run side by side."""
+    """Sizes that share their Schedules, each rounded up to a power of two.
+
+    Attributes:
+        length: positions of a sample; of SSE, tokens of all samples, which are packed.
+        batch: what runs side by side: samples × KV heads; of SSE, value heads.
+    """
 
     length: int
     batch: int
 
     @classmethod
-    def of(cls, length: int, batch: int, heads: int) -> Bucket:
-        """The bucket of `batch` samples of `length` positions with `heads` KV heads; packed samples count as one.
+    def of(cls, spec: Spec, shape: tuple[int, int, int]) -> Bucket:
+        """The bucket of a shape (B, H, L); H counts heads of queries, those of values for SSE.
 
         Raises:
-            InputError: a size is not positive.
+            InputError: a size is not positive, or the heads are not whole groups.
         """
-        if min(length, batch, heads) < 1:
-            raise InputError(f"sizes {length}, {batch}, {heads}", "length, batch and heads are at least 1")
-        return cls(_power(length), _power(batch * heads))
+        batch, heads, length = shape
+        if min(shape) < 1 or heads % spec.group_size:
+            raise InputError(f"shape {shape}", f"positive sizes, and heads a multiple of {spec.group_size}")
+        if spec.kind == "sse":
+            return cls(_power(batch * length), _power(heads))
+        return cls(_power(length), _power(batch * heads // spec.group_size))
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,8 @@ class Key:
         source: digest of the kernel's generated source and launch grid.
         templates: digest of its template and of those of the device functions it calls.
         dtype: bf16, fp16 or fp32.
-        length: of the bucket: positions.
-        batch: of the bucket: samples × KV heads.
+        length: of the bucket.
+        batch: of the bucket.
         gpu: name of the GPU.
         arch: its architecture.
         triton: version of triton.

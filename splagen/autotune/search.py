@@ -180,6 +180,8 @@ def search_together(
     least, failure = math.inf, TuningError(f"{', '.join(agreement.kernels)} have no {agreement.name} in common")
     first = True
     for value in values:
+        if best and watch is not None and time.monotonic() >= watch.deadline:
+            break
         found: dict[str, Result] = {}
         try:
             for kernel in agreement.kernels:
