@@ -27,12 +27,12 @@ def list_command(as_json: AsJson = False) -> None:
         from splagen.autotune.cache import entries, schedules_dir
 
         found = entries()
-        listing = table("kernel", "spec", "dtype", "length", "batch", "GPU", "triton", "schedule", "ms", "±", "effort")
+        listing = table("kernel", "dtype", "length", "batch", "GPU", "schedule", "ms", "±", "effort")
         for s in found:
             k, e = s.key, s.entry
             sizes = [str(k.length), str(k.batch)]
             figures = [_schedule_text(e.schedule), f"{e.ms:.4f}", f"{e.spread:.4f}", e.effort]
-            listing.add_row(*map(_plain, [k.kernel, k.spec[:8], k.dtype, *sizes, k.gpu, k.triton, *figures]))
+            listing.add_row(*map(_plain, [k.kernel, k.dtype, *sizes, k.gpu, *figures]))
         listed = [{"key": asdict(s.key), "value": asdict(s.entry), "path": str(s.path)} for s in found]
         empty = f"no tuned Schedules in {schedules_dir()}"
         emit({"folder": str(schedules_dir()), "entries": listed}, as_json, listing if found else empty)
@@ -161,7 +161,9 @@ def _short(value: object) -> str:
 
 
 def _schedule_text(schedule: Mapping[str, int]) -> str:
-    return " ".join(f"{k.removeprefix('num_')}={v}" for k, v in schedule.items())
+    from splagen.autotune.entry import RANGES
+
+    return " ".join(f"{k.removeprefix('num_')}={schedule[k]}" for k in RANGES if k in schedule)
 
 
 def _plain(text: str) -> Any:

@@ -40,7 +40,9 @@ def export_bundle(path: str | Path, *, folder: Path | None = None) -> int:
     listed = [document(s.key, s.entry) for s in entries(folder=folder)]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps({"splagen_schedules": FORMAT, "entries": listed}, indent=1) + "\n")
+        replace_file(
+            path, json.dumps({"splagen_schedules": FORMAT, "entries": listed}, indent=1, sort_keys=True) + "\n"
+        )
     except OSError as error:
         raise GeneratedFileError(f"cannot write {path}: {error}", "choose another folder") from error
     return len(listed)
