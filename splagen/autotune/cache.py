@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,19 +63,23 @@ def get(key: Key, *, check: Callable[[Schedule], None] | None = None, folder: Pa
 
     `check` raises ScheduleError for a Schedule that the kernel does not take (`Space.check`): such an entry is a miss.
     """
-    path = path_of(key, folder)
     try:
-        found = read(path)
-        if found is None:
-            return None
-        if found.key != key:
-            raise InputError("it is the entry of another key")
-        if check:
-            check(found.entry.schedule)
-        return found.entry
+        return _usable(key, check, folder)
     except (InputError, ScheduleError) as error:
-        _ignored(path, error)
+        _ignored(path_of(key, folder), error)
         return None
+
+
+def _usable(key: Key, check: Callable[[Schedule], None] | None, folder: Path | None) -> Entry | None:
+    """The entry of a key, None where there is no file; raises what is wrong with it."""
+    found = read(path_of(key, folder))
+    if found is None:
+        return None
+    if found.key != key:
+        raise InputError("it is the entry of another key")
+    if check:
+        check(found.entry.schedule)
+    return found.entry
 
 
 def put(key: Key, entry: Entry, *, folder: Path | None = None) -> bool:
@@ -103,14 +107,54 @@ def get_or_find(
 
     Who has waited `wait_seconds` calls `find` as well; whatever `find` raises passes, and the next in line tries.
     """
-    entry = get(key, check=check, folder=folder)
-    if entry is None:
-        with _turn(path_lock(path_of(key, folder).with_suffix(".search"), wait_seconds)):
-            entry = get(key, check=check, folder=folder)
-            if entry is None:
-                entry = find()
-                put(key, entry, folder=folder)
-    return entry
+    name = key.kernel
+    found = get_or_find_together(
+        {name: key},
+        lambda: {name: find()},
+        check=None if check is None else lambda schedules: check(schedules[name]),
+        folder=folder,
+        wait_seconds=wait_seconds,
+    )
+    return found[name]
+
+
+def get_or_find_together(
+    keys: Mapping[str, Key],
+    find: Callable[[], Mapping[str, Entry]],
+    *,
+    check: Callable[[Mapping[str, Schedule]], None] | None = None,
+    folder: Path | None = None,
+    wait_seconds: float = 3600,
+) -> dict[str, Entry]:
+    """The entries of kernels that were tuned together, by name: all that are stored, or all from one call of `find`.
+
+    `check` raises ScheduleError where the Schedules do not go together, though each may be right: they come from
+    several searches.  Otherwise as `get_or_find`; every process gives the same keys.
+    """
+
+    def stored() -> dict[str, Entry] | None:
+        found = {name: _usable(key, None, folder) for name, key in keys.items()}
+        usable = {name: entry for name, entry in found.items() if entry is not None}
+        if len(usable) < len(keys):
+            return None
+        if check:
+            check({name: entry.schedule for name, entry in usable.items()})
+        return usable
+
+    first = path_of(keys[min(keys)], folder)
+    try:
+        if (found := stored()) is not None:
+            return found
+    except (InputError, ScheduleError) as error:
+        _ignored(first, error)
+    with _turn(path_lock(first.with_suffix(".search"), wait_seconds)):
+        with suppress(InputError, ScheduleError):  # said above
+            if (found := stored()) is not None:
+                return found
+        made = dict(find())
+        for name, key in keys.items():
+            put(key, made[name], folder=folder)
+        return made
 
 
 @contextmanager
@@ -193,6 +237,8 @@ def prune(
             if stored is None:
                 return None
         except InputError as error:
+            if isinstance(error.__cause__, OSError):  # it may be a good one
+                raise error.__cause__ from None
             return error.message
         other = [n for n, value in wanted.items() if value is not None and getattr(stored.key, n) != value]
         if other:

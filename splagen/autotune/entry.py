@@ -54,7 +54,7 @@ class Entry:
                 raise InputError(f"a tuned Schedule has {name!r:.40} = {value!r:.40}")
         for name in ("ms", "spread"):
             value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 <= value < LONGEST_MS:
+            if type(value) not in (int, float) or not 0 <= value < LONGEST_MS or (name == "ms" and value == 0):
                 raise InputError(f"{name} of a tuned Schedule is {value!r:.100}", "milliseconds")
         if not is_text(self.effort):
             raise InputError(f"effort of a tuned Schedule is {self.effort!r:.100}")

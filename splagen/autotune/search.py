@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -226,9 +227,19 @@ class _Search:
         else:
             seeds = [default, *self.seeds(points)]
             self.try_all(seeds, self.effort.candidates)
-            for seed in sorted(seeds, key=self.ms):
+            for seed in sorted(self.running(seeds, points), key=self.ms):
                 self.descend(seed)
         return self.result(default)
+
+    def running(self, seeds: list[dict[str, int]], points: list[dict[str, int]]) -> list[dict[str, int]]:
+        """The seeds that run; where none does, the first other Schedules that do."""
+        left = iter(self.ordered(points))
+        while all(self.ms(seed) == math.inf for seed in seeds):
+            seeds = list(itertools.islice(left, len(seeds)))
+            if not seeds or len(self.trials) >= self.effort.candidates or self.late:
+                return []
+            self.try_all(seeds, self.effort.candidates)
+        return [seed for seed in seeds if self.ms(seed) < math.inf]
 
     def seeds(self, points: list[dict[str, int]]) -> list[dict[str, int]]:
         count = self.effort.seeds
@@ -237,8 +248,6 @@ class _Search:
         return self.ordered(points)[:count]
 
     def descend(self, here: Schedule) -> None:
-        if self.ms(here) == math.inf:
-            return
         while True:
             for near in (self.space.neighbours, self.space.trades):
                 found = self.ordered(near(here))

@@ -51,5 +51,5 @@ def keys() -> st.SearchStrategy[Key]:
 def entries() -> st.SearchStrategy[Entry]:
     numbers = {name: st.integers(low, high) for name, (low, high) in RANGES.items()}
     schedules = st.fixed_dictionaries({}, optional=numbers).filter(bool)
-    times = st.floats(0, 1e8, allow_subnormal=False)
-    return st.builds(Entry, schedules, times, times, texts(), st.just(ENTRY.found))
+    medians, spreads = st.floats(0, 1e8, exclude_min=True), st.floats(0, 1e8)
+    return st.builds(Entry, schedules, medians, spreads, texts(), st.just(ENTRY.found))

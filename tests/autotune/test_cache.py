@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from splagen.autotune import cache as tuned
 from splagen.autotune.entry import ENTRY_BYTES, Entry, now
+from splagen.codegen.schedule import Schedule
 from splagen.errors import InputError, ScheduleError
 from tests.autotune.examples import ENTRY, KEY, OTHER
 from tests.autotune.examples import entries as any_entry
@@ -190,6 +191,40 @@ def test_get_or_find_finds_once_and_lets_errors_pass() -> None:
     assert tuned.get_or_find(KEY, find) == ENTRY
     assert tuned.get_or_find(KEY, find) == ENTRY
     assert len(found) == 2
+
+
+@pytest.mark.parametrize("data", [b"{", changed(ms=0.0)])
+def test_a_damaged_entry_is_said_once_and_found_anew(data: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    tuned.put(KEY, ENTRY)
+    tuned.path_of(KEY).write_bytes(data)
+    assert tuned.get_or_find(KEY, lambda: ENTRY) == ENTRY
+    assert len(caplog.records) == 1
+    assert tuned.get(KEY) == ENTRY
+
+
+def test_entries_that_do_not_go_together_are_found_together(caplog: pytest.LogCaptureFixture) -> None:
+    keys = {name: replace(KEY, kernel=name) for name in ("states1", "gradient1", "dvalues1")}
+    calls: list[int] = []
+
+    def find() -> dict[str, Entry]:
+        calls.append(1)
+        return {name: replace(ENTRY, schedule={"CHUNK": 64}) for name in keys}
+
+    def check(schedules: Mapping[str, Schedule]) -> None:
+        if len({s["CHUNK"] for s in schedules.values()}) > 1:
+            raise ScheduleError("they need one CHUNK")
+
+    def ask() -> set[int]:
+        return {e.schedule["CHUNK"] for e in tuned.get_or_find_together(keys, find, check=check).values()}
+
+    assert (ask(), ask(), len(calls)) == ({64}, {64}, 1)
+    tuned.path_of(keys["states1"]).unlink()  # a part is missing
+    assert (ask(), len(calls)) == ({64}, 2)
+    assert not caplog.records
+    tuned.put(keys["gradient1"], replace(ENTRY, schedule={"CHUNK": 32}))  # of another search
+    assert (ask(), len(calls)) == ({64}, 3)
+    assert [r.message for r in caplog.records if "they need one CHUNK" in r.message]
+    assert len(caplog.records) == 1
 
 
 # -- prune -------------------------------------------------------------------------------------------------

@@ -204,6 +204,17 @@ def test_a_kernel_of_which_nothing_runs_is_an_error() -> None:
         search(free(5), lambda _: Lost("out of resources", "300 KiB"))
 
 
+def test_where_the_default_and_the_seeds_are_lost_others_are_tried() -> None:
+    space = free(9, 9, 9)
+
+    def measure(schedule: Schedule) -> Outcome:
+        return Measurement(1.0 + schedule["x2"]) if schedule["x1"] == 2 else Lost("out of resources")
+
+    result = search(space, measure, effort=replace(QUICK, candidates=60))
+    assert result.schedule["x1"] == 2
+    assert result.measurement.ms == 2.0
+
+
 def test_interrupting_is_not_a_failure_of_a_schedule() -> None:
     def measure(_: Schedule) -> Outcome:
         raise KeyboardInterrupt
