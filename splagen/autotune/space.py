@@ -15,7 +15,7 @@ from splagen.codegen import sequence_schedule as recurrences
 from splagen.codegen.geometry import Geometry
 from splagen.codegen.kernel import Kernel
 from splagen.codegen.partition import Partition
-from splagen.codegen.schedule import REGISTER_BOUND, Agreement, AtLeast, Schedule
+from splagen.codegen.schedule import REGISTER_BOUND, Agreement, Schedule
 from splagen.codegen.sequence_partition import SequencePartition
 from splagen.errors import ScheduleError
 from splagen.spec import Spec
@@ -142,14 +142,9 @@ class Space:
 def spaces(spec: Spec, part: Partition | SequencePartition, device: Device, dtype: str) -> dict[str, Space]:
     """The space of every kernel of a spec, by name; `part` holds its kernels, `dtype` is bf16, fp16 or fp32.
 
-    What kernels must agree on is not in them: see `agreements`.
+    What kernels must agree on is not in them: see `part.constraints` and `codegen.schedule.check_constraints`.
     """
     return {k.name: _space(k, _rules(k, spec, part, device, dtype), part, device, dtype) for k in part.kernels}
-
-
-def agreements(part: Partition | SequencePartition) -> list[Agreement]:
-    """Which kernels must have one value of a number.  `codegen.schedule.check_constraints` checks a choice for all."""
-    return [c for c in part.constraints if isinstance(c, Agreement)]
 
 
 def common_values(found: Mapping[str, Space], agreement: Agreement) -> tuple[int, ...]:
@@ -180,12 +175,11 @@ def _rules(kernel: Kernel, spec: Spec, part: Partition | SequencePartition, devi
 
 
 def _space(kernel: Kernel, rules: _Rules, part: Partition | SequencePartition, device: Device, dtype: str) -> Space:
-    least = {c.name: c.value for c in part.constraints if isinstance(c, AtLeast) and c.kernel == kernel.name}
     default = rules.default
 
     def alone(name: str, value: int) -> bool:
         """A value that no choice of the others makes legal is none of the dimension."""
-        if value < least.get(name, 0) or (name == "BLOCK_M" and rules.rows and value >= 2 * max(rules.rows, 8)):
+        if name == "BLOCK_M" and rules.rows and value >= 2 * max(rules.rows, 8):
             return value == default[name]
         others = {n: x for n, x in default.items() if n != "maxnreg"}
         try:

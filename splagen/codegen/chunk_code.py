@@ -62,6 +62,7 @@ class ChunkCode:
     clean: dict[Var, frozenset[str]] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     row_mask: str = "row_ok"
+    sums: frozenset[Var] = frozenset()  # what a loop over columns adds to
     scalars: Mapping[str, str] = field(default_factory=dict)
 
     def bind(self, v: Var, source: str, raw: str | None = None) -> None:
@@ -77,7 +78,10 @@ class ChunkCode:
             if eq.out in self.names or too_large(eq.out):
                 continue  # a large array is a factor of contractions that know its form
             source, clean = self._equation(eq)
-            if source.isidentifier():
+            if eq.out in self.sums:
+                self.lines.append(f"{eq.out.name} += {source}")
+                self.names[eq.out] = eq.out.name
+            elif source.isidentifier():
                 self.names[eq.out] = source
             else:
                 self.lines.append(f"{eq.out.name} = {source}")

@@ -8,8 +8,9 @@ then all groups run again from there.  Where the step is a matrix (delta rule) a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 import sympy as sp
 
@@ -21,6 +22,8 @@ from splagen.codegen.tile_order import in_order
 from splagen.codegen.triton_expr import triton_text
 from splagen.errors import PartitionError
 from splagen.ir.program import Equation, Var, placeholder
+
+Lines: TypeAlias = Sequence[str]
 
 
 class Loop:
@@ -54,51 +57,31 @@ class Loop:
         final: Array | None = None,
         keep: Array | None = None,
         read: Array | None = None,
-        read_after: Array | None = None,
     ) -> Kernel:
         """The kernel that stores `rows` (variable, where to, what is added) for every chunk.
 
         `start`: the state that a group begins with (of groups or the table; None is zero).  `into`: where a group's
         state and factor go.  `final`: the table that takes a segment's last state.  `keep`: where the state before
-        each chunk goes.  `read`: where the state before each chunk is read from, in a reverse loop;
-        `read_after`: where the cotangent of the state after it is, so that nothing is carried.
+        each chunk goes.  `read`: where the state before each chunk is read from, in a reverse loop.
         """
         r, code = self.r, self.code
         factor = r.factor
-        wanted = [v for v, _, _ in rows]
-        if read_after is None:
-            wanted.append(self.after)
+        wanted = [*(v for v, _, _ in rows), self.after]
         if into and into[1]:
             assert factor is not None
             wanted += factor[1]
         self.equations = slice_back(r.program, wanted, r.program.inputs)
         needed = {v for eq in self.equations for v in eq.args} | set(wanted)
-        loads: dict[Var, list[str]] = {}
-        if read_after is None:
-            code.bind(self.before, "carried")
-        else:
-            loads[self.before] = self._load_state(self.before, read_after)
-        for v in r.program.inputs:
-            if v in needed and v != self.before:
-                loads[v] = self._load(v, read)
-        finish: list[str] = []
-        targets = {v: (array, base) for v, array, base in rows}
-        for node in in_order(self.equations, loads, targets, wanted):
-            if isinstance(node, Equation):
-                code.emit([node])
-                if node.out in targets:
-                    lines, last = self._store(node.out, *targets[node.out])
-                    code.lines += lines
-                    finish += last
-            else:
-                code.lines += loads[node]
-        for v in targets.keys() - {eq.out for eq in self.equations}:
+        code.bind(self.before, "carried")
+        loads = {v: self._load(v, read) for v in r.program.inputs if v in needed and v != self.before}
+        finish = self._emit(self.equations, loads, {v: (array, base) for v, array, base in rows}, wanted)
+        for v in {v for v, _, _ in rows} - {eq.out for eq in self.equations}:
             raise PartitionError(f"{self.name} would store {v}, which no equation defines")
-        advance = [f"carried = {code.names[self.after]}"] if read_after is None else []
+        advance = [f"carried = {code.names[self.after]}"]
         if keep:
             self.outputs[keep.name] = keep
             code.lines.insert(0, f"tl.store({self._chunk_state(keep)}, carried.to({keep.name}_ptr.dtype.element_ty))")
-        begin = self._begin(start) if read_after is None else []
+        begin = self._begin(start)
         if into:
             finish += self._group_store(into[0], "carried")
         if into and into[1]:
@@ -110,17 +93,51 @@ class Loop:
         if final:
             self.arrays[final.name] = final
             finish.append(f"tl.store({self._table(final)}, carried, mask={self._table_mask()})")
+        return self._built([*self.once, *begin], [], [], [*code.lines, *advance], finish)
+
+    def _emit(
+        self,
+        equations: Sequence[Equation],
+        loads: Mapping[Var, Sequence[str]],
+        targets: Mapping[Var, tuple[Array, Array | None]],
+        kept: Collection[Var],
+    ) -> list[str]:
+        """Append the lines of loads, equations and stores; returns those of stores behind the loop over chunks."""
+        behind: list[str] = []
+        for node in in_order(equations, loads, targets, kept):
+            if isinstance(node, Equation):
+                self.code.emit([node])
+                if node.out in targets:
+                    lines, last = self._store(node.out, *targets[node.out])
+                    self.code.lines += lines
+                    behind += last
+            else:
+                self.code.lines += loads[node]
+        return behind
+
+    def _built(
+        self,
+        begin: Sequence[str],
+        ahead: Sequence[str],
+        columns: Sequence[str],
+        body: Sequence[str],
+        end: Sequence[str],
+    ) -> Kernel:
+        """The kernel of these lines; `columns` are those of a loop over slices of e between `ahead` and `body`."""
+        r = self.r
         holes = {
             "head_lines": self._head_lines(),
-            "columns": "\n".join(self._columns()),
-            "begin": "\n".join([*self.once, *begin]),
+            "feature": "\n".join(self._feature()),
+            "begin": "\n".join(begin),
             "order": "chunks - 1 - step" if self.reverse else "step",
             "token": "token = tl.load(tokens_ptr + slots + slot, mask=row_ok, other=0).to(tl.int64)"
             if r.gathered
             else "token = slot.to(tl.int64)",
-            "body": "\n".join(code.lines),
-            "advance": "\n".join(advance),
-            "finish": "\n".join(finish) or "pass",
+            "e_ok": f"e_ok = e < {r.sizes[1]}" if r.tiles[1] != r.sizes[1] else "",
+            "ahead": "\n".join(ahead),
+            "columns": "\n".join(columns),
+            "body": "\n".join(body),
+            "end": "\n".join(end) or "pass",
             "d_extent": r.tiles[0],
             "e_extent": r.tiles[1],
             "dtype": f"{self._rows_of_input_type()}_ptr.dtype.element_ty",
@@ -133,14 +150,16 @@ class Loop:
             tuple(self.arrays.values()),
             tuple(self.outputs.values()),
             holes,
-            f"(plan{r.name}.groups, HV, cdiv({r.tiles[1]}, BLOCK_E))",
+            f"(plan{r.name}.groups, HV, {1 if columns else f'cdiv({r.tiles[1]}, BLOCK_E)'})",
             scalars=PLAN,
             tunable=("CHUNK", "BLOCK_E"),
         )
 
     def _rows_of_input_type(self) -> str:
         layouts = ("token_rows", "value_rows")
-        return next(a.name for a in self.arrays.values() if a.layout in layouts and a.features and a.dtype == "input")
+        return next(
+            a.name for a in self.arrays.values() if a.layout in layouts and (a.name == "do" or a.name[0] in "qkv")
+        )
 
     # -- addresses -----------------------------------------------------------------------------------------------------
 
@@ -151,12 +170,9 @@ class Loop:
         lines.append(f"router = {self.key_head}" if self.r.by_head else "router = 0")
         return "\n".join(lines)
 
-    def _columns(self) -> list[str]:
-        (d, e), (wide_d, wide_e) = self.r.sizes, self.r.tiles
-        lines = ["d = tl.arange(0, D)", "e = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)"]
-        lines += [f"d_ok = d < {d}"] if wide_d != d else []
-        lines += [f"e_ok = e < {e}"] if wide_e != e else []
-        return lines
+    def _feature(self) -> list[str]:
+        d, wide = self.r.sizes[0], self.r.tiles[0]
+        return ["d = tl.arange(0, D)", *([f"d_ok = d < {d}"] if wide != d else [])]
 
     def _load(self, v: Var, read: Array | None) -> list[str]:
         r, code, name = self.r, self.code, v.name

@@ -36,17 +36,6 @@ class Agreement:
     kernels: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class AtLeast:
-    """The least value that the Schedule of one kernel may give `name`."""
-
-    kernel: str
-    name: str
-    value: int
-
-
-Constraint: TypeAlias = Agreement | AtLeast
-
 TARGETS = {
     t.arch: t
     for t in (
@@ -227,17 +216,12 @@ def check_fields(kernel: Kernel, schedule: Schedule) -> None:
         raise ScheduleError(what, f"16 to 255, and at most {REGISTERS} registers over all threads")
 
 
-def check_constraints(constraints: Sequence[Constraint], schedules: Mapping[str, Schedule]) -> None:
+def check_constraints(constraints: Sequence[Agreement], schedules: Mapping[str, Schedule]) -> None:
     """Raise ScheduleError if the Schedules of a spec's kernels, by name, do not agree where they must."""
     for c in constraints:
-        match c:
-            case Agreement(name, kernels):
-                values = {k: schedules[k][name] for k in kernels}
-                if len(set(values.values())) > 1:
-                    raise ScheduleError(f"these kernels need one {name} in their Schedules: {values}")
-            case AtLeast(kernel, name, least):
-                if schedules[kernel][name] < least:
-                    raise ScheduleError(f"{kernel} needs {name} >= {least}, not {schedules[kernel][name]}")
+        values = {k: schedules[k][c.name] for k in c.kernels}
+        if len(set(values.values())) > 1:
+            raise ScheduleError(f"these kernels need one {c.name} in their Schedules: {values}")
 
 
 def default_schedules(kernels: list[Kernel], geometry: Geometry) -> dict[str, dict[str, dict[str, dict[str, int]]]]:

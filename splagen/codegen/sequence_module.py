@@ -15,11 +15,11 @@ from splagen.errors import PartitionError
 from splagen.ir.text import equation_text
 from splagen.sse_spec import SSESpec
 
-HALVES = (1, 2, 4, 8, 16, 32, 64)
 FUNCTIONS = (
     "log1p", "tanh", "largest", "unit_inverse", "dot_fine",
     "decay_reach", "decayed_scores", "decayed_rows", "decayed_columns",
 )  # fmt: skip
+DECAY_PARTS = ("decay_reach", "dot_fine")  # what the decayed products call
 SCALARS = {
     "GROUPS": "{plan}.groups",
     "SEGMENTS": "{plan}.segments",
@@ -40,9 +40,7 @@ def sequence_module_text(part: SequencePartition, spec: SSESpec, *, digest: str,
     inputs = [a.name for a in part.inputs]
     outputs = ["o", "final", *(["balance"] if part.balanced else [])]
     device = "".join(k["device"] for k in kernels)
-    functions = [
-        f for f in FUNCTIONS if re.search(rf"\b{f}\(", device) or (f == "decay_reach" and "decayed_" in device)
-    ]
+    functions = [f for f in FUNCTIONS if re.search(rf"\b{f}\(", device) or (f in DECAY_PARTS and "decayed_" in device)]
     equations = [
         f"{title}\n" + "\n".join(equation_text(eq) for eq in program.equations)
         for title, program in part.programs.items()
@@ -54,7 +52,7 @@ def sequence_module_text(part: SequencePartition, spec: SSESpec, *, digest: str,
             "equations": "\n\n".join(equations),
             "generator": GENERATOR,
             "spec": spec_text,
-            "functions": [render(f, {"halves": HALVES} if f.startswith("decayed_") else {}) for f in functions],
+            "functions": [render(f, {}) for f in functions],
             "kernels": kernels,
             "name": spec.name,
             "op": f"{spec.name}_{digest}_{content}",

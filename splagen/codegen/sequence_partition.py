@@ -21,14 +21,16 @@ from splagen.codegen.recurrences import (
     token_array,
 )
 from splagen.codegen.route_kernels import Router
-from splagen.codegen.schedule import Agreement, AtLeast, Constraint
+from splagen.codegen.schedule import Agreement
+from splagen.codegen.slice_kernels import SliceLoop
 from splagen.codegen.step_kernels import step_kernel
 from splagen.errors import PartitionError
 from splagen.ir.frontend_sse import SUFFIX, State, held_masks, recurrence_program, router_program, states
 from splagen.ir.gradient import derive_gradient
 from splagen.ir.passes import Pass, copy_prop, drop_unused, run, settle_names, share
+from splagen.ir.products import fold_products, pull_factors
 from splagen.ir.program import Program, Var
-from splagen.ir.recurrence import fold_products, pull_factors, restrict, share_exponentials
+from splagen.ir.recurrence import restrict, share_exponentials
 from splagen.sse_spec import SSESpec
 
 FACTORING: tuple[Pass, ...] = (share, pull_factors, share, copy_prop, drop_unused)  # before the gradient is derived
@@ -38,7 +40,7 @@ SEQUENCE_LOWERING: tuple[Pass, ...] = (
     fold_products(too_large),
     copy_prop,
     share,
-    pull_factors,
+    partial(pull_factors, last=("b", "h", "g")),  # a program takes one head
     share,
     copy_prop,
     drop_unused,
@@ -56,7 +58,7 @@ class Host:
 
     lines: tuple[str, ...]
     makes: tuple[str, ...] = ()
-    constraints: tuple[Constraint, ...] = ()
+    constraints: tuple[Agreement, ...] = ()
 
 
 Step: TypeAlias = Kernel | Host
@@ -83,7 +85,7 @@ class SequencePartition:
         return list({k.name: k for k in (*self.forward, *self.backward, *self.step) if isinstance(k, Kernel)}.values())
 
     @property
-    def constraints(self) -> tuple[Constraint, ...]:
+    def constraints(self) -> tuple[Agreement, ...]:
         """What Schedules must agree on."""
         return tuple(c for step in (*self.forward, *self.backward) if isinstance(step, Host) for c in step.constraints)
 
@@ -206,7 +208,7 @@ class _Launches:
             # dv apart from the rest: together their tiles do not fit into registers
             values = [row for row in rows if row[1].name.removesuffix("_parts").rstrip("12") == "dv"]
             for name, part in (("dvalues", values), ("gradient", [row for row in rows if row not in values])):
-                steps.append(Loop(r, name, reverse=True).kernel(part, read=kept, read_after=cotangents))
+                steps.append(SliceLoop(r, name, reverse=True).rows_kernel(part, kept, cotangents))
             steps += sums
         if self.router:
             steps += self.router_gradient()
@@ -218,11 +220,7 @@ class _Launches:
         """What the Schedules of a backward pass must agree on."""
         users = tuple(f"{user}{r.name}" for user in ("states", "dstates", "dvalues", "gradient"))
         quoted = ", ".join(f'"{user}"' for user in users)
-        checks, constraints = [f"one_chunk(schedules, {quoted})"], [Agreement("CHUNK", users)]
-        if any(r.direct(x, gradient_tile(r)) and "e" not in x.axes for x in r.gradients):
-            checks.append(f'whole_tile(schedules, "gradient{r.name}", {gradient_tile(r)})')
-            return Host(tuple(checks), (), (*constraints, AtLeast(f"gradient{r.name}", "BLOCK_E", gradient_tile(r))))
-        return Host(tuple(checks), (), tuple(constraints))
+        return Host((f"one_chunk(schedules, {quoted})",), constraints=(Agreement("CHUNK", users),))
 
     def gradient_rows(self, r: Recurrence, dv: Array | None) -> tuple[list[Stored], list[Step], Array | None]:
         """Where the gradients of rows go, what sums them per token, and dv so far: the first recurrence's is added."""
@@ -235,7 +233,7 @@ class _Launches:
             like = "input" if x.name[0] in "qkv" else "float32"
             target = token_array(r, x, like, name=f"d{x.name}" if x.name != "v" or last else f"dv{r.name}")
             base = dv if x.name == "v" else None
-            if x.name != "eta" and target.layout != "head_scalars" and r.direct(x, gradient_tile(r)):
+            if x.name != "eta" and target.layout != "head_scalars" and r.direct(x, r.tiles[1]):
                 rows.append((g, target, base))
             else:
                 parts = replace(slot_array(r, x), name=f"d{x.name}{r.name if x.name == 'v' else ''}_parts")
@@ -290,11 +288,3 @@ class _Launches:
             empty = f"deta_parts = torch.empty(0, plan{r.name}.slots, n.HV, device=n.device)"
             steps.append(Host((empty,), ("deta_parts",)))
         return [*steps, self.router.gradient(r.plan, parts)]
-
-
-def gradient_tile(r: Recurrence) -> int:
-    """Columns of v that one program of a gradient takes: all of them where the state then fits."""
-    d, e = r.tiles
-    while d * e > STATE_TILE and e > 16:
-        e //= 2
-    return e

@@ -12,8 +12,9 @@ from splagen.codegen.region import padded_extent, slice_back
 from splagen.codegen.route_kernels import Router, routing
 from splagen.ir.frontend_sse import SUFFIX, State, held_masks, recurrence_program, states
 from splagen.ir.passes import copy_prop, drop_unused, run, share
+from splagen.ir.products import pull_factors
 from splagen.ir.program import Program, Var
-from splagen.ir.recurrence import pull_factors, restrict, single
+from splagen.ir.recurrence import restrict, single
 from splagen.sse_spec import SSESpec
 
 

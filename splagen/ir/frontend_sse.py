@@ -230,7 +230,8 @@ class _Recurrence:
             until = b.map(name("until"), lambda t, x: sp.exp(t - x), total, late)
             weighed = b.map(name("weighed"), lambda x, w: x * w, k, until)
             added = b.contract(name("added"), (*rows, "d", "e"), weighed, values)
-            final = b.map(name("final"), lambda h, t, u: h * sp.exp(t) + u, self.state, total, added)
+            whole = b.map(name("whole"), lambda t: sp.exp(t), total)
+            final = b.map(name("final"), lambda h, w, u: h * w + u, self.state, whole, added)
         return b.map(name("o"), lambda x, y: x + y, out, before), final
 
     def corrected(self, k: Var, late: Var, between: Var) -> Var:
@@ -259,10 +260,13 @@ class _Recurrence:
         between = self.pair(name("between"), sp.exp(symbol("x0") - symbol("x1")), decay, late)
         a = b.contract(name("a"), (*rows, "i", "j"), q, k, between)
         out = b.contract(name("o_inside"), ("b", "h", "g", "i", "e"), a, self.v)
-        since = b.map(name("since"), lambda x, c: x * sp.exp(c), q, decay)
-        before = b.contract(name("o_before"), ("b", "h", "g", "i", "e"), since, self.state)
+        since = b.map(name("since"), lambda c: sp.exp(c), decay)
+        reaching = b.map(name("reaching"), lambda x, w: x * w, q, since)
+        before = b.contract(name("o_before"), ("b", "h", "g", "i", "e"), reaching, self.state)
         total = b.reduce(name("total"), "sum", ("i",), self.steps)
-        weighed = b.map(name("weighed"), lambda x, t, c: x * sp.exp(t - c), k, total, late)
+        until = b.map(name("until"), lambda t, c: sp.exp(t - c), total, late)
+        weighed = b.map(name("weighed"), lambda x, w: x * w, k, until)
         added = b.contract(name("added"), ("b", "h", "g", *self.p, "d", "e"), weighed, self.v)
-        final = b.map(name("final"), lambda h, t, u: h * sp.exp(t) + u, self.state, total, added)
+        whole = b.map(name("whole"), lambda t: sp.exp(t), total)
+        final = b.map(name("final"), lambda h, w, u: h * w + u, self.state, whole, added)
         return b.map(name("o"), lambda x, y: x + y, out, before), final

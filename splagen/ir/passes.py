@@ -15,6 +15,7 @@ import sympy as sp
 
 from splagen.ir.build import Builder
 from splagen.ir.check import check
+from splagen.ir.products import reuse
 from splagen.ir.program import (
     Contract,
     Equation,
@@ -261,58 +262,6 @@ def _next_group(todo: Sequence[Var], keep: set[str], data: set[Var], sizes: Mapp
         if best is None or (size, len(group)) < best[:2]:
             best = (size, len(group), group)
     return best[2] if best else None
-
-
-def reuse(program: Program) -> Program:
-    """contract(A, contract(B, C)) -> contract(contract(A, B), C) where contract(A, B) is already known.
-
-    It turns delta = sum p dp, with dp = do . v and o = p . v, into delta = sum do . o, which needs no scores.
-    Law: value unchanged, idempotent.
-    """
-    known: list[Equation] = []
-    definitions = program.definitions
-    out = []
-    for eq in program.equations:
-        plain = isinstance(eq.op, Contract) and all(v.kind == "real" for v in eq.args)
-        new = _reassociated(eq, definitions, known) if plain else None
-        out.append(new or eq)
-        if isinstance(eq.op, Contract):
-            known.append(new or eq)
-    return program.with_equations(out)
-
-
-def _reassociated(eq: Equation, definitions: Mapping[Var, Equation], known: Sequence[Equation]) -> Equation | None:
-    assert isinstance(eq.op, Contract)
-    keep = set(eq.op.keep)
-    for i, inner in enumerate(eq.args):
-        made = definitions.get(inner)
-        if made is None or not isinstance(made.op, Contract):
-            continue
-        others = [*eq.args[:i], *eq.args[i + 1 :]]
-        hidden = {a for v in made.args for a in v.axes} - set(made.op.keep)
-        if hidden & ({a for v in others for a in v.axes} | keep):
-            continue
-        flat = [*others, *made.args]
-        for old in known:
-            assert isinstance(old.op, Contract)
-            rest = _without(flat, old.args)
-            if rest is None or not rest or set(old.args) <= set(made.args) or old is made:
-                continue
-            outside = keep.union(*(v.axes for v in rest))
-            carried = {a for v in old.args for a in v.axes}
-            wide = {a for v in (*rest, old.out) for a in v.axes}
-            if set(old.op.keep) == carried & outside and len(wide) < len({a for v in eq.args for a in v.axes}):
-                return Equation(eq.out, eq.op, (*rest, old.out))
-    return None
-
-
-def _without(items: Sequence[Var], taken: Sequence[Var]) -> list[Var] | None:
-    rest = list(items)
-    for v in taken:
-        if v not in rest:
-            return None
-        rest.remove(v)
-    return rest
 
 
 def join_sums(together: Callable[[Equation], bool]) -> Pass:

@@ -1,4 +1,4 @@
-"""Passes for recurrences: routing a partition's rows, one token, and products over pairs and features.
+"""Passes for recurrences: routing a partition's rows, one token, and exponentials of decays.
 
 A recurrence is a Program from rows and the state before to rows and the state after that equals itself under
 composition (frontend_sse.py).  What these passes give is equal to it in the sense that each states.
@@ -6,14 +6,12 @@ composition (frontend_sse.py).  What these passes give is equal to it in the sen
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import sympy as sp
 
 from splagen.errors import ProgramError
-from splagen.ir.build import Builder
 from splagen.ir.passes import drop_unused
 from splagen.ir.program import (
     Contract,
@@ -31,7 +29,6 @@ from splagen.ir.program import (
     UnitInverse,
     Var,
     is_predicate,
-    ordered,
     placeholder,
     result,
 )
@@ -207,86 +204,6 @@ def _pruned(eq: Equation) -> Equation:
     return Equation(eq.out, Map(eq.op.expr.xreplace(where)), tuple(read))
 
 
-@dataclass(frozen=True)
-class _Product:
-    factor: sp.Expr
-    args: tuple[Var, ...]
-
-
-def fold_products(too_large: Callable[[Var], bool]) -> Callable[[Program], Program]:
-    """Sums of products through an array that is too large  ->  one contraction, factors outside of the sum pulled out.
-
-        x[i d] = sum_j y[i j d],  y = q[i d] k[j d] a[i j] w[i j d]   ->   x = q * contract_j(k, a, w)
-
-    so that only w itself, which no product gives, is ever as large.  Law: value unchanged.
-    """
-
-    def apply(program: Program) -> Program:
-        definitions = program.definitions
-        b = Builder(program.name, program.axes)
-        b._taken = set(program.names())
-
-        def product(v: Var) -> _Product:
-            eq = definitions.get(v)
-            inner = _as_product(eq) if eq is not None and too_large(v) else None
-            if inner is None:
-                return _Product(sp.S.One, (v,))
-            parts = [product(x) for x in inner.args]
-            return _Product(
-                inner.factor * sp.Mul(*(p.factor for p in parts)), tuple(itertools.chain(*(p.args for p in parts)))
-            )
-
-        for eq in program.equations:
-            if too_large(eq.out) or eq.out.kind != "real" or not any(too_large(v) for v in eq.args):
-                b.equations.append(eq)
-                continue
-            whole = _summed(eq)
-            if whole is None:
-                b.equations.append(eq)
-                continue
-            parts = [product(v) for v in whole.args]
-            factor = whole.factor * sp.Mul(*(p.factor for p in parts))
-            args = [v for p in parts for v in p.args]
-            kept = set(eq.out.axes)
-            inside = [v for v in args if not set(v.axes) <= kept]
-            outside = [v for v in args if v not in inside]
-            if not outside and factor == 1:
-                b.equations.append(Equation(eq.out, Contract(eq.out.axes), tuple(inside)))
-                continue
-            total = b.contract(f"{eq.out.name}_sum", kept & {a for v in inside for a in v.axes}, *inside)
-            names = list(dict.fromkeys(outside))
-            expr = factor * sp.Mul(placeholder(0), *(placeholder(1 + names.index(v)) for v in outside))
-            b.equations.append(Equation(eq.out, Map(expr), (total, *names)))
-        return drop_unused(program.with_equations(b.equations))
-
-    return apply
-
-
-def _as_product(eq: Equation) -> _Product | None:
-    """A Map or contraction that only multiplies its arguments."""
-    if isinstance(eq.op, Contract):
-        every = {a for v in eq.args for a in v.axes}
-        return _Product(sp.S.One, eq.args) if set(eq.op.keep) == every else None
-    if not isinstance(eq.op, Map):
-        return None
-    every = sp.Mul.make_args(eq.op.expr)
-    factor = sp.Mul(*(f for f in every if f.is_number))
-    factors = [f for f in every if not f.is_number]
-    where = {placeholder(i): v for i, v in enumerate(eq.args)}
-    if all(f in where for f in factors) and len(factors) == len(eq.args):
-        return _Product(factor, tuple(where[f] for f in factors))
-    return None
-
-
-def _summed(eq: Equation) -> _Product | None:
-    match eq.op:
-        case Contract():
-            return _Product(sp.S.One, eq.args)
-        case Reduce("sum", _) if len(eq.args) == 1:
-            return _Product(sp.S.One, eq.args)
-    return None
-
-
 def carried(program: Program, after: Var, before: Var) -> tuple[sp.Expr, tuple[Var, ...]] | None:
     """The factor by which `before` enters `after`, where it enters through sums and elementwise factors alone.
 
@@ -328,53 +245,3 @@ def carried(program: Program, after: Var, before: Var) -> tuple[sp.Expr, tuple[V
     names = sorted(s.name[1:] for s in found.free_symbols)
     args = tuple(program.var(n) for n in names)
     return found.xreplace({sp.Symbol(f"@{n}"): placeholder(i) for i, n in enumerate(names)}), args
-
-
-def largest_rank(rank: int, axes: Sequence[str]) -> Callable[[Var], bool]:
-    """Arrays over more than `rank` of the axes."""
-    return lambda v: len(ordered(set(v.axes) & set(axes), {a: n for n, a in enumerate(axes)})) > rank
-
-
-def pull_factors(program: Program) -> Program:
-    """contract(c f x, y)  ->  c f contract(x, y)  for factors f that carry no summed axis.
-
-    A gate or a decay of rows leaves a product of tiles, whose operands are then what lies in memory.
-    Law: value unchanged.
-    """
-    b = Builder(program.name, program.axes)
-    b._taken = set(program.names())
-    definitions: dict[Var, Equation] = {}
-
-    def factors(v: Var, summed: set[str]) -> _Product:
-        """V as numbers and variables without a summed axis, times the rest."""
-        eq = definitions.get(v)
-        inner = _as_product(eq) if eq is not None else None
-        if inner is None or not any(set(x.axes) & summed for x in inner.args):
-            return _Product(sp.S.One, (v,))
-        if inner.factor == 1 and all(set(x.axes) & summed for x in inner.args):
-            return _Product(sp.S.One, (v,))
-        inside = [x for x in inner.args if set(x.axes) & summed]
-        if len(inside) != 1:
-            return _Product(sp.S.One, (v,))
-        deeper = factors(inside[0], summed)
-        outside = tuple(x for x in inner.args if x is not inside[0])
-        return _Product(inner.factor * deeper.factor, (*outside, *deeper.args))
-
-    for eq in program.equations:
-        new = eq
-        if isinstance(eq.op, Contract):
-            summed = {a for v in eq.args for a in v.axes} - set(eq.op.keep)
-            parts = [factors(v, summed) for v in eq.args]
-            factor = sp.Mul(*(p.factor for p in parts))
-            args = [v for p in parts for v in p.args]
-            inside = [v for v in args if set(v.axes) & summed]
-            outside = [v for v in args if v not in inside]
-            if summed and (factor != 1 or outside) and inside:
-                total = b.contract(f"{eq.out.name}_sum", set(eq.op.keep) & {a for v in inside for a in v.axes}, *inside)
-                names = list(dict.fromkeys(outside))
-                expr = factor * sp.Mul(placeholder(0), *(placeholder(1 + names.index(v)) for v in outside))
-                definitions[total] = b.equations[-1]
-                new = Equation(eq.out, Map(expr), (total, *names))
-        b.equations.append(new)
-        definitions[eq.out] = new
-    return program.with_equations(b.equations)

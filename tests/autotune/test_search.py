@@ -26,7 +26,7 @@ from splagen.autotune.search import (
     search,
     search_together,
 )
-from splagen.autotune.space import UNLIMITED, Dimension, Space, agreements, spaces
+from splagen.autotune.space import UNLIMITED, Dimension, Space, spaces
 from splagen.codegen.schedule import Schedule, check_constraints
 from splagen.errors import ScheduleError, TuningError, WrongResult
 from splagen.spec import Spec, read_spec
@@ -262,7 +262,7 @@ def test_kernels_are_searched_together() -> None:
     spec = read_spec(ROOT / "examples/specs/sse_gla.toml")
     part = pipeline.kernels(spec)
     made = spaces(spec, part, H200, "bf16")
-    first, second = agreements(part)
+    first, second = part.constraints
 
     def measure(kernel: str, schedule: Schedule) -> Outcome:
         if schedule["CHUNK"] == 128 and kernel.startswith("gradient"):

@@ -29,13 +29,13 @@ from splagen.ir.passes import (
     drop_unused,
     expose_lse,
     join_sums,
-    reuse,
     run,
     settle_names,
     share,
     specialise,
     split_complement,
 )
+from splagen.ir.products import reuse
 from splagen.ir.program import Contract, Equation, Map, Program, Reduce, Softmax, TopK, Var, placeholder
 from splagen.ir.reference import evaluate
 from splagen.spec import Residual, Select, SPLASpec, windows

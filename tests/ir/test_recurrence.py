@@ -17,12 +17,10 @@ from splagen.ir.check import check
 from splagen.ir.frontend_sse import recurrence_program, router_program, states
 from splagen.ir.gradient import derive_gradient
 from splagen.ir.passes import Pass, copy_prop, drop_unused, run, settle_names, share
+from splagen.ir.products import fold_products, largest_rank, pull_factors
 from splagen.ir.program import Lse, Map, Program, Reduce, Softmax, TopK, Var
 from splagen.ir.recurrence import (
     carried,
-    fold_products,
-    largest_rank,
-    pull_factors,
     restrict,
     share_exponentials,
     single,

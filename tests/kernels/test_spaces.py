@@ -8,7 +8,7 @@ import torch
 
 from splagen import verification
 from splagen.autotune.device import DEVICES
-from splagen.autotune.space import agreements, common_values, spaces
+from splagen.autotune.space import common_values, spaces
 from splagen.codegen.partition import Partition
 from splagen.codegen.schedule import check_constraints
 from splagen.codegen.sequence_partition import SequencePartition
@@ -42,7 +42,7 @@ def drawn(spec: Spec, part: Partition | SequencePartition, seed: int) -> dict[st
     """A Schedule of its space for every kernel, with the values that they must agree on."""
     rng = random.Random(seed)
     made = spaces(spec, part, H200, "fp32")
-    for agreement in agreements(part):
+    for agreement in part.constraints:
         value = rng.choice(common_values(made, agreement))
         made |= {k: made[k].fixed(agreement.name, value) for k in agreement.kernels}
     found = {name: rng.choice(list(space.all())) for name, space in made.items()}
