@@ -221,7 +221,9 @@ class Loop:
             at = f"{array.name}_ptr + (tl.program_id(2) * GROUPS + group) * HV + head"
             return [f"{array.name}_total += {source}"], [f"tl.store({at}, {array.name}_total)"]
         if array.layout == "slot_rows":
-            row = "((tl.program_id(2) * SLOTS + slot).to(tl.int64) * HV + head)"
+            # slices of e are added, unless each stores columns of its own
+            part = "slot" if "e" in array.features else "(tl.program_id(2) * SLOTS + slot)"
+            row = f"({part}.to(tl.int64) * HV + head)"
             at, mask = f"{array.name}_ptr + {row}", "row_ok"
             if array.features:
                 (f,) = array.features

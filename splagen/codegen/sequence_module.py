@@ -114,7 +114,8 @@ def _allocation(a: Array, kernel: Kernel, plan: str) -> str:
         case "chunk_states":
             shape = [f"cdiv({plan}.slots, CHUNK) + {plan}.segments + 1", "n.HV", *width]
         case "slot_rows":
-            shape = ["grid[2]", f"{plan}.slots", "n.HV", *width]
+            slices = "1" if "e" in a.features else "grid[2]"
+            shape = [slices, f"{plan}.slots", "n.HV", *width]
         case "group_totals":
             return f"torch.zeros(grid[2], {plan}.groups, n.HV, dtype=torch.float32, device=n.device)"
         case "routing":
