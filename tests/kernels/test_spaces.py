@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from splagen import verification
+from splagen import sequence_verification, verification
 from splagen.autotune.device import DEVICES
 from splagen.autotune.space import common_values, spaces
 from splagen.codegen.partition import Partition
@@ -14,7 +14,6 @@ from splagen.codegen.schedule import check_constraints
 from splagen.codegen.sequence_partition import SequencePartition
 from splagen.kinds import kind_of, oracle
 from splagen.pipeline import generate, kernels
-from splagen.sequence_verification import verify
 from splagen.spec import Residual, Select, Spec, SPLASpec, to_toml, windows
 from splagen.sse_spec import Router, SSESpec
 from tests.kernels.embedding import fill_empty_with_nan
@@ -50,19 +49,19 @@ def drawn(spec: Spec, part: Partition | SequencePartition, seed: int) -> dict[st
     return found
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention(name: str, seed: int, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = ATTENTION[name]
     truth, module = oracle(to_toml(spec)), generate(spec, tmp_path).module
     fill_empty_with_nan(module, monkeypatch)
-    shape = (1, spec.group_size, 230)
+    shape = (1, spec.group_size, 170)
     inputs = verification.random_inputs(truth, shape, torch.float32, device, seed)
     rows = verification.compare(module, truth, inputs, shape, drawn(spec, truth.partition, seed))
     verification.Report(spec.name, tuple(rows)).raise_if_wrong()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", RECURRENCES)
 def test_recurrences(
     name: str, seed: int, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -70,8 +69,8 @@ def test_recurrences(
     spec = RECURRENCES[name]
     module = generate(spec, tmp_path).module
     fill_empty_with_nan(module, monkeypatch)
-    schedules = drawn(spec, kernels(spec), seed)
-    truth = kind_of(spec).oracle(spec)
-    verify(
-        module, truth, shapes=[(1, spec.group_size, 147)], device=device, seed=seed, schedules=schedules
-    ).raise_if_wrong()
+    truth, lengths = kind_of(spec).oracle(spec), [43, 0, 1, 23]
+    inputs = sequence_verification.random_inputs(truth, lengths, spec.group_size, torch.float32, device, seed)
+    shape, schedules = (1, spec.group_size, sum(lengths)), drawn(spec, kernels(spec), seed)
+    rows = sequence_verification.compare(module, truth, inputs, shape, "", schedules)
+    verification.Report(spec.name, tuple(rows)).raise_if_wrong()
