@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import ModuleType
 
 import torch
@@ -147,17 +148,20 @@ def compare(
     truth = oracle.gradients(inputs)
     factor = loss_scale(truth, dtype)
     cotangents = [factor * inputs[f"d{n}"] for n in wanted]
-    scales = gradient_scales(inputs, truth, limits[1])
+    scales = gradient_scales(oracle, inputs, truth, limits[1])
     for name, scaled in zip(truth, module.backward(chosen, *arguments, *cotangents), strict=True):
         add(f"d{name}", scaled.double() / factor, truth[name], scales[name], limits[1])
     return rows
 
 
-def gradient_scales(inputs: Mapping[str, Tensor], truth: Mapping[str, Tensor], limit: float) -> dict[str, float]:
+def gradient_scales(
+    oracle: SSEOracle, inputs: Mapping[str, Tensor], truth: Mapping[str, Tensor], limit: float
+) -> dict[str, float]:
     """What the error of each gradient is divided by: its norm, or that of the largest where the truth is nearly 0.
 
     The gradient of a log decay sums terms like q dq, which cancel to what is left of a state one token later.  Its
-    error is a share of itself or, as that of any sum in float32, of its terms.
+    error is a share of itself or, as that of any sum in float32, of its terms.  That of a decay which all tokens have
+    in common is a sum over them, as a parameter's: a share of the root sum of squares of what each token gives.
     """
     norms = {n: float(want.norm()) for n, want in truth.items()}
     largest = max(norms.values())
@@ -167,4 +171,15 @@ def gradient_scales(inputs: Mapping[str, Tensor], truth: Mapping[str, Tensor], l
         if name.startswith("g"):
             q = f"q{name.removeprefix('g')}"
             scales[name] = max(scales[name], share * float((inputs[q].double() * truth[q]).norm()))
+    if oracle.spec.backbone == "constant":
+        for name, of_tokens in gradients_of_tokens(oracle, inputs).items():
+            scales[name] = max(scales[name], float(of_tokens.norm()))
     return scales
+
+
+def gradients_of_tokens(oracle: SSEOracle, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What each token gives to the gradient of a decay that all have in common: [T, HV] by the decay's name."""
+    apart = SSEOracle(replace(oracle.spec, backbone="scalar"))
+    tokens = len(inputs["v"])
+    given = {n: x.expand(tokens, -1) if n.startswith("g") else x for n, x in inputs.items()}
+    return {n: g for n, g in apart.gradients(given).items() if n.startswith("g")}

@@ -11,7 +11,7 @@ from splagen import pipeline
 from splagen.errors import InputError, WrongResult
 from splagen.kinds import oracle
 from splagen.sequence import SSEOracle
-from splagen.sequence_verification import TOLERANCE, cases, gradient_scales, random_inputs, verify
+from splagen.sequence_verification import TOLERANCE, cases, gradient_scales, gradients_of_tokens, random_inputs, verify
 from splagen.spec import SPLASpec, to_toml
 from splagen.sse_spec import Router, SSESpec
 
@@ -126,10 +126,22 @@ def test_heads_are_a_multiple_of_the_group() -> None:
 def test_a_gradient_that_cancels_is_measured_by_what_cancels() -> None:
     one = torch.ones(4)
     truth = {"q1": 2 * one, "g1": 1e-6 * one, "k1": 0 * one}
-    scales = gradient_scales({"q1": 3 * one}, truth, TOLERANCE[torch.float32][1])
+    truth_of = SSEOracle(SPEC)
+    scales = gradient_scales(truth_of, {"q1": 3 * one}, truth, TOLERANCE[torch.float32][1])
     assert scales == {"q1": pytest.approx(4.0), "g1": pytest.approx(12.0), "k1": pytest.approx(4.0)}
-    narrow = gradient_scales({"q1": 3 * one}, truth, TOLERANCE[torch.bfloat16][1])
+    narrow = gradient_scales(truth_of, {"q1": 3 * one}, truth, TOLERANCE[torch.bfloat16][1])
     assert narrow["g1"] == pytest.approx(12.0 * 1e-5 / 5e-3)
+
+
+def test_what_tokens_give_to_a_decay_that_they_share_adds_up_to_its_gradient() -> None:
+    truth_of = SSEOracle(SPECS["constant"])
+    inputs = random_inputs(truth_of, [9, 0, 4], 2, torch.float32, "cpu", 0)
+    whole = truth_of.gradients(inputs)
+    of_tokens = gradients_of_tokens(truth_of, inputs)
+    assert of_tokens.keys() == {"g1"}
+    torch.testing.assert_close(of_tokens["g1"].sum(0), whole["g1"], rtol=1e-12, atol=0)
+    scale = gradient_scales(truth_of, inputs, whole, TOLERANCE[torch.bfloat16][1])["g1"]
+    assert scale == pytest.approx(max(float(of_tokens["g1"].norm()), float(whole["g1"].norm())))
 
 
 # -- the pipeline --------------------------------------------------------------------------------------------

@@ -106,27 +106,28 @@ class Space:
                 yield found
 
     def fixed(self, name: str, value: int) -> Space:
-        """The part of the space where one number has one value; its default is the nearest Schedule to this one's.
+        """The part of the space where one number has one value: see `within`."""
+        return self.within(name, lambda x: x == value)
+
+    def within(self, name: str, allowed: Callable[[int], bool]) -> Space:
+        """The part of the space where one number has an allowed value; its default is the nearest to this default.
 
         Raises:
-            ScheduleError: no Schedule has that value.
+            ScheduleError: no Schedule has such a value.
         """
-        chosen = tuple(replace(d, default=value, values=(value,)) if d.name == name else d for d in self.dimensions)
-        part = replace(self, dimensions=chosen)
-        values = {d.name: d.values for d in self.dimensions}
-        if value not in values.get(name, ()):
-            raise ScheduleError(f"{self.kernel} has no Schedule with {name}={value}", f"one of {values.get(name, ())}")
-        if part.legal(part.default):
-            return part
+        points = [s for s in self.all() if allowed(s.get(name, UNLIMITED))]
 
         def steps(schedule: Schedule) -> int:
             pairs = ((d, schedule.get(d.name, UNLIMITED)) for d in self.dimensions)
             return sum(abs(d.values.index(x) - d.values.index(d.default)) for d, x in pairs)
 
-        nearest = min(part.all(), key=steps, default=None)
+        nearest = min(points, key=steps, default=None)
         if nearest is None:
-            raise ScheduleError(f"{self.kernel} has no legal Schedule with {name}={value}")
-        return replace(part, dimensions=tuple(replace(d, default=nearest.get(d.name, UNLIMITED)) for d in chosen))
+            values = {d.name: d.values for d in self.dimensions}.get(name, ())
+            raise ScheduleError(f"{self.kernel} has no Schedule with such a {name}", f"some of {values}")
+        kept = {d.name: tuple(v for v in d.values if d.name != name or allowed(v)) for d in self.dimensions}
+        chosen = (replace(d, default=nearest.get(d.name, UNLIMITED), values=kept[d.name]) for d in self.dimensions)
+        return replace(self, dimensions=tuple(chosen))
 
     def _moved(self, schedule: Schedule, count: int) -> list[dict[str, int]]:
         found = []

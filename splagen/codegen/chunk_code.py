@@ -49,6 +49,18 @@ def too_large(v: Var) -> bool:
     return len(tile_axes(v)) > 2
 
 
+def decay_of(program: Program, v: Var) -> Var:
+    """The cumulative decay whose differences a large array is the exponential of."""
+    eq = program.definitions[v]
+    x0, x1, x2, x3 = (symbol(f"x{n}") for n in range(4))
+    form = sp.Piecewise((sp.exp(x0 - x1), sp.Le(x3, x2)), (0, True))
+    if isinstance(eq.op, Map) and len(eq.args) == 4 and eq.op.expr == form:
+        late = program.definitions.get(eq.args[1])
+        if late is not None and isinstance(late.op, Rename) and late.args == (eq.args[0],):
+            return eq.args[0]
+    raise PartitionError(f"no tile holds `{equation_text(eq)}`")
+
+
 @dataclass
 class ChunkCode:
     """Prints equations of a program as lines; `names` maps variables to float32 (or bool) source.
@@ -62,6 +74,7 @@ class ChunkCode:
     clean: dict[Var, frozenset[str]] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     row_mask: str = "row_ok"
+    mild: bool = True  # decays over pairs of rows and features span little
     sums: frozenset[Var] = frozenset()  # what a loop over columns adds to
     scalars: Mapping[str, str] = field(default_factory=dict)
 
@@ -200,7 +213,7 @@ class ChunkCode:
         """A contraction with exp(decay[i d] - decay[j d]) on pairs j <= i."""
         if len(large) != 1:
             raise PartitionError(f"two arrays over pairs and features in `{equation_text(eq)}`")
-        decay = self._decay_of(large[0])
+        decay = decay_of(self.program, large[0])
         rest = {tile_axes(v): v for v in eq.args if v is not large[0]}
         forms: dict[tuple[str, ...], tuple[str, tuple[str, ...], tuple[str, ...]]] = {
             ("i", "j"): ("decayed_scores", ("i", "d"), ("j", "d")),
@@ -211,18 +224,7 @@ class ChunkCode:
         if not name or rest.keys() != {first, second}:
             raise PartitionError(f"no product with a decay computes `{equation_text(eq)}`")
         x, y = self.names[rest[first]], self.names[rest[second]]
-        return f"{name}({x}, {y}, {self.names[decay]}, DTYPE)"
-
-    def _decay_of(self, v: Var) -> Var:
-        """The cumulative decay whose differences the array is the exponential of."""
-        eq = self.program.definitions[v]
-        x0, x1, x2, x3 = (symbol(f"x{n}") for n in range(4))
-        form = sp.Piecewise((sp.exp(x0 - x1), sp.Le(x3, x2)), (0, True))
-        if isinstance(eq.op, Map) and len(eq.args) == 4 and eq.op.expr == form:
-            late = self.program.definitions.get(eq.args[1])
-            if late is not None and isinstance(late.op, Rename) and late.args == (eq.args[0],):
-                return eq.args[0]
-        raise PartitionError(f"no tile holds `{equation_text(eq)}`")
+        return f"{name}({x}, {y}, {self.names[decay]}, DTYPE, {self.mild})"
 
     def _reduce(self, eq: Equation, how: str, axes: Sequence[str]) -> tuple[str, frozenset[str]]:
         x = eq.args[0]

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 import sympy as sp
 
-from splagen.codegen.chunk_code import ROWS, ChunkCode, tile_axes
+from splagen.codegen.chunk_code import ROWS, ChunkCode, tile_axes, too_large
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.recurrences import PLAN, Recurrence, plan_tensors, token_array
 from splagen.codegen.region import slice_back
@@ -29,15 +29,18 @@ Lines: TypeAlias = Sequence[str]
 class Loop:
     """Builds one loop over chunks."""
 
-    def __init__(self, r: Recurrence, name: str, *, reverse: bool) -> None:
-        """`reverse` walks from the last chunk of a group to the first and carries the cotangent of the state."""
-        self.r, self.name, self.reverse = r, f"{name}{r.name}", reverse
+    def __init__(self, r: Recurrence, name: str, *, reverse: bool, mild: bool = True) -> None:
+        """`reverse` walks from the last chunk of a group to the first and carries the cotangent of the state.
+
+        Where a product needs it, a loop takes the groups in which the decay is `mild`, or the others.
+        """
+        self.r, self.name, self.reverse = r, f"{name}{'' if mild else '_strong'}{r.name}", reverse
         program = r.program
         if reverse:
             self.before, self.after = r.cotangents[r.outputs[1]], r.gradients[r.state]
         else:
             self.before, self.after = r.state, r.outputs[1]
-        self.code = ChunkCode(program, scalars={"L": "CHUNK"})
+        self.code = ChunkCode(program, scalars={"L": "CHUNK"}, mild=mild)
         self.arrays: dict[str, Array] = {r.plan.name: r.plan}
         self.outputs: dict[str, Array] = {}
         self.once: list[str] = []
@@ -95,6 +98,19 @@ class Loop:
             finish.append(f"tl.store({self._table(final)}, carried, mask={self._table_mask()})")
         return self._built([*self.once, *begin], [], [], [*code.lines, *advance], finish)
 
+    def spans_kernel(self) -> Kernel:
+        """The kernel that finds by how much the decay changes in the chunks of each group."""
+        r, code = self.r, self.code
+        assert r.decay is not None
+        (steps,) = r.program.definitions[r.decay].args
+        self.equations = slice_back(r.program, [steps], r.program.inputs)
+        needed = {steps, *(v for eq in self.equations for v in eq.args)}
+        loads = {v: self._load(v, None) for v in r.program.inputs if v in needed}
+        self._emit(self.equations, loads, {}, [steps])
+        code.lines.append(f"span = tl.maximum(span, tl.sum(tl.abs({code.names[steps]}), axis=0))")
+        end = self._group_store(r.spans, "tl.max(span, axis=0)")
+        return self._built([*self.once, "span = tl.zeros((D,), tl.float32)"], [], [], code.lines, end)
+
     def _emit(
         self,
         equations: Sequence[Equation],
@@ -125,7 +141,13 @@ class Loop:
     ) -> Kernel:
         """The kernel of these lines; `columns` are those of a loop over slices of e between `ahead` and `body`."""
         r = self.r
+        mine = "segment < SEGMENTS"
+        if any(too_large(v) for eq in self.equations for v in eq.args):
+            self.arrays[r.spans.name] = r.spans
+            span = f"tl.load({self._group(r.spans)})"
+            mine = f"({mine}) & (is_mild({span}, DTYPE) == {self.code.mild})"
         holes = {
+            "mine": mine,
             "head_lines": self._head_lines(),
             "feature": "\n".join(self._feature()),
             "begin": "\n".join(begin),
@@ -140,7 +162,7 @@ class Loop:
             "end": "\n".join(end) or "pass",
             "d_extent": r.tiles[0],
             "e_extent": r.tiles[1],
-            "dtype": f"{self._rows_of_input_type()}_ptr.dtype.element_ty",
+            "dtype": self._input_type(),
         }
         self.arrays[r.plan.name] = replace(r.plan, features=plan_tensors(holes))
         return Kernel(
@@ -155,11 +177,11 @@ class Loop:
             tunable=("CHUNK", "BLOCK_E"),
         )
 
-    def _rows_of_input_type(self) -> str:
-        layouts = ("token_rows", "value_rows")
-        return next(
-            a.name for a in self.arrays.values() if a.layout in layouts and (a.name == "do" or a.name[0] in "qkv")
-        )
+    def _input_type(self) -> str:
+        """Source of the dtype that products take: that of q, k, v and do."""
+        rows = [a.name for a in self.arrays.values() if a.layout in ("token_rows", "value_rows")]
+        found = [x for x in rows if x == "do" or x[0] in "qkv"]
+        return f"{found[0]}_ptr.dtype.element_ty" if found else "tl.float32"
 
     # -- addresses -----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import sympy as sp
 
-from splagen.codegen.chunk_code import ROWS, tile_axes
+from splagen.codegen.chunk_code import ROWS, decay_of, tile_axes, too_large
 from splagen.codegen.kernel import Array
 from splagen.codegen.region import padded_extent
 from splagen.ir.program import Program, Var
@@ -62,6 +62,17 @@ class Recurrence:
     def factor(self) -> tuple[sp.Expr, tuple[Var, ...]] | None:
         """By what a chunk multiplies the state; None where it is a matrix."""
         return carried(self.program, self.outputs[1], self.state)
+
+    @property
+    def decay(self) -> Var | None:
+        """The decay whose differences stand inside a sum over features."""
+        large = [eq.out for eq in self.program.equations if too_large(eq.out)]
+        return decay_of(self.program, large[0]) if large else None
+
+    @property
+    def spans(self) -> Array:
+        """By how much that decay changes in a chunk at most, per group and value head: its steps' absolute sum."""
+        return Array(f"spans{self.name}", "group_states", (), (1,), "float32")
 
     @property
     def plan(self) -> Array:

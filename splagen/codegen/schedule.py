@@ -36,6 +36,17 @@ class Agreement:
     kernels: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Divides:
+    """The value of `name` in the Schedules of some kernels must divide the one in the Schedule of `measured`."""
+
+    name: str
+    kernels: tuple[str, ...]
+    measured: str
+
+
+Constraint: TypeAlias = Agreement | Divides
+
 TARGETS = {
     t.arch: t
     for t in (
@@ -216,12 +227,16 @@ def check_fields(kernel: Kernel, schedule: Schedule) -> None:
         raise ScheduleError(what, f"16 to 255, and at most {REGISTERS} registers over all threads")
 
 
-def check_constraints(constraints: Sequence[Agreement], schedules: Mapping[str, Schedule]) -> None:
-    """Raise ScheduleError if the Schedules of a spec's kernels, by name, do not agree where they must."""
+def check_constraints(constraints: Sequence[Constraint], schedules: Mapping[str, Schedule]) -> None:
+    """Raise ScheduleError if the Schedules of a spec's kernels, by name, do not go together."""
     for c in constraints:
         values = {k: schedules[k][c.name] for k in c.kernels}
-        if len(set(values.values())) > 1:
-            raise ScheduleError(f"these kernels need one {c.name} in their Schedules: {values}")
+        match c:
+            case Agreement() if len(set(values.values())) > 1:
+                raise ScheduleError(f"these kernels need one {c.name} in their Schedules: {values}")
+            case Divides(measured=measured) if any(schedules[measured][c.name] % x for x in values.values()):
+                least = f"{c.name}={schedules[measured][c.name]} of {measured}"
+                raise ScheduleError(f"{least} is no multiple of that of the kernels that rely on it: {values}")
 
 
 def default_schedules(kernels: list[Kernel], geometry: Geometry) -> dict[str, dict[str, dict[str, dict[str, int]]]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
@@ -21,7 +21,7 @@ from splagen.codegen.recurrences import (
     token_array,
 )
 from splagen.codegen.route_kernels import Router
-from splagen.codegen.schedule import Agreement
+from splagen.codegen.schedule import Agreement, Constraint, Divides
 from splagen.codegen.slice_kernels import SliceLoop
 from splagen.codegen.step_kernels import step_kernel
 from splagen.errors import PartitionError
@@ -58,7 +58,7 @@ class Host:
 
     lines: tuple[str, ...]
     makes: tuple[str, ...] = ()
-    constraints: tuple[Agreement, ...] = ()
+    constraints: tuple[Constraint, ...] = ()
 
 
 Step: TypeAlias = Kernel | Host
@@ -85,7 +85,7 @@ class SequencePartition:
         return list({k.name: k for k in (*self.forward, *self.backward, *self.step) if isinstance(k, Kernel)}.values())
 
     @property
-    def constraints(self) -> tuple[Agreement, ...]:
+    def constraints(self) -> tuple[Constraint, ...]:
         """What Schedules must agree on."""
         return tuple(c for step in (*self.forward, *self.backward) if isinstance(step, Host) for c in step.constraints)
 
@@ -172,15 +172,16 @@ class _Launches:
         steps: list[Step] = [*self.plans(), Host(("final = state.clone()",), ("final",))]
         o: Array | None = None
         for r in self.found:
+            steps += self.spans(r, "output", "output_strong")
             steps += self.states_before_groups(r, "final")
             out, _ = r.outputs
             last = r is self.found[-1]
             target = token_array(r, out, name="o" if last else f"o{r.name}")
-            loop = Loop(r, "output", reverse=False)
             direct = r.direct(out, r.tiles[1])
             array, base = (target, o) if direct else (slot_array(r, out), None)
             begin, end = self.ends(r, "added", "state", "final")
-            steps.append(loop.kernel([(out, array, base)], start=begin, final=end))
+            loops = [Loop(r, "output", reverse=False, mild=mild) for mild in (True, False)]
+            steps += either(r, [x.kernel([(out, array, base)], start=begin, final=end) for x in loops])
             if not direct:
                 steps.append(sum_kernel(r, array, target, o))
             o = target
@@ -193,7 +194,7 @@ class _Launches:
         ]
         dv: Array | None = None
         for r in self.found:
-            steps += [self.agreement(r), *self.states_before_groups(r, "final")]
+            steps += [self.agreement(r), *self.spans(r, "gradient"), *self.states_before_groups(r, "final")]
             kept, cotangents = chunk_states(r), chunk_states(r, "dstates")
             start = group_states(r, "added") if r.factor else state_table("state")
             steps.append(Loop(r, "states", reverse=False).kernel([], start=start, keep=kept))
@@ -208,7 +209,8 @@ class _Launches:
             # dv apart from the rest: together their tiles do not fit into registers
             values = [row for row in rows if row[1].name.removesuffix("_parts").rstrip("12") == "dv"]
             for name, part in (("dvalues", values), ("gradient", [row for row in rows if row not in values])):
-                steps.append(SliceLoop(r, name, reverse=True).rows_kernel(part, kept, cotangents))
+                slices = [SliceLoop(r, name, reverse=True, mild=mild) for mild in (True, False)]
+                steps += either(r, [x.rows_kernel(part, kept, cotangents) for x in slices])
             steps += sums
         if self.router:
             steps += self.router_gradient()
@@ -218,9 +220,18 @@ class _Launches:
 
     def agreement(self, r: Recurrence) -> Host:
         """What the Schedules of a backward pass must agree on."""
-        users = tuple(f"{user}{r.name}" for user in ("states", "dstates", "dvalues", "gradient"))
-        quoted = ", ".join(f'"{user}"' for user in users)
-        return Host((f"one_chunk(schedules, {quoted})",), constraints=(Agreement("CHUNK", users),))
+        strong = ("dvalues_strong", "gradient_strong") if r.decay else ()
+        users = tuple(f"{user}{r.name}" for user in ("states", "dstates", "dvalues", "gradient", *strong))
+        return Host((f"one_chunk(schedules, {_quoted(users)})",), constraints=(Agreement("CHUNK", users),))
+
+    def spans(self, r: Recurrence, *users: str) -> list[Step]:
+        """How much decay changes, over chunks that are no shorter than those of the kernels that rely on it."""
+        if not r.decay:
+            return []
+        measured, *names = (f"{user}{r.name}" for user in ("spans", *users))
+        check = f"no_longer_chunk(schedules, {_quoted([measured, *names])})"
+        divides = Divides("CHUNK", tuple(names), measured)
+        return [Host((check,), constraints=(divides,)), Loop(r, "spans", reverse=False).spans_kernel()]
 
     def gradient_rows(self, r: Recurrence, dv: Array | None) -> tuple[list[Stored], list[Step], Array | None]:
         """Where the gradients of rows go, what sums them per token, and dv so far: the first recurrence's is added."""
@@ -288,3 +299,15 @@ class _Launches:
             empty = f"deta_parts = torch.empty(0, plan{r.name}.slots, n.HV, device=n.device)"
             steps.append(Host((empty,), ("deta_parts",)))
         return [*steps, self.router.gradient(r.plan, parts)]
+
+
+def either(r: Recurrence, kernels: Sequence[Kernel]) -> list[Kernel]:
+    """A kernel for mild decay, and one for the groups where it is strong, which writes to the outputs of the first."""
+    mild, strong = kernels
+    if r.spans not in mild.inputs:
+        return [mild]
+    return [mild, replace(strong, inputs=(*strong.inputs, *strong.outputs), outputs=())]
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)

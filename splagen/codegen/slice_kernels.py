@@ -16,7 +16,7 @@ from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.region import slice_back
 from splagen.errors import PartitionError
 from splagen.ir.passes import drop_unused, run, share
-from splagen.ir.products import reuse
+from splagen.ir.products import reuse, reuse_sums
 from splagen.ir.program import Equation, Var
 
 COLUMN = "e"
@@ -71,7 +71,7 @@ class SliceLoop(Loop):
         r = self.r
         part = slice_back(r.program, wanted, r.program.inputs)
         alone = replace(r.program, equations=tuple(part), outputs=tuple(wanted), gradients=(), cotangents=())
-        return list(run(alone, (reuse, share, drop_unused)).equations)
+        return list(run(alone, (reuse, reuse_sums, share, drop_unused)).equations)
 
     def _zeros(self, v: Var) -> str:
         extents = [self.code.extent(a) for a in tile_axes(v)]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import sympy as sp
 
@@ -238,3 +239,99 @@ def _without(items: Sequence[Var], taken: Sequence[Var]) -> list[Var] | None:
             return None
         rest.remove(v)
     return rest
+
+
+def reuse_sums(program: Program) -> Program:
+    """F x + f y + z  ->  f s + z  where s = x + y is known, x and y products; likewise a product that holds another.
+
+    The gradient of a decay, sum of q dq's terms and k dk's, becomes q dq - k dk.  Law: value unchanged.
+    """
+    now = {eq.out: eq for eq in program.equations}
+    asked = {*program.outputs, *(g for _, g in program.gradients)}
+    known = {eq.out: terms for eq in program.equations if (terms := _polynomial(eq.out, now)) is not None}
+    for eq in program.equations:
+        if eq.out not in known or not isinstance(eq.op, Map):
+            continue
+        found = None
+        readers = Counter(v for other in now.values() for v in set(other.args))
+        alone = {v for v in eq.args if v in now and readers[v] == 1 and v not in asked}
+        for s in known:
+            if len(known[s]) + sum(map(len, known[s])) > 2 and eq.out not in _needs(now, s):
+                new = _by_sum(eq, s, known, alone - {s})
+                if new is not None and (found is None or len(known[s]) > len(known[found[0]])):
+                    found = s, new
+        if found is not None:
+            now[eq.out] = found[1]
+    return program.with_equations(_sorted(program, now))
+
+
+Terms: TypeAlias = dict[tuple[Var, ...], sp.Expr]  # products of variables, sorted by name, to their coefficients
+MOST_TERMS = 16
+
+
+def _polynomial(v: Var, definitions: Mapping[Var, Equation]) -> Terms | None:
+    """A Map of sums and products over variables that are none; None for another equation."""
+    eq = definitions.get(v)
+    if eq is None or not isinstance(eq.op, Map) or v.kind != "real" or any(x.kind != "real" for x in eq.args):
+        return None
+    expr = sp.sympify(eq.op.expr)
+    holes = [placeholder(i) for i in range(len(eq.args))]
+    if expr.is_number or not expr.is_polynomial(*holes):
+        return None
+    inner = [_polynomial(x, definitions) or {(x,): sp.S.One} for x in eq.args]
+    total: Terms = {}
+    for powers, coefficient in sp.Poly(expr, *holes).terms():
+        factors = [terms for terms, n in zip(inner, powers, strict=True) for _ in range(n)]
+        for product in itertools.product(*(f.items() for f in factors)):
+            key = _product_key(v for names, _ in product for v in names)
+            total[key] = total.get(key, sp.S.Zero) + coefficient * sp.Mul(*(c for _, c in product))
+    return {k: c for k, c in total.items() if c != 0} if len(total) <= MOST_TERMS else None
+
+
+def _product_key(factors: Iterable[Var]) -> tuple[Var, ...]:
+    return tuple(sorted(factors, key=lambda v: v.name))
+
+
+def _by_sum(eq: Equation, s: Var, known: Mapping[Var, Terms], alone: Collection[Var]) -> Equation | None:
+    """An equation written with the known sum `s`; None where it does not hold a multiple of it, or gains nothing.
+
+    `alone` are arguments that nothing else reads: without them there is an equation less.
+    """
+    addends = _addends(eq)
+    values: list[Terms] = [known.get(v, {(v,): sp.S.One}) for v, _ in addends] if addends else [known[eq.out]]
+    signs = [c for _, c in addends] if addends else [sp.S.One]
+    (least, weight), *_ = sorted(known[s].items(), key=lambda term: (-len(term[0]), str(term[0])))
+    for terms, sign in zip(values, signs, strict=True):
+        for key, coefficient in terms.items():
+            rest = _without(key, least)
+            if rest is None or len(rest) > 1:
+                continue
+            factor = sign * coefficient / weight
+            wanted = {_product_key((*k, *rest)): factor * c for k, c in known[s].items()}
+            taken = [i for i, x in enumerate(values) if x.keys() <= wanted.keys()]
+            held: Terms = {}
+            for i in taken:
+                for k, c in values[i].items():
+                    held[k] = held.get(k, sp.S.Zero) + signs[i] * c
+            left = [a for i, a in enumerate(addends or []) if i not in taken]
+            args = [s, *rest, *(v for v, _ in left)]
+            fewer = len(args) - len(set(alone) - set(args)) < len(eq.args)
+            if held != wanted or not fewer or {a for v in args for a in v.axes} != set(eq.out.axes):
+                continue
+            expr = factor * sp.Mul(*(placeholder(args.index(v)) for v in (s, *rest)))
+            expr += sp.Add(*(c * placeholder(args.index(v)) for v, c in left))
+            return Equation(eq.out, Map(expr), tuple(args))
+    return None
+
+
+def _addends(eq: Equation) -> list[tuple[Var, sp.Expr]] | None:
+    """The terms of a linear Map with their coefficients; None for another."""
+    assert isinstance(eq.op, Map)
+    parts = sp.Add.make_args(eq.op.expr)
+    found = []
+    for part in parts:
+        coefficient, rest = part.as_coeff_Mul()
+        if len(parts) == 1 or rest not in [placeholder(i) for i in range(len(eq.args))]:
+            return None
+        found.append((eq.args[[placeholder(i) for i in range(len(eq.args))].index(rest)], coefficient))
+    return found

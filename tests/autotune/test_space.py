@@ -12,7 +12,7 @@ from splagen.autotune.footprint import shared_floor
 from splagen.autotune.space import Dimension, Space, common_values, spaces
 from splagen.codegen.geometry import Geometry
 from splagen.codegen.partition import Partition
-from splagen.codegen.schedule import check_constraints, check_schedule
+from splagen.codegen.schedule import Agreement, Divides, check_constraints, check_schedule
 from splagen.codegen.sequence_partition import Host, SequencePartition
 from splagen.codegen.sequence_schedule import check_schedule as check_sequence_schedule
 from splagen.errors import ScheduleError
@@ -131,12 +131,18 @@ def test_the_floor_is_below_what_compiled_kernels_took(kernel: str, schedule: di
 def test_constraints_are_what_the_generated_backward_checks(name: str) -> None:
     part = pipeline.kernels(SPECS[name])
     assert isinstance(part, SequencePartition)
-    lines = [line for s in part.backward if isinstance(s, Host) for line in s.lines]
-    checks = [line for line in lines if line.startswith("one_chunk(")]
-    assert checks == [
-        f"one_chunk(schedules, {', '.join(chr(34) + k + chr(34) for k in c.kernels)})" for c in part.constraints
-    ]
-    for agreement in part.constraints:  # whoever reads or writes states of chunks
+    lines = [line for s in (*part.forward, *part.backward) if isinstance(s, Host) for line in s.lines]
+    checks = {line for line in lines if line.startswith(("one_chunk(", "no_longer_chunk("))}
+    printed = set()
+    for c in part.constraints:
+        check, names = ("one_chunk", c.kernels)
+        if isinstance(c, Divides):
+            check, names = ("no_longer_chunk", (c.measured, *c.kernels))
+        printed.add(f"{check}(schedules, " + ", ".join(f'"{k}"' for k in names) + ")")
+    assert printed == checks
+    for agreement in (
+        c for c in part.constraints if isinstance(c, Agreement)
+    ):  # whoever reads or writes states of chunks
         stem = agreement.kernels[0].removeprefix("states")
         users = {k.name for k in part.kernels for a in (*k.inputs, *k.outputs) if a.layout == "chunk_states"}
         assert {u for u in users if u.endswith(stem)} == set(agreement.kernels)
@@ -146,7 +152,7 @@ def test_kernels_that_share_chunks_have_common_values_and_parts_of_their_spaces(
     spec = SPECS["sse_gla"]
     part = pipeline.kernels(spec)
     made = spaces(spec, part, H200, "bf16")
-    first, _ = part.constraints
+    first, _ = (c for c in part.constraints if isinstance(c, Agreement))
     assert common_values(made, first) == (32, 16, 64, 128)
     for value in common_values(made, first):
         for kernel in first.kernels:
@@ -157,7 +163,14 @@ def test_kernels_that_share_chunks_have_common_values_and_parts_of_their_spaces(
     chosen = {k: s.default for k, s in made.items()}
     with pytest.raises(ScheduleError, match="need one CHUNK"):
         check_constraints(part.constraints, {**chosen, "states1": {**chosen["states1"], "CHUNK": 64}})
-    with pytest.raises(ScheduleError, match="no Schedule with CHUNK=48"):
+    for c in part.constraints:
+        if isinstance(c, Divides):
+            longer = {k: {**chosen[k], "CHUNK": 128} for k in c.kernels}
+            with pytest.raises(ScheduleError, match=f"of {c.measured} is no multiple"):
+                check_constraints([c], {**chosen, **longer})
+            fitting = made[c.measured].within("CHUNK", lambda x: x % 128 == 0)
+            check_constraints([c], {**chosen, **longer, c.measured: fitting.default})
+    with pytest.raises(ScheduleError, match="no Schedule with such a CHUNK"):
         made["states1"].fixed("CHUNK", 48)
 
 

@@ -10,7 +10,7 @@ from splagen import sequence_verification, verification
 from splagen.autotune.device import DEVICES
 from splagen.autotune.space import common_values, spaces
 from splagen.codegen.partition import Partition
-from splagen.codegen.schedule import check_constraints
+from splagen.codegen.schedule import Agreement, Divides, check_constraints
 from splagen.codegen.sequence_partition import SequencePartition
 from splagen.kinds import kind_of, oracle
 from splagen.pipeline import generate, kernels
@@ -41,10 +41,15 @@ def drawn(spec: Spec, part: Partition | SequencePartition, seed: int) -> dict[st
     """A Schedule of its space for every kernel, with the values that they must agree on."""
     rng = random.Random(seed)
     made = spaces(spec, part, H200, "fp32")
-    for agreement in part.constraints:
-        value = rng.choice(common_values(made, agreement))
-        made |= {k: made[k].fixed(agreement.name, value) for k in agreement.kernels}
+    for c in part.constraints:
+        if isinstance(c, Agreement):
+            value = rng.choice(common_values(made, c))
+            made |= {k: made[k].fixed(c.name, value) for k in c.kernels}
     found = {name: rng.choice(list(space.all())) for name, space in made.items()}
+    for measured in {c.measured for c in part.constraints if isinstance(c, Divides)}:
+        users = {k for c in part.constraints if isinstance(c, Divides) and c.measured == measured for k in c.kernels}
+        longest = max(found[k]["CHUNK"] for k in users)
+        found[measured] = rng.choice(list(made[measured].within("CHUNK", lambda x, n=longest: x % n == 0).all()))
     check_constraints(part.constraints, found)
     return found
 
