@@ -27,7 +27,7 @@ from torch.nn.functional import logsigmoid
 from triton.runtime.autotuner import Autotuner
 
 from benchmarks.record import write
-from benchmarks.timing import FLUSH_BYTES, time_ms
+from benchmarks.timing import time_ms
 from benchmarks.whole_op import PEAK_BYTES, PEAK_FLOPS, dense_ms
 from splagen import pipeline
 from splagen.codegen.sequence_partition import parts_of
@@ -181,30 +181,13 @@ def floor_ms(backbone: str, choices: int, length: int) -> dict[str, float]:
     return {n: 1e3 * length * H * max(f / PEAK_FLOPS, b / PEAK_BYTES) for n, (f, b) in costs.items()}
 
 
-def device_samples(run: Callable[[], object], repeats: int) -> list[float]:
-    """Milliseconds of `run` on the GPU, which sleeps until the host has launched all of it: none of them waiting."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
-    run()
-    samples = []
-    for _ in range(repeats):
-        flush.zero_()
-        torch.cuda._sleep(20_000_000)  # about 10 ms
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        samples.append(start.elapsed_time(end))
-    return samples
-
-
 def pass_ms(run: Callable[[], object], repeats: int) -> dict[str, float]:
     """Median and spread as a caller sees them, and the median without waiting for the host."""
     seen = time_ms(run, repeats, 2)
     return {
         "ms": seen.median,
         "spread_ms": seen.spread,
-        "device_ms": statistics.median(device_samples(run, repeats)),
+        "device_ms": time_ms(run, repeats, 1, asleep=True).median,
     }
 
 
@@ -232,7 +215,7 @@ def kernel_ms(module: ModuleType, run: Callable[[], object], repeats: int = 5) -
     for n in names:
         setattr(module, n, timed(n))
     try:
-        device_samples(one, repeats)
+        time_ms(one, repeats, 1, asleep=True)
     finally:
         for n, launch in kept.items():
             setattr(module, n, launch)

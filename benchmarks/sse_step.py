@@ -6,7 +6,6 @@ python -m benchmarks.sse_step [--batches 1 16 64] [--out DIR]
 from __future__ import annotations
 
 import argparse
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import write
-from benchmarks.timing import FLUSH_BYTES
+from benchmarks.timing import time_ms
 from benchmarks.whole_op import PEAK_BYTES
 from splagen import pipeline
 from splagen.codegen.sequence_partition import parts_of
@@ -75,17 +74,7 @@ def replay_us(spec: SSESpec, module: Any, x: dict[str, Tensor], repeats: int = 5
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         op(*(x[n] for n in names), x["table"], x["slots"])
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    samples = []
-    for _ in range(repeats):
-        flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(1e3 * start.elapsed_time(end))
-    return statistics.median(samples)
+    return 1e3 * time_ms(graph.replay, repeats, 1).median
 
 
 def main() -> None:

@@ -19,14 +19,22 @@ class Timing:
     spread: float
 
 
-def time_ms(run: Callable[[], object], repeats: int = 20, warmup: int = 3) -> Timing:
-    """Time `run` on the current GPU; it is warmed up first."""
+SLEEP_CYCLES = 20_000_000  # about 10 ms
+
+
+def time_ms(run: Callable[[], object], repeats: int = 20, warmup: int = 3, *, asleep: bool = False) -> Timing:
+    """Time `run` on the current GPU; it is warmed up first.
+
+    `asleep`: the GPU sleeps until the host has launched all of it, so that nothing waits for the host.
+    """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     for _ in range(warmup):
         run()
     samples = []
     for _ in range(repeats):
         flush.zero_()
+        if asleep:
+            torch.cuda._sleep(SLEEP_CYCLES)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         run()

@@ -84,7 +84,8 @@ class SSESpec:
         scale: factor of o; None is head_dim ** -0.5.
         form: how partitions are computed, with equal results: "sorted" gathers each partition's tokens, and
             needs writers == readers; "masked" runs every partition over every token; "routed" shares one q·k
-            among all partitions, which "vector" and "delta" do not allow.
+            among all partitions, which "vector" and "delta" do not allow, and carries their states together:
+            few partitions.
         numerics: how the arithmetic rounds.
     """
 

@@ -24,6 +24,7 @@ SPECS = {
     "delta per-head": SSESpec(**SMALL, backbone="delta", router=Router(3, 2, scope="head"), shared=False),
     "constant no router": SSESpec(**SMALL, backbone="constant", router=None),
     "scalar masked": SSESpec(**SMALL, backbone="scalar", router=Router(3, 1, 2), form="masked"),
+    "scalar routed": SSESpec(**SMALL, backbone="scalar", router=Router(3, 2, 1), form="routed"),
 }
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 LENGTHS = (5, 0, 1, 12)
@@ -488,4 +489,4 @@ def test_an_argument_left_out_is_named(make: Callable[[SSESpec], Library]) -> No
 
 def test_the_states_of_a_spec_are_counted() -> None:
     """What the op's messages and its docstring say of the table of states."""
-    assert [parts_of(s) for s in SPECS.values()] == [3, 3, 1, 4]
+    assert [parts_of(s) for s in SPECS.values()] == [3, 3, 1, 4, 4]

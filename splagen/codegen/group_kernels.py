@@ -17,6 +17,8 @@ def scan_kernel(r: Recurrence, name: str, states: Array, start: Array, final: Ar
     factors = group_factors(r)
     d, e = r.sizes
     wide_d, wide_e = r.tiles
+    many = len(r.states)
+    item = "group.to(tl.int64)"
     holes = {
         "doc": f"{states.name}: what a group adds to a state -> the state before it; {final.name}: the last ones.\n\n"
         f"    state after = {factors.name} * state before + what the group adds\n    ",
@@ -24,7 +26,9 @@ def scan_kernel(r: Recurrence, name: str, states: Array, start: Array, final: Ar
         "factors": factors.name,
         "start": start.name,
         "final": final.name,
-        "router": (f"head // {r.group_size}" if r.group_size > 1 else "head") if r.by_head else "0",
+        "router": (f"head // {r.group_size}" if r.group_size > 1 else "head") if r.plan_by_head else "0",
+        "rows": "segment" if many == 1 else "segment % S",
+        "base": f"{item} * HV + head" if many == 1 else f"({item} * {many} + segment // S) * HV + head",
         "order": "last - 1 - number" if reverse else "first + number",
         "factor_width": factors.width[0],
         "factor_place": "row" if factors.features else "row * 0",
@@ -42,27 +46,27 @@ def scan_kernel(r: Recurrence, name: str, states: Array, start: Array, final: Ar
         (replace(r.plan, features=("firsts",)), states, factors, start, final),
         (),
         holes,
-        f"(plan{r.name}.segments, HV, cdiv({wide_d * wide_e}, BLOCK_M))",
+        f"(plan{r.name}.segments{f' * {many}' if many > 1 else ''}, HV, cdiv({wide_d * wide_e}, BLOCK_M))",
         scalars=PLAN,
         tunable=("BLOCK_M",),
     )
 
 
 def sum_kernel(r: Recurrence, parts: Array, output: Array, base: Array | None) -> Kernel:
-    """Rows of slots -> rows of tokens: the sum over a token's slots, its group's value heads, and slices of e."""
+    """Rows of slots -> rows of tokens: the sum over a token's slots and its group's value heads."""
     over_group = output.layout == "token_rows"
     head = "head" if over_group or r.group_size == 1 else f"head // {r.group_size}"
     slot = (
         "tl.load(places_ptr + (router * T + token) * CHOICES + choice, mask=row_ok, other=0)" if r.gathered else "token"
     )
     holes = {
-        "doc": f"{output.name}: the sum of {parts.name} over a token's slots, value heads of a group, and slices.",
+        "doc": f"{output.name}: the sum of {parts.name} over a token's slots and the value heads of a group.",
         "parts": parts.name,
         "width": parts.width[0] if parts.width else 1,
         "columns": padded_extent(parts.width[0]) if parts.width else 1,
         "choices": r.choices,
         "heads": r.group_size if over_group else 1,
-        "router": head if r.by_head else "0",
+        "router": head if r.plan_by_head else "0",
         "slot": slot,
         "base": f"total += tl.load({base.name}_ptr + {_row(base)}, mask=keep, other=0.0).to(tl.float32)"
         if base
@@ -77,7 +81,7 @@ def sum_kernel(r: Recurrence, parts: Array, output: Array, base: Array | None) -
         (output,),
         holes,
         f"(cdiv(T, BLOCK_M), {'H' if over_group else 'HV'})",
-        scalars=("SLOTS", "HV", "T", "SLICES"),
+        scalars=("HV", "T"),
         tunable=("BLOCK_M",),
     )
 

@@ -27,10 +27,10 @@ Layout: TypeAlias = Literal[
     "head_scalars",  # [HV]
     "state_table",  # [samples, parts, HV, D, E]
     "plan",  # where the rows of segments lie: `features` names the tensors that a kernel reads
-    "group_states",  # [groups, HV(, D(, E))]
-    "chunk_states",  # [chunks, HV, D, E]
-    "slot_rows",  # [slices of e, slots, HV(, width)]
-    "group_totals",  # [slices of e, groups, HV]: partial sums of a number per head
+    "group_states",  # [groups(, partitions), HV(, D(, E))]
+    "chunk_states",  # [chunks(, partitions), HV, D, E]
+    "slot_rows",  # [(partitions, )slots, HV(, width)]
+    "group_totals",  # [groups, HV]: partial sums of a number per head
     "routing",  # tensors of the router, contiguous
 ]
 
@@ -50,6 +50,7 @@ class Array:
     dtype: Literal["input", "float32", "int32"] = "input"
     padded: bool = False
     chunk: int = 0  # of states: positions that one state sums
+    partitions: int = 1  # of recurrences: how many partitions a group, a chunk or a token has all at once
     missing: str = "0.0"  # what a row beyond the sequence reads as: +inf for a log-sum-exp, so that its p is 0
 
     @property

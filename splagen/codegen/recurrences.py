@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import sympy as sp
 
 from splagen.codegen.chunk_code import ROWS, decay_of, tile_axes, too_large
 from splagen.codegen.kernel import Array
 from splagen.codegen.region import padded_extent
+from splagen.ir.partitions import copied
 from splagen.ir.program import Program, Var
 from splagen.ir.recurrence import carried
 
@@ -22,6 +24,7 @@ class Recurrence:
 
     `gathered` rows are slots of routed tokens, else tokens; a token has `choices` of them.  `by_head`: every key head
     has its own routing.  `part` is the first of its states in the table of states, `parts` how many states that has.
+    Slots have the state of their partition; where partitions are unrolled, tokens have all the `states` together.
     """
 
     name: str
@@ -38,15 +41,14 @@ class Recurrence:
         return int(str(self.program.extents["g"]))
 
     @property
-    def state(self) -> Var:
-        """The state before."""
-        return next(v for v in self.program.inputs if v.name.startswith("state"))
+    def states(self) -> tuple[Var, ...]:
+        """The states before, one for each partition that is carried."""
+        return tuple(v for v in self.program.inputs if v.name.startswith("state"))
 
     @property
-    def outputs(self) -> tuple[Var, Var]:
-        """Rows o, and the state after."""
-        o, final = self.program.outputs
-        return o, final
+    def outputs(self) -> tuple[Var, ...]:
+        """Rows o, and the states after."""
+        return self.program.outputs
 
     @property
     def gradients(self) -> dict[Var, Var]:
@@ -58,12 +60,24 @@ class Recurrence:
         """Output to the input that carries its cotangent."""
         return dict(self.program.cotangents)
 
-    @property
-    def factor(self) -> tuple[sp.Expr, tuple[Var, ...]] | None:
-        """By what a chunk multiplies the state; None where it is a matrix."""
-        return carried(self.program, self.outputs[1], self.state)
+    @cached_property
+    def factors(self) -> tuple[tuple[sp.Expr, tuple[Var, ...]], ...]:
+        """By what a chunk multiplies each state; none where it is a matrix."""
+        pairs = zip(self.outputs[1:], self.states, strict=True)
+        found = [carried(self.program, after, before) for after, before in pairs]
+        return tuple(f for f in found if f is not None) if None not in found else ()
 
     @property
+    def plan_by_head(self) -> bool:
+        """True where every key head has rows of its own."""
+        return self.by_head and self.gathered
+
+    def partition(self, v: Var) -> int:
+        """The partition of an input, or of the gradient of one, where partitions are unrolled."""
+        owner = next((x for x, g in self.gradients.items() if g == v), v)
+        return copied(owner.name, "p")[1]
+
+    @cached_property
     def decay(self) -> Var | None:
         """The decay whose differences stand inside a sum over features."""
         large = [eq.out for eq in self.program.equations if too_large(eq.out)]
@@ -90,11 +104,9 @@ class Recurrence:
         d, e = self.sizes
         return padded_extent(d), padded_extent(e)
 
-    def direct(self, v: Var, block_e: int) -> bool:
-        """True where every token's row of an output is written once: by one slot, one value head, one slice of e."""
-        summed_e = "e" not in v.axes and block_e < self.tiles[1]
-        summed_g = "g" not in v.axes and self.group_size > 1
-        return self.choices == 1 and not summed_e and not summed_g
+    def direct(self, v: Var) -> bool:
+        """True where every token's row of an output is written once: by one slot and one value head."""
+        return self.choices == 1 and ("g" in v.axes or self.group_size == 1)
 
 
 def token_array(r: Recurrence, v: Var, dtype: str = "input", name: str = "") -> Array:
@@ -108,12 +120,18 @@ def token_array(r: Recurrence, v: Var, dtype: str = "input", name: str = "") -> 
 
 
 def slot_array(r: Recurrence, v: Var) -> Array:
-    """Rows as slots have them: one per slot, value head and slice of e, to be summed per token."""
+    """Rows as slots have them: one per slot and value head, to be summed per token."""
     features = tuple(a for a in tile_axes(v) if a not in ROWS)
     width = tuple(int(str(r.program.extents[a])) for a in features)
     if not set(tile_axes(v)) & set(ROWS):
         return Array(f"{v.name}_parts", "group_totals", (), (), "float32")
     return Array(f"{v.name}_parts", "slot_rows", features, width, "input" if features else "float32")
+
+
+def routing_input(v: Var) -> str:
+    """What of the router an input is, eta, write or read, of any partition; "" if it is rows or a state."""
+    stem, _ = copied(v.name, "p")
+    return stem if stem in ("eta", "write", "read") else ""
 
 
 def state_table(name: str) -> Array:
@@ -122,20 +140,20 @@ def state_table(name: str) -> Array:
 
 
 def group_states(r: Recurrence, name: str) -> Array:
-    """A state per group and value head, padded, float32."""
-    return Array(f"{name}{r.name}", "group_states", ("d", "e"), r.tiles, "float32", True)
+    """The states of a group per value head, padded, float32."""
+    return Array(f"{name}{r.name}", "group_states", ("d", "e"), r.tiles, "float32", True, partitions=len(r.states))
 
 
 def group_factors(r: Recurrence) -> Array:
     """The factor of a group per value head: a number, or one per key feature."""
-    assert r.factor is not None
-    wide = any("d" in v.axes for v in r.factor[1])
-    return Array(f"factors{r.name}", "group_states", ("d",) if wide else (), (r.tiles[0] if wide else 1,), "float32")
+    wide = any("d" in v.axes for _, args in r.factors for v in args)
+    features, width = (("d",), r.tiles[:1]) if wide else ((), (1,))
+    return Array(f"factors{r.name}", "group_states", features, width, "float32", partitions=len(r.states))
 
 
 def chunk_states(r: Recurrence, name: str = "states") -> Array:
-    """The state before each chunk (or the cotangent of the state after it), in the input dtype."""
-    return Array(f"{name}{r.name}", "chunk_states", ("d", "e"), r.tiles, "input", True)
+    """The states before each chunk (or the cotangents of those after it), in the input dtype."""
+    return Array(f"{name}{r.name}", "chunk_states", ("d", "e"), r.tiles, "input", True, partitions=len(r.states))
 
 
 PLAN_TENSORS = ("offsets", "firsts", "owners", "tokens", "places", "gates", "writes", "reads")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from splagen.codegen.chunk_code import ChunkCode, tile_axes
 from splagen.codegen.kernel import Array, Kernel
@@ -10,6 +11,12 @@ from splagen.codegen.region import padded_extent, slice_back
 from splagen.ir.program import Equation, Program, Reduce
 
 SCALARS = {"B": "1", "L": "T", "H": "HEADS"}
+SLOT_OF_PLAN = (
+    "at = (router * T + token).to(tl.int64) * CHOICES + choice",
+    "slot = tl.load(places_ptr + at, mask=row_ok, other=0)",
+    "partition = tl.load(chosen_ptr + at, mask=row_ok, other=0)",
+)
+SLOT_OF_PARTITION = ("slot = choice * T + token", "partition = row * 0 + choice")
 
 
 def routing(name: str, *features: str) -> Array:
@@ -21,7 +28,7 @@ class Router:
     """Builds the kernels from the router's program with its derived gradient."""
 
     def __init__(self, program: Program, choices: int, by_head: bool, group_size: int) -> None:
-        """`choices` is the number of slots of a token: the partitions chosen, or all of them in masked form."""
+        """`choices` is the number of slots of a token: the partitions chosen, or all of them."""
         self.program, self.choices, self.by_head, self.group_size = program, choices, by_head, group_size
         self.partitions = int(str(program.extents["p"]))
         self.eta, self.balance = program.outputs
@@ -132,8 +139,12 @@ class Router:
             tunable=(),
         )
 
-    def gradient(self, plan: Array, parts: Array) -> Kernel:
-        """Gradients of gates per slot and head, and of the balance loss -> gradient of the logits."""
+    def gradient(self, plan: Array | None, parts: Array | None) -> Kernel:
+        """Gradients of gates per slot and head, and of the balance loss -> gradient of the logits.
+
+        Without a plan the slots of a token are those of all partitions: slot p T + t.  `parts` are the gradients of
+        gates, None where nothing reads the gates.
+        """
         program, code = self.program, self._code()
         (_, deta), (_, dbalance) = program.cotangents
         code.bind(self.logits, "logits")
@@ -155,9 +166,10 @@ class Router:
             "load": self._load(),
             "totals": "\n".join(lines),
             "body": "\n".join(code.lines),
-            "parts": parts.name,
+            "parts": parts.name if parts else "",
             "choices": self.choices,
             "padded": wide,
+            "slot": "\n".join(SLOT_OF_PLAN if plan else SLOT_OF_PARTITION),
             "first_head": f"router * {self.group_size}" if self.by_head else "0",
             "last_head": f"(router + 1) * {self.group_size}" if self.by_head else "HV",
             "store": f"tl.store(dlogits_ptr + (token.to(tl.int64) * dlogits_t{head})[:, None] + p[None, :], {source}, "
@@ -168,16 +180,16 @@ class Router:
             "route_gradient",
             tuple(equations),
             (
-                Array(plan.name, "plan", ("places",)),
+                *([replace(plan, features=("places",))] if plan else []),
                 self.array,
-                routing("chosen"),
-                parts,
+                *([routing("chosen")] if plan else []),
+                *([parts] if parts else []),
                 routing("totals"),
                 routing("dbalance"),
             ),
             (Array("dlogits", "token_rows", ("p",), (self.partitions,), "float32"),),
             holes,
             f"(cdiv(T, CHUNK), {self.router})",
-            scalars=("T", "SLOTS", "HV", "SLICES", "HEADS"),
+            scalars=("T", "HV", "HEADS"),
             tunable=("CHUNK",),
         )

@@ -25,7 +25,6 @@ SCALARS = {
     "SEGMENTS": "{plan}.segments",
     "SLOTS": "{plan}.slots",
     "LENGTH": "{plan}.length",
-    "SLICES": "{parts}.shape[0]",
     "ROWS": "sums.shape[0]",
     "HEADS": "n.routers",
     "TABLE": "table.shape[0]",
@@ -81,7 +80,6 @@ def launcher_text(kernel: Kernel) -> str:
     """Host code of one kernel: allocate, launch, return the outputs."""
     inputs = list(dict.fromkeys(a.name for a in kernel.inputs))
     plan = next((a.name for a in kernel.inputs if a.layout == "plan"), "")
-    parts = next((a.name for a in kernel.inputs if a.layout == "slot_rows"), "")
     lines = [f"def launch_{kernel.name}(n, schedule, {', '.join(inputs)}):"]
     allocations = [f"    {a.name} = {_allocation(a, kernel, plan)}" for a in kernel.outputs]
     grid = re.sub(r"\b(T|HV|H|S)\b", r"n.\1", kernel.grid)
@@ -92,7 +90,7 @@ def launcher_text(kernel: Kernel) -> str:
     lines.append(f"    {kernel.name}_kernel[grid](")
     lines += [f"        {text}," for a in unique(kernel.inputs, kernel.outputs) for text in _actuals(a)]
     for s in kernel.scalars:
-        lines.append(f"        {SCALARS.get(s, 'n.' + s).format(plan=plan, parts=parts)},")
+        lines.append(f"        {SCALARS.get(s, 'n.' + s).format(plan=plan)},")
     lines += ["        **schedule,", "    )"]
     if kernel.outputs:
         lines.append(f"    return {', '.join(a.name for a in kernel.outputs)}")
@@ -101,6 +99,7 @@ def launcher_text(kernel: Kernel) -> str:
 
 def _allocation(a: Array, kernel: Kernel, plan: str) -> str:
     width = list(map(str, a.width))
+    several = [str(a.partitions)] if a.partitions > 1 else []
     dtype = "n.dtype" if a.dtype == "input" else f"torch.{a.dtype}"
     match a.layout:
         case "token_rows":
@@ -110,14 +109,13 @@ def _allocation(a: Array, kernel: Kernel, plan: str) -> str:
         case "value_rows":
             shape = ["n.T", "n.HV", *width]
         case "group_states":
-            shape = [f"{plan}.groups", "n.HV", *width]
+            shape = [f"{plan}.groups", *several, "n.HV", *width]
         case "chunk_states":
-            shape = [f"cdiv({plan}.slots, CHUNK) + {plan}.segments + 1", "n.HV", *width]
+            shape = [f"cdiv({plan}.slots, CHUNK) + {plan}.segments + 1", *several, "n.HV", *width]
         case "slot_rows":
-            slices = "1" if "e" in a.features else "grid[2]"
-            shape = [slices, f"{plan}.slots", "n.HV", *width]
+            shape = [*several, f"{plan}.slots", "n.HV", *width]
         case "group_totals":
-            return f"torch.zeros(grid[2], {plan}.groups, n.HV, dtype=torch.float32, device=n.device)"
+            return f"torch.zeros({plan}.groups, n.HV, dtype=torch.float32, device=n.device)"
         case "routing":
             return _routing(a, kernel)
         case _:

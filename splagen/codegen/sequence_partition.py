@@ -16,10 +16,12 @@ from splagen.codegen.recurrences import (
     chunk_states,
     group_factors,
     group_states,
+    routing_input,
     slot_array,
     state_table,
     token_array,
 )
+from splagen.codegen.region import padded_extent
 from splagen.codegen.route_kernels import Router
 from splagen.codegen.schedule import Agreement, Constraint, Divides
 from splagen.codegen.slice_kernels import SliceLoop
@@ -27,6 +29,7 @@ from splagen.codegen.step_kernels import step_kernel
 from splagen.errors import PartitionError
 from splagen.ir.frontend_sse import SUFFIX, State, held_masks, recurrence_program, router_program, states
 from splagen.ir.gradient import derive_gradient
+from splagen.ir.partitions import masks_as_factors, unroll
 from splagen.ir.passes import Pass, copy_prop, drop_unused, run, settle_names, share
 from splagen.ir.products import fold_products, pull_factors
 from splagen.ir.program import Program, Var
@@ -46,18 +49,15 @@ SEQUENCE_LOWERING: tuple[Pass, ...] = (
     drop_unused,
     settle_names,
 )
-STATE_TILE = 128 * 128  # elements of a state that one program carries
+STATE_TILE = 128 * 128  # elements of states that one program carries
+LEAST_COLUMNS = 16  # of a state, for products of tiles
 
 
 @dataclass(frozen=True)
 class Host:
-    """Lines of the host between launches; `makes` are the names that they define.
-
-    `constraints` are what the lines check of the Schedules.
-    """
+    """Lines of the host between launches; `constraints` are what they check of the Schedules."""
 
     lines: tuple[str, ...]
-    makes: tuple[str, ...] = ()
     constraints: tuple[Constraint, ...] = ()
 
 
@@ -103,14 +103,16 @@ class SequencePartition:
 def lowerings(spec: SSESpec) -> dict[str, tuple[Program, tuple[Pass, ...]]]:
     """The router's program and that of each kind of state, with the passes that make it ready for kernels.
 
-    Where rows are routed, the first pass takes the axis of partitions away.
+    Where rows are routed, the first passes take the axis of partitions away: one is left, or all are unrolled.
     """
     found: dict[str, tuple[Program, tuple[Pass, ...]]] = {}
     if spec.router:
         found["router"] = router_program(spec), (derive_gradient, share, copy_prop, share)
     for kind in states(spec):
         passes: tuple[Pass, ...] = (*FACTORING, derive_gradient, *SEQUENCE_LOWERING)
-        if kind == "sparse":
+        if kind == "sparse" and spec.form == "routed":
+            passes = (masks_as_factors, partial(unroll, axis="p"), *passes)
+        elif kind == "sparse":
             passes = (partial(restrict, axis="p", masks=held_masks(spec)), *passes)
         found[kind] = recurrence_program(spec, kind), passes
     return found
@@ -119,10 +121,18 @@ def lowerings(spec: SSESpec) -> dict[str, tuple[Program, tuple[Pass, ...]]]:
 def recurrence(spec: SSESpec, kind: State, program: Program) -> Recurrence:
     """One recurrence to compile, from its lowered program."""
     router = spec.router if kind == "sparse" else None
-    choices = 1 if not router else router.writers if spec.form == "sorted" else router.partitions
+    gathered = router is not None and spec.form != "routed"
+    choices = slots_of_token(spec) if gathered else 1
     part = 1 if kind == "sparse" and spec.shared else 0
     by_head = router is not None and router.scope == "head"
-    return Recurrence(SUFFIX[kind], program, router is not None, choices, by_head, part, parts_of(spec))
+    return Recurrence(SUFFIX[kind], program, gathered, choices, by_head, part, parts_of(spec))
+
+
+def slots_of_token(spec: SSESpec) -> int:
+    """Partitions for which a token has gates of its own: those that it was routed to, or all of them."""
+    if not spec.router:
+        return 1
+    return spec.router.writers if spec.form == "sorted" else spec.router.partitions
 
 
 def parts_of(spec: SSESpec) -> int:
@@ -131,21 +141,18 @@ def parts_of(spec: SSESpec) -> int:
 
 
 def sequence_partition(spec: SSESpec) -> SequencePartition:
-    """Kernels and launches of a spec.  Raises PartitionError for a form that has no kernels."""
-    if spec.form == "routed":
-        hint = 'take form "sorted", whose results are the same; "masked" where readers and writers differ'
-        raise PartitionError(f'{spec.name}: form "routed" has no kernels yet', hint)
+    """Kernels and launches of a spec.  Raises PartitionError where states that stay together are too many."""
+    check_states(spec)
     ready = {name: run(program, passes) for name, (program, passes) in lowerings(spec).items()}
     found = [recurrence(spec, kind, ready[kind]) for kind in states(spec)]
     router = None
     if spec.router:
-        choices = spec.router.writers if spec.form == "sorted" else spec.router.partitions
-        router = Router(ready["router"], choices, spec.router.scope == "head", spec.group_size)
+        router = Router(ready["router"], slots_of_token(spec), spec.router.scope == "head", spec.group_size)
     builder = _Launches(spec, found, router)
     rows: dict[str, Array] = {}
     for r in found:
         for v in r.program.inputs:
-            if v not in (r.state, *r.cotangents.values()) and v.name not in ("eta", "write", "read", "v"):
+            if v not in (*r.states, *r.cotangents.values()) and not routing_input(v) and v.name != "v":
                 rows[v.name] = token_array(r, v)
     if router:
         rows["logits"] = router.array
@@ -164,20 +171,31 @@ def sequence_partition(spec: SSESpec) -> SequencePartition:
     )
 
 
+def check_states(spec: SSESpec) -> None:
+    """Raise PartitionError where one program cannot carry the states of all partitions in form "routed"."""
+    if spec.form != "routed" or not spec.router:
+        return
+    d, most = spec.head_dim, STATE_TILE // (padded_extent(spec.head_dim) * LEAST_COLUMNS)
+    if spec.router.partitions > most:
+        other = "sorted" if spec.router.readers == spec.router.writers else "masked"
+        what = f'{spec.name}: form "routed" carries all states together: {spec.router.partitions} of {d} key features'
+        raise PartitionError(what, f'take form "{other}", whose results are the same, or at most {most} partitions')
+
+
 class _Launches:
     def __init__(self, spec: SSESpec, found: list[Recurrence], router: Router | None) -> None:
         self.spec, self.found, self.router = spec, found, router
 
     def forward(self) -> list[Step]:
-        steps: list[Step] = [*self.plans(), Host(("final = state.clone()",), ("final",))]
+        steps: list[Step] = [*self.plans(), Host(("final = state.clone()",))]
         o: Array | None = None
         for r in self.found:
             steps += self.spans(r, "output", "output_strong")
             steps += self.states_before_groups(r, "final")
-            out, _ = r.outputs
+            out = r.outputs[0]
             last = r is self.found[-1]
             target = token_array(r, out, name="o" if last else f"o{r.name}")
-            direct = r.direct(out, r.tiles[1])
+            direct = r.direct(out)
             array, base = (target, o) if direct else (slot_array(r, out), None)
             begin, end = self.ends(r, "added", "state", "final")
             loops = [Loop(r, "output", reverse=False, mild=mild) for mild in (True, False)]
@@ -190,15 +208,15 @@ class _Launches:
     def backward(self) -> list[Step]:
         steps: list[Step] = [
             *self.plans(),
-            Host(("final = state.clone()", "dstate = dfinal.clone()"), ("final", "dstate")),
+            Host(("final = state.clone()", "dstate = dfinal.clone()")),
         ]
         dv: Array | None = None
         for r in self.found:
             steps += [self.agreement(r), *self.spans(r, "gradient"), *self.states_before_groups(r, "final")]
             kept, cotangents = chunk_states(r), chunk_states(r, "dstates")
-            start = group_states(r, "added") if r.factor else state_table("state")
+            start = group_states(r, "added") if r.factors else state_table("state")
             steps.append(Loop(r, "states", reverse=False).kernel([], start=start, keep=kept))
-            if r.factor:
+            if r.factors:
                 added = group_states(r, "dadded")
                 steps.append(Loop(r, "dadd", reverse=True).kernel([], into=(added, None), read=kept))
                 steps.append(scan_kernel(r, "dscan", added, state_table("dfinal"), state_table("dstate"), reverse=True))
@@ -239,42 +257,48 @@ class _Launches:
         sums: list[Step] = []
         last = r is self.found[-1]
         for x, g in r.gradients.items():
-            if x == r.state:
+            if x in r.states:
                 continue
+            eta = routing_input(x) == "eta"
             like = "input" if x.name[0] in "qkv" else "float32"
             target = token_array(r, x, like, name=f"d{x.name}" if x.name != "v" or last else f"dv{r.name}")
             base = dv if x.name == "v" else None
-            if x.name != "eta" and target.layout != "head_scalars" and r.direct(x, r.tiles[1]):
+            if not eta and target.layout != "head_scalars" and r.direct(x):
                 rows.append((g, target, base))
             else:
-                parts = replace(slot_array(r, x), name=f"d{x.name}{r.name if x.name == 'v' else ''}_parts")
+                stem = "eta" if eta else f"v{r.name}" if x.name == "v" else x.name
+                parts = replace(slot_array(r, x), name=f"d{stem}_parts", partitions=len(r.states) if eta else 1)
                 rows.append((g, parts, None))
                 if target.layout == "head_scalars":
-                    sums.append(Host((f"{target.name} = {parts.name}.sum((0, 1))",), (target.name,)))
-                elif x.name != "eta":
+                    sums.append(Host((f"{target.name} = {parts.name}.sum(0)",)))
+                elif not eta:
                     sums.append(sum_kernel(r, parts, target, base))
             dv = target if x.name == "v" else dv
         return rows, sums, dv
 
     def plans(self) -> list[Step]:
-        """Where rows lie: tokens for the shared state, slots for the partitions."""
+        """Where rows lie: tokens for the shared state and for partitions together, slots for partitions apart."""
         steps: list[Step] = []
+        of_tokens: dict[str, str] = {}
         for r in self.found:
-            whole = "True" if r.factor is None else "False"
+            whole = "False" if r.factors else "True"
+            if r.name == SUFFIX["sparse"]:
+                assert self.router is not None
+                route = self.router.forward()
+                steps += [route, self.router.totals_kernel()]
             if not r.gathered:
-                steps.append(Host((f"plan{r.name} = token_plan(n, cu_seqlens, {whole})",), (f"plan{r.name}",)))
+                plan = of_tokens.setdefault(whole, f"token_plan(n, cu_seqlens, {whole})")
+                steps.append(Host((f"plan{r.name} = {plan}",)))
+                of_tokens[whole] = f"plan{r.name}"
                 continue
-            assert self.router is not None
-            route = self.router.forward()
-            steps += [route, self.router.totals_kernel()]
             masks = ["writes", "reads" if any(a.name == "reads" for a in route.outputs) else "writes"]
             form = "routed_plan" if self.spec.form == "sorted" else "masked_plan"
             arguments = ", ".join(["n", "cu_seqlens", "eta", *masks, "chosen", whole])
-            steps.append(Host((f"plan{r.name} = {form}({arguments})",), (f"plan{r.name}",)))
+            steps.append(Host((f"plan{r.name} = {form}({arguments})",)))
         return steps
 
     def states_before_groups(self, r: Recurrence, final: str) -> list[Step]:
-        if not r.factor:
+        if not r.factors:
             return []
         added = group_states(r, "added")
         loop = Loop(r, "add", reverse=False)
@@ -285,20 +309,16 @@ class _Launches:
 
     def ends(self, r: Recurrence, groups: str, start: str, final: str) -> tuple[Array, Array | None]:
         """Where a loop starts from, and where it leaves the last state of a segment if no scan does."""
-        if r.factor:
+        if r.factors:
             return group_states(r, groups), None
         return state_table(start), state_table(final)
 
     def router_gradient(self) -> list[Step]:
         assert self.router is not None
         r = self.found[-1]
-        eta = next((x for x in r.gradients if x.name == "eta"), None)
-        parts = Array("deta_parts", "slot_rows", (), (), "float32")
-        steps: list[Step] = []
-        if eta is None:
-            empty = f"deta_parts = torch.empty(0, plan{r.name}.slots, n.HV, device=n.device)"
-            steps.append(Host((empty,), ("deta_parts",)))
-        return [*steps, self.router.gradient(r.plan, parts)]
+        gated = any(routing_input(x) for x in r.gradients)
+        parts = Array("deta_parts", "slot_rows", (), (), "float32") if gated else None
+        return [self.router.gradient(r.plan if r.gathered else None, parts)]
 
 
 def either(r: Recurrence, kernels: Sequence[Kernel]) -> list[Kernel]:

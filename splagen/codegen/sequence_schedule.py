@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from splagen.codegen.kernel import Kernel
 from splagen.codegen.region import padded_extent
 from splagen.codegen.schedule import DTYPES, TARGETS, Schedule, check_fields
-from splagen.codegen.sequence_partition import STATE_TILE
+from splagen.codegen.sequence_partition import LEAST_COLUMNS, STATE_TILE
 from splagen.errors import ScheduleError
+from splagen.ir.frontend_sse import SUFFIX
 from splagen.sse_spec import SSESpec
 
 LONGEST_CHUNK = 128  # rows whose decays are factored, and a divisor of the length of every group
@@ -87,15 +88,26 @@ def _loop_schedule(kernel: Kernel, spec: SSESpec, d: int, e: int, *, wide: bool)
     stem = kernel.name.rstrip("12").removesuffix("_strong")
     rules = {"vector": VECTOR, "delta": DELTA}.get(spec.backbone, SCALAR)
     chunk, block_e, warps, stages, registers = rules.get(kernel.name) or rules[stem]
+    states = carried_states(kernel, spec)
     block_e = min(block_e, e)
-    while d * block_e > STATE_TILE and block_e > 16:
+    while states * d * block_e > STATE_TILE and block_e > LEAST_COLUMNS:
         block_e //= 2
-    warps = min(warps, 4) if d * block_e <= STATE_TILE // 4 and stem != "gradient" else warps
+    warps = min(warps, 4) if states * d * block_e <= STATE_TILE // 4 and stem != "gradient" else warps
+    if states > 1:  # the gates of all partitions are alive at once
+        warps, chunk, stages = 8, min(chunk, 32), 1 if stem == "output" else stages
+    if states > 2 and stem in ("states", "dstates", "dvalues", "gradient"):  # and a gradient's sums over columns
+        chunk = 16
     if d > 128:
         chunk = min(chunk, 32)
     if wide:  # products without tensor cores
         chunk, stages = 16, 1
     return {"CHUNK": chunk, "BLOCK_E": block_e, "num_warps": warps, "num_stages": stages, "maxnreg": registers}
+
+
+def carried_states(kernel: Kernel, spec: SSESpec) -> int:
+    """How many states the programs of a loop have to do with: those of all partitions in form "routed"."""
+    together = spec.form == "routed" and kernel.name.endswith(SUFFIX["sparse"])
+    return spec.router.partitions if spec.router and together else 1
 
 
 def default_schedules(kernels: Sequence[Kernel], spec: SSESpec) -> dict[str, dict[str, dict[str, dict[str, int]]]]:

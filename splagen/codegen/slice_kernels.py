@@ -44,10 +44,11 @@ class SliceLoop(Loop):
         targets = {v: (array, base) for v, array, base in rows}
 
         read = [v for eq in equations for v in eq.args if v in self.r.program.inputs]
+        around = {v: n for every in (self.before, self.r.states) for n, v in enumerate(every)}
         loads = {}
         for v in dict.fromkeys(read):
-            state = {self.before: cotangents, self.r.state: states}.get(v)
-            loads[v] = self._load_state(v, state) if state else self._load(v, None)
+            held = cotangents if v in self.before else states
+            loads[v] = self._load_state(v, held, around[v]) if v in around else self._load(v, None)
         early = {v for eq in ahead for v in eq.args} | needed
         code.sums = sums
         sections = []

@@ -33,6 +33,7 @@ ATTENTION = {
 RECURRENCES = {
     "vector": SSESpec(head_dim=16, value_dim=40, router=Router(2), group_size=1),
     "scalar": SSESpec(head_dim=16, value_dim=20, backbone="scalar", router=Router(3, 2), group_size=2),
+    "routed": SSESpec(head_dim=16, backbone="scalar", router=Router(2), form="routed"),
     "delta": SSESpec(head_dim=16, value_dim=40, backbone="delta", router=Router(2), shared=False),
 }
 

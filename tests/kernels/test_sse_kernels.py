@@ -70,10 +70,15 @@ SMALL = (
     # the masked form, where readers may differ from writers
     small("vector masked", backbone="vector", router=Router(3, 1, 2), form="masked", group_size=1, shared=False),
     small("scalar masked", backbone="scalar", router=Router(2, 1, 2), form="masked", group_size=1),
+    # the routed form, where all states are carried together
+    small("scalar routed", FP32, FP16, backbone="scalar", router=Router(2), form="routed"),
+    small("none routed readers 2", backbone="none", router=Router(3, 1, 2), form="routed", group_size=1, shared=False),
     # feature maps
     small("unit rows, row sparse", backbone="scalar", router=None, q_map=UNIT_RELU, k_map=lib.topk_softmax(4),
           head_dim=20, group_size=1),
     # slices of v, and chunks
+    small("scalar k 2 slices", backbone="scalar", value_dim=40, group_size=1, router=Router(2, 2), shared=False,
+          schedule={"CHUNK": 32, "BLOCK_E": 16}),
     small("vector slices", backbone="vector", value_dim=40, group_size=1, router=Router(2), shared=False,
           schedule={"CHUNK": 32, "BLOCK_E": 16}),
     small("delta chunk 64", backbone="delta", router=None, schedule={"CHUNK": 64}),
@@ -104,8 +109,17 @@ SWEEP = (
     small("scalar groups", backbone="scalar", **LONG),
     small("constant groups", backbone="constant", **LONG),
     small("none groups", backbone="none", **LONG),
-    small("routed groups", backbone="vector", router=Router(2), **{k: x for k, x in LONG.items() if k != "router"}),
-)
+    small("constant routed per-head", backbone="constant", router=Router(2, scope="head"), form="routed", heads=2),
+    small("scalar routed N 4 k 2", backbone="scalar", router=Router(4, 2), form="routed", head_dim=20, group_size=1),
+    small("scalar routed no gate", backbone="scalar", router=Router(3, 2, 1, gate="none"), form="routed"),
+    small("scalar routed strong decay", FP32, FP16, backbone="scalar", router=Router(2), form="routed", decay=5.0),
+    small("none routed N 1", backbone="none", router=Router(1), form="routed", group_size=1),
+    small("scalar routed no router", backbone="scalar", router=None, form="routed"),
+    small("scalar routed slices", backbone="scalar", value_dim=60, router=Router(2), form="routed",
+          schedule={"CHUNK": 32, "BLOCK_E": 16}),
+    small("constant routed groups", backbone="constant", form="routed", **LONG | {"router": Router(2)}),
+    small("sorted groups", backbone="vector", **LONG | {"router": Router(2)}),
+)  # fmt: skip
 
 
 REAL = (0, 1, 15, 63, 64, 65, 1000, 4095)
@@ -127,6 +141,7 @@ GPU = (
     real("scalar 128 k 2", backbone="scalar", head_dim=128, router=Router(4, 2), group_size=2),
     real("scalar 64 N 1", FP32, FP16, backbone="scalar", router=Router(1)),
     real("scalar value 256", backbone="scalar", head_dim=128, value_dim=256, router=Router(16), shared=False),
+    real("scalar routed", BF16, FP32, backbone="scalar", head_dim=128, router=Router(4, 2, 1), form="routed"),
     real("constant masked", backbone="constant", router=Router(4, 1, 2), form="masked"),
     real("none", backbone="none", head_dim=64, value_dim=128, router=Router(2), group_size=2),
     real("delta 128 k 2", backbone="delta", head_dim=128, router=Router(4, 2)),
@@ -152,17 +167,9 @@ def pairs(cases: Sequence[Case]) -> list[object]:
 
 
 def schedules_of(module: ModuleType, case: Case, v: Tensor) -> dict[str, dict[str, int]]:
-    """The default Schedules with the case's changes in every loop over chunks.
-
-    The loops of a backward pass agree on chunks.  A gradient that sums over all of v is compiled for the slices that it
-    has: see test_slices_of_a_gradient.
-    """
-    found = {}
-    for name, schedule in module.schedules_for(v).items():
-        loop = {"CHUNK", "BLOCK_E"} <= schedule.keys()
-        kept = {"BLOCK_E": schedule["BLOCK_E"]} if loop and name.startswith("gradient") else {}
-        found[name] = {**schedule, **dict(case.schedule), **kept} if loop else schedule
-    return found
+    """The default Schedules with the case's changes in every loop over chunks."""
+    schedules = module.schedules_for(v).items()
+    return {n: {**s, **dict(case.schedule)} if {"CHUNK", "BLOCK_E"} <= s.keys() else s for n, s in schedules}
 
 
 def inputs_of(case: Case, dtype: torch.dtype, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
@@ -237,18 +244,27 @@ def test_the_gpu_agrees_with_the_oracle_and_with_itself(
         assert torch_equal(*(run(recorded, inputs_of(case, dtype, device)) for _ in range(2)))
 
 
-@pytest.mark.parametrize("backbone", ["scalar", pytest.param("vector", marks=pytest.mark.slow), "delta"])
-def test_slices_of_a_gradient(
-    backbone: str, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("backbone", "form", "columns"),
+    [
+        ("scalar", "sorted", 32),
+        ("scalar", "routed", 16),
+        pytest.param("vector", "sorted", 32, marks=pytest.mark.slow),
+        ("delta", "sorted", 32),
+    ],
+)
+def test_slices_of_columns(
+    backbone: str, form: Any, columns: int, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A state too large for one program: gradients of queries, keys, decays and gates are sums over slices of v."""
+    """A state too large for one program takes several; a gradient takes its columns one after another."""
     for module in (sequence_partition, sequence_schedule):
         monkeypatch.setattr(module, "STATE_TILE", 16 * 32)
-    case = small("slices", backbone=backbone, value_dim=60, router=Router(2), group_size=1, shared=backbone == "delta")
+    axes = {"form": form, "value_dim": 60, "router": Router(2), "group_size": 1, "shared": backbone == "delta"}
+    case = small("slices", backbone=backbone, **axes)
     module = generate(case.spec, tmp_path).module
     fill_empty_with_nan(module, monkeypatch)
     inputs = inputs_of(case, FP32, device)
-    assert module.schedules_for(inputs["v"])["gradient2"]["BLOCK_E"] == 32
+    assert module.schedules_for(inputs["v"])["gradient2"]["BLOCK_E"] == columns
     check(module, case, inputs, {})
 
 
@@ -322,11 +338,16 @@ def test_no_token_at_all(
         assert torch.equal(x.double(), want[n]), n
 
 
-def test_a_form_without_kernels_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PartitionError, match='form "routed" has no kernels yet') as caught:
-        generate(SSESpec(head_dim=16, backbone="scalar", form="routed"), tmp_path)
-    assert caught.value.hint
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(("head_dim", "most"), [(72, 8), (136, 4)])
+def test_states_that_one_program_cannot_carry_are_refused(head_dim: int, most: int, tmp_path: Path) -> None:
+    spec = SSESpec(head_dim=head_dim, backbone="scalar", router=Router(most), form="routed")
+    generate(spec, tmp_path / "most")
+    what = f'form "routed" carries all states together: {most + 1} of {head_dim} key features'
+    for readers, other in ((1, "sorted"), (2, "masked")):
+        with pytest.raises(PartitionError, match=what) as caught:
+            generate(replace(spec, router=Router(most + 1, 1, readers)), tmp_path / other)
+        assert caught.value.hint == f'take form "{other}", whose results are the same, or at most {most} partitions'
+        assert not (tmp_path / other).exists()
 
 
 def test_every_axis_has_a_case() -> None:
@@ -341,10 +362,12 @@ def test_every_axis_has_a_case() -> None:
         assert {r.partitions for r in routers} >= {1, 2, 3, 16}
         assert {r.writers for r in routers} == {1, 2}
         assert {r.scope for r in routers} == {"token", "head"}
-        assert any(s.router and s.router.readers != s.router.writers and s.form == "masked" for s in specs)
+        for form in ("masked", "routed"):
+            assert any(s.router and s.router.readers != s.router.writers and s.form == form for s in specs)
         assert {0.3, 5.0} <= {c.decay for c in cases}
         assert {FP32, FP16} <= {t for c in cases for t in c.dtypes}
     every = [c.spec for c in (*SMALL, *SWEEP)]
     assert {s.router.gate for s in every if s.router} == {"both", "write", "read", "none"}
     assert {s.router.normalise for s in every if s.router} == {"all", "selected"}
-    assert {s.form for s in every} == {"sorted", "masked"}
+    assert {s.form for s in every} == {"sorted", "masked", "routed"}
+    assert {s.backbone for s in every if s.form == "routed"} == {"none", "constant", "scalar"}
