@@ -35,6 +35,10 @@ class ScheduleError(SplagenError):
     """A schedule that is not legal for its kernel, its sizes or the device."""
 
 
+class TuningError(SplagenError):
+    """A measurement that failed in a way that no Schedule explains, or a kernel of which none runs."""
+
+
 class InputError(SplagenError, ValueError):
     """Tensors or shapes given to an op that do not fit its spec."""
 

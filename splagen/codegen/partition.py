@@ -24,6 +24,7 @@ from splagen.codegen.key_kernels import dkv_kernel, merge_kernel
 from splagen.codegen.query_kernels import dq_kernel, forward_kernel
 from splagen.codegen.region import slice_back
 from splagen.codegen.row_kernels import partial_array, rows_kernel
+from splagen.codegen.schedule import Constraint
 from splagen.codegen.selection import Selection
 from splagen.codegen.selection_kernels import selection_kernels
 from splagen.codegen.state_kernels import read_kernel, scan_kernel, state_array, state_chains, states_kernel
@@ -52,6 +53,11 @@ class Partition:
     def group_size(self) -> int:
         """Query heads of a KV head."""
         return Geometry.of(self.program).group
+
+    @property
+    def constraints(self) -> tuple[Constraint, ...]:
+        """What Schedules must agree on: nothing."""
+        return ()
 
     @property
     def wide(self) -> frozenset[str]:

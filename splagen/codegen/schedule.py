@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -12,6 +12,13 @@ from splagen.errors import ScheduleError
 
 Schedule: TypeAlias = Mapping[str, int]
 
+# Templates whose products want more registers than a compiler gives them by itself, or fewer: maxnreg may be set.
+REGISTER_BOUND = frozenset(
+    {"block_sparse_forward", "block_sparse_dq", "block_sparse_dkv", "block_states", "read_out", "chunk_loop"}
+)
+REGISTERS = 65_536  # 32 bits each, of an NVIDIA multiprocessor: what one program can have
+WARP = 32
+
 
 @dataclass(frozen=True)
 class Target:
@@ -20,6 +27,25 @@ class Target:
     arch: str
     shared_bytes: int
 
+
+@dataclass(frozen=True)
+class Agreement:
+    """The Schedules of some kernels of a spec must give `name` one value."""
+
+    name: str
+    kernels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Divides:
+    """The value of `name` in the Schedules of some kernels must divide the one in the Schedule of `measured`."""
+
+    name: str
+    kernels: tuple[str, ...]
+    measured: str
+
+
+Constraint: TypeAlias = Agreement | Divides
 
 TARGETS = {
     t.arch: t
@@ -165,16 +191,7 @@ def _score_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) 
 
 def check_schedule(kernel: Kernel, geometry: Geometry, schedule: Schedule) -> None:
     """Raise ScheduleError if a Schedule is not legal for a kernel."""
-    wanted = {*kernel.tunable, "num_warps", "num_stages"}
-    if schedule.keys() != wanted:
-        raise ScheduleError(f"{kernel.name} takes {sorted(wanted)}, the Schedule gives {sorted(schedule)}")
-    for name, value in schedule.items():
-        if name.startswith("BLOCK") and (value < 16 or value & (value - 1)):
-            raise ScheduleError(f"{name}={value} of {kernel.name} is not a power of two >= 16")
-    if schedule["num_warps"] not in (1, 2, 4, 8, 16, 32):
-        raise ScheduleError(f"num_warps={schedule['num_warps']} of {kernel.name} is not a power of two from 1 to 32")
-    if schedule["num_stages"] < 1:
-        raise ScheduleError(f"num_stages={schedule['num_stages']} of {kernel.name} is less than 1")
+    check_fields(kernel, schedule)
     block_n = schedule.get("BLOCK_N", 16)
     if geometry.block % block_n:
         raise ScheduleError(f"BLOCK_N={block_n} does not divide the block of {geometry.block} in {kernel.name}")
@@ -183,6 +200,43 @@ def check_schedule(kernel: Kernel, geometry: Geometry, schedule: Schedule) -> No
         raise ScheduleError(what)
     if kernel.template == "score_topk" and schedule["BLOCK_C"] < 2 * int(str(kernel.holes["span"])):
         raise ScheduleError(f"BLOCK_C={schedule['BLOCK_C']} of {kernel.name} holds fewer than two blocks")
+    if kernel.template in ("block_states", "read_out"):
+        columns = int(str(kernel.holes["right_size" if kernel.template == "block_states" else "kept_size"]))
+        if columns % schedule["BLOCK_E"]:
+            what = f"BLOCK_E={schedule['BLOCK_E']} does not divide the {columns} columns of a state in {kernel.name}"
+            raise ScheduleError(what)
+
+
+def check_fields(kernel: Kernel, schedule: Schedule) -> None:
+    """Raise ScheduleError if a Schedule lacks a name, has one too many, or gives a number that no kernel takes."""
+    wanted = {*kernel.tunable, "num_warps", "num_stages"}
+    allowed = wanted | ({"maxnreg"} if kernel.template in REGISTER_BOUND else set())
+    if not wanted <= schedule.keys() <= allowed:
+        raise ScheduleError(f"{kernel.name} takes {sorted(wanted)}, the Schedule gives {sorted(schedule)}")
+    for name, value in schedule.items():
+        if name.startswith(("BLOCK", "CHUNK")) and (value < 16 or value & (value - 1)):
+            raise ScheduleError(f"{name}={value} of {kernel.name} is not a power of two >= 16")
+    warps = schedule["num_warps"]
+    if warps not in (1, 2, 4, 8, 16, 32):
+        raise ScheduleError(f"num_warps={warps} of {kernel.name} is not a power of two from 1 to 32")
+    if schedule["num_stages"] < 1:
+        raise ScheduleError(f"num_stages={schedule['num_stages']} of {kernel.name} is less than 1")
+    registers = schedule.get("maxnreg", 16)
+    if not 16 <= registers <= 255 or registers * warps * WARP > REGISTERS:
+        what = f"maxnreg={registers} of {kernel.name} with {warps} warps"
+        raise ScheduleError(what, f"16 to 255, and at most {REGISTERS} registers over all threads")
+
+
+def check_constraints(constraints: Sequence[Constraint], schedules: Mapping[str, Schedule]) -> None:
+    """Raise ScheduleError if the Schedules of a spec's kernels, by name, do not go together."""
+    for c in constraints:
+        values = {k: schedules[k][c.name] for k in c.kernels}
+        match c:
+            case Agreement() if len(set(values.values())) > 1:
+                raise ScheduleError(f"these kernels need one {c.name} in their Schedules: {values}")
+            case Divides(measured=measured) if any(schedules[measured][c.name] % x for x in values.values()):
+                least = f"{c.name}={schedules[measured][c.name]} of {measured}"
+                raise ScheduleError(f"{least} is no multiple of that of the kernels that rely on it: {values}")
 
 
 def default_schedules(kernels: list[Kernel], geometry: Geometry) -> dict[str, dict[str, dict[str, dict[str, int]]]]:

@@ -23,6 +23,7 @@ from splagen.codegen.recurrences import (
 )
 from splagen.codegen.region import padded_extent
 from splagen.codegen.route_kernels import Router
+from splagen.codegen.schedule import Agreement, Constraint, Divides
 from splagen.codegen.slice_kernels import SliceLoop
 from splagen.codegen.step_kernels import step_kernel
 from splagen.errors import PartitionError
@@ -54,9 +55,10 @@ LEAST_COLUMNS = 16  # of a state, for products of tiles
 
 @dataclass(frozen=True)
 class Host:
-    """Lines of the host between launches."""
+    """Lines of the host between launches; `constraints` are what they check of the Schedules."""
 
     lines: tuple[str, ...]
+    constraints: tuple[Constraint, ...] = ()
 
 
 Step: TypeAlias = Kernel | Host
@@ -81,6 +83,11 @@ class SequencePartition:
     def kernels(self) -> list[Kernel]:
         """Every kernel once."""
         return list({k.name: k for k in (*self.forward, *self.backward, *self.step) if isinstance(k, Kernel)}.values())
+
+    @property
+    def constraints(self) -> tuple[Constraint, ...]:
+        """What Schedules must agree on."""
+        return tuple(c for step in (*self.forward, *self.backward) if isinstance(step, Host) for c in step.constraints)
 
     @property
     def group_size(self) -> int:
@@ -234,15 +241,17 @@ class _Launches:
     def agreement(self, r: Recurrence) -> Host:
         """What the Schedules of a backward pass must agree on."""
         strong = ("dvalues_strong", "gradient_strong") if r.decay else ()
-        users = ", ".join(f'"{user}{r.name}"' for user in ("states", "dstates", "dvalues", "gradient", *strong))
-        return Host((f"one_chunk(schedules, {users})",))
+        users = tuple(f"{user}{r.name}" for user in ("states", "dstates", "dvalues", "gradient", *strong))
+        return Host((f"one_chunk(schedules, {_quoted(users)})",), constraints=(Agreement("CHUNK", users),))
 
     def spans(self, r: Recurrence, *users: str) -> list[Step]:
         """How much decay changes, over chunks that are no shorter than those of the kernels that rely on it."""
         if not r.decay:
             return []
-        names = ", ".join(f'"{user}{r.name}"' for user in ("spans", *users))
-        return [Host((f"no_longer_chunk(schedules, {names})",)), Loop(r, "spans", reverse=False).spans_kernel()]
+        measured, *names = (f"{user}{r.name}" for user in ("spans", *users))
+        check = f"no_longer_chunk(schedules, {_quoted([measured, *names])})"
+        divides = Divides("CHUNK", tuple(names), measured)
+        return [Host((check,), constraints=(divides,)), Loop(r, "spans", reverse=False).spans_kernel()]
 
     def gradient_rows(self, r: Recurrence, dv: Array | None) -> tuple[list[Stored], list[Step], Array | None]:
         """Where the gradients of rows go, what sums them per token, and dv so far: the first recurrence's is added."""
@@ -320,3 +329,7 @@ def either(r: Recurrence, kernels: Sequence[Kernel]) -> list[Kernel]:
     if r.spans not in mild.inputs:
         return [mild]
     return [mild, replace(strong, inputs=(*strong.inputs, *strong.outputs), outputs=())]
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)

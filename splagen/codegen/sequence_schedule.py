@@ -6,10 +6,13 @@ from collections.abc import Sequence
 
 from splagen.codegen.kernel import Kernel
 from splagen.codegen.region import padded_extent
-from splagen.codegen.schedule import DTYPES, TARGETS
+from splagen.codegen.schedule import DTYPES, TARGETS, Schedule, check_fields
 from splagen.codegen.sequence_partition import LEAST_COLUMNS, STATE_TILE
+from splagen.errors import ScheduleError
 from splagen.ir.frontend_sse import SUFFIX
 from splagen.sse_spec import SSESpec
+
+LONGEST_CHUNK = 128  # rows whose decays are factored, and a divisor of the length of every group
 
 
 def default_schedule(kernel: Kernel, spec: SSESpec, arch: str, dtype: str) -> dict[str, int]:
@@ -17,7 +20,22 @@ def default_schedule(kernel: Kernel, spec: SSESpec, arch: str, dtype: str) -> di
     schedule = _schedule(kernel, spec, dtype)
     if not arch.startswith("sm_"):
         schedule.pop("maxnreg", None)  # left alone, ptxas gives some loops 32 registers and spills the rest
+    check_schedule(kernel, spec, schedule)
     return schedule
+
+
+def check_schedule(kernel: Kernel, spec: SSESpec, schedule: Schedule) -> None:
+    """Raise ScheduleError if a Schedule is not legal for a kernel of its own accord.
+
+    What the kernels of a spec must agree on stands in `SequencePartition.constraints`.
+    """
+    check_fields(kernel, schedule)
+    chunk = schedule.get("CHUNK", 16)
+    if kernel.template == "chunk_loop" and chunk > LONGEST_CHUNK:
+        raise ScheduleError(f"CHUNK={chunk} of {kernel.name} is more than {LONGEST_CHUNK}")
+    columns = padded_extent(spec.value_dim or spec.head_dim)
+    if schedule.get("BLOCK_E", 16) > columns:
+        raise ScheduleError(f"BLOCK_E={schedule['BLOCK_E']} of {kernel.name} is more than {columns} columns of v")
 
 
 def _schedule(kernel: Kernel, spec: SSESpec, dtype: str) -> dict[str, int]:

@@ -2,12 +2,14 @@
 
 import pytest
 
+from splagen.codegen import sequence_schedule
 from splagen.codegen.geometry import Geometry
 from splagen.codegen.kernel import Kernel
 from splagen.codegen.schedule import DTYPES, TARGETS, check_schedule, default_schedule
 from splagen.errors import ScheduleError
 from splagen.pipeline import kernels
 from splagen.spec import Select, SPLASpec, windows
+from splagen.sse_spec import SSESpec
 from tests.kernels.cases import GPU, SMALL
 
 SPEC = SPLASpec(head_dim=64, group_size=2, select=Select(block_size=64, statistics=windows()))
@@ -44,6 +46,11 @@ def test_defaults_are_legal_everywhere(case) -> None:  # type: ignore[no-untyped
         ("rows", {"num_warps": 64}, r"num_warps=64 of \w+ is not a power of two"),
         ("rows", {"num_stages": 0}, r"num_stages=0 of \w+"),
         ("statistics", {"maxnreg": 128}, r"statistics takes .*the Schedule gives \[.*'maxnreg'"),
+        ("block_sparse_dkv", {"maxnreg": 8}, r"maxnreg=8 of block_sparse_dkv with \d warps"),
+        ("block_sparse_dkv", {"maxnreg": 256}, r"maxnreg=256 of block_sparse_dkv"),
+        ("block_sparse_dkv", {"maxnreg": 168, "num_warps": 16}, r"maxnreg=168 of block_sparse_dkv with 16 warps"),
+        ("block_states", {"BLOCK_E": 128}, r"BLOCK_E=128 does not divide the 64 columns of a state in states_"),
+        ("read_out", {"BLOCK_E": 256}, r"BLOCK_E=256 does not divide the \d+ columns of a state in read_"),
     ],
 )  # fmt: skip
 def test_illegal_schedules_are_refused_by_name(template: str, change: dict[str, int | None], what: str) -> None:
@@ -51,6 +58,35 @@ def test_illegal_schedules_are_refused_by_name(template: str, change: dict[str, 
     wanted = {**default_schedule(kernel, geometry, "sm_90", "bf16"), **change}
     with pytest.raises(ScheduleError, match=what):
         check_schedule(kernel, geometry, {k: v for k, v in wanted.items() if v is not None})
+
+
+def test_registers_may_be_limited_where_products_are() -> None:
+    for template, schedule in (
+        ("block_sparse_forward", {"maxnreg": 255, "num_warps": 8}),
+        ("read_out", {"maxnreg": 96}),
+    ):
+        kernel, geometry = kernel_of(template)
+        check_schedule(kernel, geometry, {**default_schedule(kernel, geometry, "sm_90", "bf16"), **schedule})
+
+
+@pytest.mark.parametrize(
+    ("template", "change", "what"),
+    [
+        ("chunk_loop", {"CHUNK": 256}, "CHUNK=256 of .* is more than 128"),
+        ("chunk_loop", {"CHUNK": 48}, "CHUNK=48 of .* is not a power of two"),
+        ("chunk_loop", {"BLOCK_E": 128}, "BLOCK_E=128 of .* is more than 64 columns of v"),
+        ("chunk_loop", {"maxnreg": 255, "num_warps": 16}, "maxnreg=255 of .* with 16 warps"),
+        ("step", {"BLOCK_E": 128}, "BLOCK_E=128 of step is more than 64 columns of v"),
+        ("step", {"maxnreg": 128}, "step takes"),
+        ("route", {"CHUNK": 0}, "CHUNK=0 of route"),
+    ],
+)
+def test_illegal_schedules_of_recurrences_are_refused_by_name(template: str, change: dict[str, int], what: str) -> None:
+    spec = SSESpec(head_dim=32, value_dim=40)
+    kernel = next(k for k in kernels(spec).kernels if k.template == template)
+    schedule = sequence_schedule.default_schedule(kernel, spec, "sm_90", "bf16")
+    with pytest.raises(ScheduleError, match=what):
+        sequence_schedule.check_schedule(kernel, spec, {**schedule, **change})
 
 
 def test_a_statistic_needs_whole_cells() -> None:

@@ -100,6 +100,7 @@ SWEEP = (
     small("delta masked", backbone="delta", router=Router(3, 2, 1), form="masked", group_size=1),
     small("delta no gate", backbone="delta", router=Router(2, gate="none")),
     small("scalar masked per-head", backbone="scalar", router=Router(3, 1, 3, scope="head"), form="masked"),
+    small("scalar k 2 slices", backbone="scalar", router=Router(3, 2), schedule={"CHUNK": 16, "BLOCK_E": 16}),
     small("delta slices", backbone="delta", value_dim=40, router=Router(2), schedule={"CHUNK": 32, "BLOCK_E": 32}),
     small("scalar slices", backbone="scalar", value_dim=60, router=Router(2), schedule={"CHUNK": 32, "BLOCK_E": 16}),
     small("vector chunk 64", backbone="vector", router=Router(2), group_size=1, schedule={"CHUNK": 64}),
