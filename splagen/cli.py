@@ -141,19 +141,28 @@ def compile_command(
     target: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; repeatable; all.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(metavar="|".join(DTYPES), help="Repeatable; bf16.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Compilers side by side; one per CPU.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the module with its machine code here: it runs without a compiler.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compile every kernel ahead of time; no GPU is needed."""
     with errors_as_status(as_json):
         from splagen import pipeline
+        from splagen.codegen.binaries import Build, write_build
         from splagen.codegen.compile import compile_module, raise_if_failed
         from splagen.codegen.schedule import TARGETS
 
         made = read_spec_file(spec)
         with tempfile.TemporaryDirectory() as folder:
             path = pipeline.generate(made, folder).path
-            targets, dtypes = target or list(TARGETS), dtype or ["bf16"]
-            rows = compile_module(path, pipeline.kernels(made), targets=targets, dtypes=dtypes, jobs=jobs)
+            kernels, targets, dtypes = pipeline.kernels(made), target or list(TARGETS), dtype or ["bf16"]
+            build: Build | None = None
+            if out is None:
+                rows = compile_module(path, kernels, targets=targets, dtypes=dtypes, jobs=jobs)
+            else:
+                build = write_build(path, kernels, out, targets=targets, dtypes=dtypes, jobs=jobs)
+                rows = list(build.rows)
         columns = (
             "kernel",
             "target",
@@ -173,8 +182,16 @@ def compile_command(
             seconds = "" if r.seconds is None else f"{r.seconds:.1f}"
             listing.add_row(r.kernel, r.arch, r.dtype, schedule, *figures, seconds, mark(r.ok))
         listed = [asdict(r) | {"ok": r.ok} for r in rows]
-        emit({"name": made.name, "ok": all(r.ok for r in rows), "rows": listed}, as_json, listing)
+        found: dict[str, Any] = {"name": made.name, "ok": all(r.ok for r in rows), "rows": listed}
+        if build is not None:
+            kept = {"specialisations": build.specialisations, "bytes": build.size, "notes": build.notes}
+            found |= {"path": str(build.path), "build": str(build.folder), **kept}
+        emit(found, as_json, listing)
         raise_if_failed(rows)
+        if build is not None and not as_json:
+            typer.echo(f"{build.path}\n{build.folder}: {build.specialisations} kernels, {build.size / 2**20:.1f} MiB")
+            for note in build.notes:
+                typer.echo(f"note: {note}", err=True)
 
 
 @app.command()

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Timer
-from typing import IO, Any
+from types import TracebackType
+from typing import IO, Any, TypeAlias
 
 import splagen
 from splagen.codegen.kernel import Array, Kernel
@@ -33,10 +34,13 @@ _GPU = {
     "gfx942": ("hip", "gfx942", 64),
 }
 _TYPES = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "float32": "fp32", "int32": "i32"}
-_INTEGERS = frozenset({"offsets", "firsts", "owners", "tokens", "places", "writes", "reads", "chosen"})  # of a plan
-_LENGTH, _KV_HEADS = 65_536, 2  # the sizes whose strides decide what the JIT would specialise on
+_INTEGERS = frozenset({"offsets", "firsts", "owners", "tokens", "places", "writes", "reads", "chosen", "slots"})
+_SIZES = (65_536, 2)  # length and KV heads whose strides decide what the JIT would specialise on
+_EVERY_SIZE = [(length, heads) for length in (65_536, 65_537) for heads in (2, 1, 3, 4, 8, 16)]  # all that it does
 _SECONDS = 600  # for one kernel
 ALIGNMENT = 16
+
+Kept: TypeAlias = dict[str, Any]  # what `compile_worker.machine_code` returns
 
 
 @dataclass(frozen=True)
@@ -86,22 +90,85 @@ def compile_module(
     Raises:
         InputError: an unknown target or dtype.
     """
+    wanted = _wanted(path, part, targets, dtypes)
+    with Compiler(path, part, min(jobs or os.cpu_count() or 1, len(wanted))) as compiler:
+        futures = [compiler.submit(*w) for w in wanted]
+        for _ in _shown(as_completed(futures), len(futures), progress):
+            pass
+        rows = [f.result() for f in futures]
+    return rows + _undescribed(Path(path), part)
+
+
+def keep_module(
+    path: str | Path,
+    part: Partition | SequencePartition,
+    *,
+    targets: Sequence[str] = tuple(TARGETS),
+    dtypes: Sequence[str] = ("bf16",),
+    jobs: int | None = None,
+    progress: bool | None = None,
+) -> tuple[list[Built], list[Kept]]:
+    """As `compile_module`, and what a process needs to launch each kernel for every contiguous tensor.
+
+    A row is that of a kernel's first specialisation, or of the first one that failed.
+    """
+    wanted = _wanted(path, part, targets, dtypes)
+    with Compiler(path, part, jobs) as compiler:
+        futures = [compiler.keep(*w) for w in wanted]
+        every = [f for several in futures for f in several]
+        for _ in _shown(as_completed(every), len(every), progress):
+            pass
+        found = [[f.result() for f in several] for several in futures]
+    rows = [next((row for row, _ in several if not row.ok), several[0][0]) for several in found]
+    return rows + _undescribed(Path(path), part), [kept for several in found for _, kept in several]
+
+
+def _wanted(
+    path: str | Path, part: Partition | SequencePartition, targets: Sequence[str], dtypes: Sequence[str]
+) -> list[tuple[Kernel, str, str, Schedule]]:
     _known("target", targets, TARGETS)
     _known("dtype", dtypes, DTYPES)
     schedules = _schedules(Path(path))
-    wanted = [(k, arch, d, schedules[arch][d][k.name]) for arch in targets for d in dtypes for k in part.kernels]
-    requests = [_request(Path(path).resolve(), part, *w) for w in wanted]
-    count = min(jobs or os.cpu_count() or 1, len(requests))
-    with _workers(count) as run, ThreadPoolExecutor(count) as pool:
-        futures = [pool.submit(run, r) for r in requests]
-        try:
-            for _ in _shown(as_completed(futures), len(futures), progress):
-                pass
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        rows = [_row(k, arch, dtype, s, f.result()) for (k, arch, dtype, s), f in zip(wanted, futures, strict=True)]
-    return rows + _undescribed(Path(path), part)
+    return [(k, arch, d, schedules[arch][d][k.name]) for arch in targets for d in dtypes for k in part.kernels]
+
+
+class Compiler:
+    """Compiles kernels of one generated module in `jobs` processes side by side, None is one per CPU."""
+
+    def __init__(self, path: str | Path, part: Partition | SequencePartition, jobs: int | None = None) -> None:
+        self.path, self.part = Path(path).resolve(), part
+        self._count = jobs or os.cpu_count() or 1
+        self._open = ExitStack()
+
+    def __enter__(self) -> Compiler:
+        self._run = self._open.enter_context(_workers(self._count))
+        self._pool = self._open.enter_context(ThreadPoolExecutor(self._count))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=error is None, cancel_futures=True)
+        self._open.close()
+
+    def submit(self, kernel: Kernel, arch: str, dtype: str, schedule: Schedule) -> Future[Built]:
+        """What a kernel becomes with a Schedule; a failure is a row too."""
+        request = _request(self.path, self.part, kernel, arch, dtype, schedule)
+        return self._pool.submit(lambda: _row(kernel, arch, dtype, schedule, self._run(request)))
+
+    def keep(self, kernel: Kernel, arch: str, dtype: str, schedule: Schedule) -> list[Future[tuple[Built, Kept]]]:
+        """The same with what a process needs to launch it, for each specialisation that contiguous tensors lead to."""
+        requests: dict[str, dict[str, Any]] = {}
+        for sizes in _EVERY_SIZE:
+            request = _request(self.path, self.part, kernel, arch, dtype, schedule, sizes) | {"keep": True}
+            requests.setdefault(json.dumps(request, sort_keys=True), request)
+
+        def answer(request: dict[str, Any]) -> tuple[Built, Kept]:
+            found = self._run(request)
+            kept = found.pop("kept", {})
+            return _row(kernel, arch, dtype, schedule, found), kept
+
+        return [self._pool.submit(answer, r) for r in requests.values()]
 
 
 def raise_if_failed(rows: Sequence[Built]) -> None:
@@ -146,7 +213,13 @@ def _undescribed(path: Path, part: Partition | SequencePartition) -> list[Built]
 
 
 def _request(
-    path: Path, part: Partition | SequencePartition, kernel: Kernel, arch: str, dtype: str, schedule: Schedule
+    path: Path,
+    part: Partition | SequencePartition,
+    kernel: Kernel,
+    arch: str,
+    dtype: str,
+    schedule: Schedule,
+    sizes: tuple[int, int] = _SIZES,
 ) -> dict[str, Any]:
     types: dict[str, str] = {}
     constants: dict[str, int] = {}
@@ -155,7 +228,7 @@ def _request(
         pointers = [a for a in array.arguments if a not in array.stride_names]
         types |= {a: f"*{_TYPES[_element(array, a, part, dtype)]}" for a in pointers}
         aligned += pointers
-        for name, stride in zip(array.stride_names, _strides(array, part.group_size), strict=True):
+        for name, stride in zip(array.stride_names, _strides(array, part, *sizes), strict=True):
             types[name] = "constexpr" if stride == 1 else "i32"
             constants |= {name: 1} if stride == 1 else {}
             aligned += [name] if stride > 1 and stride % ALIGNMENT == 0 else []
@@ -167,6 +240,7 @@ def _request(
         "types": types,
         "constants": constants | {name: schedule[name] for name in kernel.tunable},
         "aligned": aligned,
+        "tunable": list(kernel.tunable),
         "target": _GPU[arch],
         "options": {name: schedule[name] for name in ("num_warps", "num_stages", "maxnreg") if name in schedule},
     }
@@ -181,11 +255,13 @@ def _element(array: Array, argument: str, part: Partition | SequencePartition, d
     return array.dtype
 
 
-def _strides(array: Array, group_size: int) -> list[int]:
+def _strides(array: Array, part: Partition | SequencePartition, length: int, kv_heads: int) -> list[int]:
     """Strides of a contiguous array in elements, in the order of its stride names."""
-    heads = _KV_HEADS * (group_size if array.layout.startswith(("query", "value")) else 1)
+    heads = kv_heads * (part.group_size if array.layout.startswith(("query", "value")) else 1)
     width = array.width[-1] if array.width else 1
-    rows = [_LENGTH * heads * width, heads * width, width]
+    if array.name in ("logits", "dlogits") and isinstance(part, SequencePartition) and not part.by_head:
+        return [width, 1]  # one router for all heads: [T, partitions]
+    rows = [length * heads * width, heads * width, width]
     return rows[len(rows) - len(array.stride_names) :]
 
 
@@ -212,6 +288,14 @@ def _workers(count: int) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]
     finally:
         for worker in workers:
             worker.close()
+
+
+def process_environment(*, interpreted: bool) -> dict[str, str]:
+    """The environment of a process that finds this splagen, with Triton's interpreter or with its compiler."""
+    root = str(Path(splagen.__file__).parent.parent)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return environment | ({"TRITON_INTERPRET": "1"} if interpreted else {})
 
 
 class _Worker:
@@ -248,15 +332,12 @@ class _Worker:
     def _start(self) -> subprocess.Popen[str]:
         self.log.seek(0)
         self.log.truncate()
-        root = str(Path(splagen.__file__).parent.parent)
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         return subprocess.Popen(
             [sys.executable, "-m", "splagen.codegen.compile_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
-            env=environment,
+            env=process_environment(interpreted=False),
             text=True,
         )
 

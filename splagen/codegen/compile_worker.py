@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from splagen.codegen.machine_code import machine_code
+
 TENSOR_MEMORY_COLUMNS = 512  # of a Blackwell multiprocessor
 
 
@@ -28,7 +30,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(_module(job["module"]), job["kernel"])
+    kernel = getattr(imported(job["module"]), job["kernel"])
     types, constants = job["types"], job["constants"]
     if list(kernel.arg_names) != list(types):
         raise TypeError(f"its arguments are {', '.join(kernel.arg_names)}; the launcher gives {', '.join(types)}")
@@ -40,11 +42,13 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     columns = getattr(compiled.metadata, "tmem_size", None) or 0
     if columns > TENSOR_MEMORY_COLUMNS:
         raise MemoryError(f"it needs {columns} columns of tensor memory; there are {TENSOR_MEMORY_COLUMNS}")
-    return {"shared": compiled.metadata.shared, "seconds": seconds, **resources(compiled.asm)}
+    found = {"shared": compiled.metadata.shared, "seconds": seconds, **resources(compiled.asm)}
+    return found | ({"kept": machine_code(kernel, job)} if job.get("keep") else {})
 
 
 @functools.cache
-def _module(path: str) -> ModuleType:
+def imported(path: str) -> ModuleType:
+    """A generated module, imported once."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -93,7 +97,7 @@ def register_a_wgmmas(ptx: str) -> int:
     return sum(len(re.findall(r"\{[^}]*\}", instruction)) > 1 for instruction in instructions)
 
 
-def _failure(error: BaseException) -> str:
+def failure(error: BaseException) -> str:
     """The exception with its causes in one text: Triton keeps the reason in the cause."""
     texts = []
     link: BaseException | None = error
@@ -111,7 +115,7 @@ def main() -> None:
         try:
             answer = build(json.loads(line))
         except Exception as error:  # every failure is a row of the report
-            answer = {"error": _failure(error)}
+            answer = {"error": failure(error)}
         answers.write(json.dumps(answer) + "\n")
 
 

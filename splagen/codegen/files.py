@@ -61,8 +61,8 @@ def _present(path: Path) -> str | None:
     return text
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Put a text in the place of a file: readers see the old bytes or the new ones, and after a crash one of them.
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Put a content in the place of a file: readers see the old bytes or the new ones, and after a crash one of them.
 
     Raises:
         OSError: nothing was changed.
@@ -70,7 +70,7 @@ def replace_file(path: Path, text: str) -> None:
     fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file:
-            file.write(text.encode())
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(fresh, path)
