@@ -76,10 +76,10 @@ def write_build(
     text = module_text(source.read_text())
     manifest, files = _manifest(text, kept, dtypes)
     folder = MachineCode(path).folder
-    write_generated(path, text)
     try:
         with path_lock(folder):
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_generated(path, text)
             for name, data in files.items():
                 if not (folder / name).exists() or (folder / name).read_bytes() != data:
                     replace_file(folder / name, data)
@@ -100,7 +100,7 @@ def module_text(generated: str) -> str:
     """
     _, _, loader = Path(binary_loader.__file__).read_text().split('"""', 2)
     call = "MachineCode(Path(__file__)).attach(globals())"
-    return f"{generated}\n\n# ruff: noqa: E402\n# Machine code beside this module, if it fits.\n{loader}\n\n{call}\n"
+    return f"{generated}\n\n# Machine code beside this module, if it fits.\n{loader}\n\n{call}\n"
 
 
 def _manifest(text: str, kept: Sequence[Kept], dtypes: Sequence[str]) -> tuple[dict[str, Any], dict[str, bytes]]:

@@ -27,6 +27,7 @@ class MachineCode:
     DIGEST = re.compile(r"[0-9a-f]{64}")
     FILE = re.compile(r"[0-9a-f]{64}\.(json|cubin|hsaco|so)")
     EXTENSION = re.compile(r"[A-Za-z_]\w*")
+    FAILURES = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)  # of what is read here
 
     def __init__(self, module: Path) -> None:
         self.module = module
@@ -65,15 +66,18 @@ class MachineCode:
                 self.seed(name)
             for name, entries in self.manifest["kernels"].items():
                 self.serve(namespace[name], entries)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            self.warn(error if isinstance(error, (OSError, ValueError)) else repr(error))
+        except self.FAILURES as error:
+            self.warn(error)
 
     def read_manifest(self, version: str) -> dict[str, Any]:
         """The manifest, every name in it checked.  Raises ValueError that says what does not fit."""
         path = self.folder / "manifest.json"
         if path.stat().st_size > self.LARGEST:
             raise ValueError(f"{path.name} is too large")
-        found = json.loads(path.read_bytes())
+        try:
+            found = json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path.name} is damaged") from error
         fields = {
             "format",
             "module",
@@ -182,13 +186,14 @@ class MachineCode:
                 self.seed(entry["launcher"])
             group = {name: str(self.folder / name) for name in (entry["metadata"], entry["binary"])}
             return CompiledKernel(ASTSource(kernel, signature, constants, attributes), group, metadata["hash"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except self.FAILURES as error:
             self.warn(error)
             return None
 
-    def warn(self, reason: object) -> None:
+    def warn(self, reason: str | Exception) -> None:
         """Say once why Triton compiles although there is a build."""
         if not self.warned:
             self.warned = True
+            reason = reason if isinstance(reason, (str, OSError, ValueError)) else repr(reason)
             text = f"{self.folder} is not used: {reason}; Triton compiles kernels when they are first launched"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
