@@ -150,7 +150,7 @@ def compile_command(
     with errors_as_status(as_json):
         from splagen import pipeline
         from splagen.codegen.binaries import Build, write_build
-        from splagen.codegen.compile import compile_module, raise_if_failed
+        from splagen.codegen.compile import compile_module, keep_module, raise_if_failed
         from splagen.codegen.schedule import TARGETS
 
         made = read_spec_file(spec)
@@ -161,8 +161,8 @@ def compile_command(
             if out is None:
                 rows = compile_module(path, kernels, targets=targets, dtypes=dtypes, jobs=jobs)
             else:
-                build = write_build(path, kernels, out, targets=targets, dtypes=dtypes, jobs=jobs)
-                rows = list(build.rows)
+                rows, kept = keep_module(path, kernels, targets=targets, dtypes=dtypes, jobs=jobs)
+                build = write_build(path, kept, out, dtypes=dtypes) if all(r.ok for r in rows) else None
         columns = (
             "kernel",
             "target",
@@ -184,8 +184,8 @@ def compile_command(
         listed = [asdict(r) | {"ok": r.ok} for r in rows]
         found: dict[str, Any] = {"name": made.name, "ok": all(r.ok for r in rows), "rows": listed}
         if build is not None:
-            kept = {"specialisations": build.specialisations, "bytes": build.size, "notes": build.notes}
-            found |= {"path": str(build.path), "build": str(build.folder), **kept}
+            found |= {"path": str(build.path), "build": str(build.folder), "notes": build.notes}
+            found |= {"specialisations": build.specialisations, "bytes": build.size}
         emit(found, as_json, listing)
         raise_if_failed(rows)
         if build is not None and not as_json:

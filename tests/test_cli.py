@@ -267,6 +267,29 @@ def test_compile_exits_with_one_if_a_kernel_fails(error: str | None, monkeypatch
     assert found["rows"][0]["error"] == error
 
 
+def test_compile_writes_a_build(tmp_path: Path) -> None:
+    spec, out = tmp_path / "shared.toml", tmp_path / "out"
+    spec.write_text('kind = "sse"\nhead_dim = 16\nbackbone = "none"\nrouter = "none"\n')
+    found = document(run("compile", spec, "--target", "sm_90", "--out", out, "--json"))
+    assert found["ok"]
+    path, folder = Path(found["path"]), Path(found["build"])
+    assert {path, folder} == set(out.iterdir())
+    assert found["specialisations"] >= len(found["rows"])
+    assert found["bytes"] == sum(f.stat().st_size for f in folder.iterdir() if f.name != "manifest.json")
+    result = run("compile", spec, "--target", "sm_90", "--out", out)
+    assert str(path) in result.stdout
+    assert all(note in result.stderr for note in found["notes"])
+
+
+def test_compile_writes_no_build_of_a_kernel_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Built("rows", "sm_90", "bf16", {"num_warps": 4}, error="ptxas: unknown instruction")
+    monkeypatch.setattr(ahead_of_time, "keep_module", lambda *_, **__: ([row], [{}]))
+    result = run("compile", SMALL, "--out", tmp_path / "out", "--json")
+    assert result.exit_code == 1
+    assert not document(result)["ok"]
+    assert not (tmp_path / "out").exists()
+
+
 def test_doctor_finds_this_machine_fit() -> None:
     result = run("doctor", "--json")
     assert result.exit_code == 0, result.output

@@ -17,11 +17,8 @@ from typing import Any
 
 from splagen.codegen import binary_loader
 from splagen.codegen.binary_loader import MachineCode
-from splagen.codegen.compile import Built, Kept, keep_module, raise_if_failed
+from splagen.codegen.compile import Kept
 from splagen.codegen.files import path_lock, replace_file, write_generated
-from splagen.codegen.partition import Partition
-from splagen.codegen.schedule import TARGETS
-from splagen.codegen.sequence_partition import SequencePartition
 from splagen.errors import GeneratedFileError
 
 
@@ -29,50 +26,30 @@ from splagen.errors import GeneratedFileError
 class Build:
     """A module that finds its machine code beside it.
 
-    `rows` say what the kernels use, one for each; `specialisations` counts what was compiled, `size` the bytes of all
-    files.  `notes` say which compilers a process may still call.
+    `specialisations` counts the kernels, each as often as it was specialised; `size` is the bytes of all files;
+    `notes` say which compilers a process may still call.
     """
 
     path: Path
     folder: Path
-    rows: tuple[Built, ...]
     specialisations: int
     size: int
     notes: tuple[str, ...]
 
 
-def write_build(
-    source: str | Path,
-    part: Partition | SequencePartition,
-    out: str | Path,
-    *,
-    targets: Sequence[str] = tuple(TARGETS),
-    dtypes: Sequence[str] = ("bf16",),
-    jobs: int | None = None,
-    progress: bool | None = None,
-) -> Build:
-    """Compile a generated module and write it with its machine code into `out`, in the place of an earlier build.
-
-    Kept are the kernels with the Schedules that stand in the module, for every specialisation that contiguous tensors
-    lead to; those of strides from 2^31 on are compiled when they are first launched.
+def write_build(source: str | Path, kept: Sequence[Kept], out: str | Path, *, dtypes: Sequence[str]) -> Build:
+    """Write a generated module with its machine code into `out`, in the place of an earlier build.
 
     Args:
-        source: the module that was generated from `part`.
-        part: its kernels.
+        source: the generated module.
+        kept: what `keep_module` made of it; no row of it may have failed.
         out: the folder to write to.
-        targets: some of sm_80, sm_90, sm_100, gfx942.
-        dtypes: some of bf16, fp16, fp32.
-        jobs: compilers side by side; None is one per CPU.
-        progress: whether a bar is drawn on stderr; None is: if that is a terminal.
+        dtypes: what `keep_module` was told, for the manifest.
 
     Raises:
-        InputError: an unknown target or dtype.
-        CompileError: a kernel does not compile; nothing is written.
         GeneratedFileError: something that splagen did not write is in the way, or `out` cannot be written.
     """
     source, path = Path(source), Path(out) / Path(source).name
-    rows, kept = keep_module(source, part, targets=targets, dtypes=dtypes, jobs=jobs, progress=progress)
-    raise_if_failed(rows)
     text = module_text(source.read_text())
     manifest, files = _manifest(text, kept, dtypes)
     folder = MachineCode(path).folder
@@ -90,7 +67,7 @@ def write_build(
     except OSError as error:  # filelock's Timeout is one too
         raise GeneratedFileError(f"cannot write {folder}: {error}", "choose another folder") from error
     notes = tuple(dict.fromkeys(k["note"] for k in kept if k["note"]))
-    return Build(path, folder, tuple(rows), len(kept), sum(map(len, files.values())), notes)
+    return Build(path, folder, len(kept), sum(map(len, files.values())), notes)
 
 
 def module_text(generated: str) -> str:

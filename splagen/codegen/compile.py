@@ -110,7 +110,8 @@ def keep_module(
 ) -> tuple[list[Built], list[Kept]]:
     """As `compile_module`, and what a process needs to launch each kernel for every contiguous tensor.
 
-    A row is that of a kernel's first specialisation, or of the first one that failed.
+    A row is that of a kernel's first specialisation, or of the first one that failed.  Left out are strides from 2^31
+    on: such a launch compiles.
     """
     wanted = _wanted(path, part, targets, dtypes)
     with Compiler(path, part, jobs) as compiler:
