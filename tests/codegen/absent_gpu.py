@@ -7,6 +7,7 @@ the kernels launched, those that Triton's compiler was asked for, programs start
 """
 
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import build
 from triton.runtime.driver import driver
 
-LENGTH = 80
+LENGTHS = (80, 77)
 launched: list[str] = []
 compiled: list[str] = []
 started: list[str] = []
@@ -84,8 +85,8 @@ def watch(arch: int) -> None:
     torch.empty = torch.zeros  # type: ignore[assignment]  # outputs that nothing wrote are read as indices
 
 
-def launch_all(module: Any, arch: str, dtype: str, heads: int) -> None:
-    """Every launcher of a module, forward and backward (and step), for so many key heads."""
+def launch_all(module: Any, arch: str, dtype: str, length: int, heads: int) -> None:
+    """Every launcher of a module, forward and backward (and step), for so many positions and key heads."""
     from splagen import sequence_verification, verification
     from splagen.kinds import oracle
 
@@ -93,9 +94,8 @@ def launch_all(module: Any, arch: str, dtype: str, heads: int) -> None:
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     schedules = module.SCHEDULES[arch][dtype]
     if hasattr(module, "step"):
-        valid_routes(module)
         heads *= truth.spec.group_size
-        given = sequence_verification.random_inputs(truth, [LENGTH], heads, kind, "cpu", 0)
+        given = sequence_verification.random_inputs(truth, [length], heads, kind, "cpu", 0)
         arguments = [given[n] for n in (*truth.names, "state", "cu_seqlens")]
         outputs = ("o", "final", *(["balance"] if "dbalance" in given else []))
         module.forward(schedules, *arguments)
@@ -104,7 +104,7 @@ def launch_all(module: Any, arch: str, dtype: str, heads: int) -> None:
         module.step(schedules, *(one[n] for n in truth.names), one["state"], torch.arange(2, dtype=torch.int32))
         return
     part = truth.partition
-    shape = (1, heads * module.GROUP.value, LENGTH)
+    shape = (1, heads * module.GROUP.value, length)
     given = verification.random_inputs(truth, shape, kind, "cpu", 0)
     inputs = [given[a.name] for a in part.inputs]
     names = [a.name for a in (*part.outputs, *part.saved)]
@@ -140,8 +140,9 @@ def main(path: Path, gpu: int, arch: str, dtype: str, heads: list[int]) -> None:
         sys.modules[path.stem] = module
         found.loader.exec_module(module)
         imported = time.perf_counter() - start
-        for count in heads:
-            launch_all(module, arch, dtype, count)
+        valid_routes(module)
+        for length, count in itertools.product(LENGTHS, heads):
+            launch_all(module, arch, dtype, length, count)
     told = [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)]
     print(
         json.dumps(
