@@ -1,4 +1,4 @@
-"""The command line: splagen generate | show | verify | compile | cache | doctor.
+"""The command line: splagen generate | show | verify | tune | compile | cache | doctor.
 
 Exit status: 0 good, 1 a wrong result, 2 a wrong request.  With --json, stdout is one JSON document.
 """
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from splagen import cli_cache, settings
+from splagen import cli_cache, cli_tune, settings
 from splagen.errors import InputError, WrongResult
 from splagen.terminal import (
     AsJson,
@@ -37,6 +37,7 @@ app = typer.Typer(
     help="A small compiler for attention kernels: block-sparse softmax with residual linear attention.",
 )
 
+app.command(name="tune")(cli_tune.tune_command)
 app.add_typer(cli_cache.app, name="cache")
 
 

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Timer
+from types import TracebackType
 from typing import IO, Any
 
 import splagen
@@ -90,18 +91,47 @@ def compile_module(
     _known("dtype", dtypes, DTYPES)
     schedules = _schedules(Path(path))
     wanted = [(k, arch, d, schedules[arch][d][k.name]) for arch in targets for d in dtypes for k in part.kernels]
-    requests = [_request(Path(path).resolve(), part, *w) for w in wanted]
-    count = min(jobs or os.cpu_count() or 1, len(requests))
-    with _workers(count) as run, ThreadPoolExecutor(count) as pool:
-        futures = [pool.submit(run, r) for r in requests]
-        try:
-            for _ in _shown(as_completed(futures), len(futures), progress):
-                pass
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        rows = [_row(k, arch, dtype, s, f.result()) for (k, arch, dtype, s), f in zip(wanted, futures, strict=True)]
+    with Compiler(path, part, min(jobs or os.cpu_count() or 1, len(wanted))) as compiler:
+        futures = [compiler.submit(*w) for w in wanted]
+        for _ in _shown(as_completed(futures), len(futures), progress):
+            pass
+        rows = [f.result() for f in futures]
     return rows + _undescribed(Path(path), part)
+
+
+class Compiler:
+    """Compiles kernels of one generated module in processes side by side.
+
+    What is compiled is what the JIT compiles for contiguous tensors, and lies in Triton's cache afterwards.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        part: Partition | SequencePartition,
+        jobs: int | None = None,
+        kv_heads: int = _KV_HEADS,
+    ) -> None:
+        """`jobs` processes, None is one per CPU; `kv_heads` decide which strides the JIT finds aligned."""
+        self.path, self.part, self.kv_heads = Path(path).resolve(), part, kv_heads
+        self._count = jobs or os.cpu_count() or 1
+        self._open = ExitStack()
+
+    def __enter__(self) -> Compiler:
+        self._run = self._open.enter_context(_workers(self._count))
+        self._pool = self._open.enter_context(ThreadPoolExecutor(self._count))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=error is None, cancel_futures=True)
+        self._open.close()
+
+    def submit(self, kernel: Kernel, arch: str, dtype: str, schedule: Schedule) -> Future[Built]:
+        """What a kernel becomes with a Schedule; a failure is a row too."""
+        request = _request(self.path, self.part, kernel, arch, dtype, schedule, self.kv_heads)
+        return self._pool.submit(lambda: _row(kernel, arch, dtype, schedule, self._run(request)))
 
 
 def raise_if_failed(rows: Sequence[Built]) -> None:
@@ -146,7 +176,13 @@ def _undescribed(path: Path, part: Partition | SequencePartition) -> list[Built]
 
 
 def _request(
-    path: Path, part: Partition | SequencePartition, kernel: Kernel, arch: str, dtype: str, schedule: Schedule
+    path: Path,
+    part: Partition | SequencePartition,
+    kernel: Kernel,
+    arch: str,
+    dtype: str,
+    schedule: Schedule,
+    kv_heads: int = _KV_HEADS,
 ) -> dict[str, Any]:
     types: dict[str, str] = {}
     constants: dict[str, int] = {}
@@ -155,7 +191,7 @@ def _request(
         pointers = [a for a in array.arguments if a not in array.stride_names]
         types |= {a: f"*{_TYPES[_element(array, a, part, dtype)]}" for a in pointers}
         aligned += pointers
-        for name, stride in zip(array.stride_names, _strides(array, part.group_size), strict=True):
+        for name, stride in zip(array.stride_names, _strides(array, part.group_size, kv_heads), strict=True):
             types[name] = "constexpr" if stride == 1 else "i32"
             constants |= {name: 1} if stride == 1 else {}
             aligned += [name] if stride > 1 and stride % ALIGNMENT == 0 else []
@@ -167,6 +203,7 @@ def _request(
         "types": types,
         "constants": constants | {name: schedule[name] for name in kernel.tunable},
         "aligned": aligned,
+        "unspecialised": list(kernel.scalars),
         "target": _GPU[arch],
         "options": {name: schedule[name] for name in ("num_warps", "num_stages", "maxnreg") if name in schedule},
     }
@@ -181,9 +218,9 @@ def _element(array: Array, argument: str, part: Partition | SequencePartition, d
     return array.dtype
 
 
-def _strides(array: Array, group_size: int) -> list[int]:
+def _strides(array: Array, group_size: int, kv_heads: int) -> list[int]:
     """Strides of a contiguous array in elements, in the order of its stride names."""
-    heads = _KV_HEADS * (group_size if array.layout.startswith(("query", "value")) else 1)
+    heads = kv_heads * (group_size if array.layout.startswith(("query", "value")) else 1)
     width = array.width[-1] if array.width else 1
     rows = [_LENGTH * heads * width, heads * width, width]
     return rows[len(rows) - len(array.stride_names) :]
@@ -212,6 +249,14 @@ def _workers(count: int) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]
     finally:
         for worker in workers:
             worker.close()
+
+
+def process_environment(*, interpreted: bool) -> dict[str, str]:
+    """The environment of a process that finds this splagen, with Triton's interpreter or with its compiler."""
+    root = str(Path(splagen.__file__).parent.parent)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return environment | ({"TRITON_INTERPRET": "1"} if interpreted else {})
 
 
 class _Worker:
@@ -248,15 +293,12 @@ class _Worker:
     def _start(self) -> subprocess.Popen[str]:
         self.log.seek(0)
         self.log.truncate()
-        root = str(Path(splagen.__file__).parent.parent)
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         return subprocess.Popen(
             [sys.executable, "-m", "splagen.codegen.compile_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
-            env=environment,
+            env=process_environment(interpreted=False),
             text=True,
         )
 

@@ -28,11 +28,16 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(_module(job["module"]), job["kernel"])
+    kernel = getattr(imported(job["module"]), job["kernel"])
     types, constants = job["types"], job["constants"]
     if list(kernel.arg_names) != list(types):
         raise TypeError(f"its arguments are {', '.join(kernel.arg_names)}; the launcher gives {', '.join(types)}")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if name in job["aligned"]}
+    # every argument that the JIT specialises has attributes, if only none: the key of Triton's cache holds them
+    aligned = {
+        (i,): [["tt.divisibility", 16]] if name in job["aligned"] else []
+        for i, name in enumerate(types)
+        if types[name] != "constexpr" and name not in job["unspecialised"]
+    }
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
     start = time.perf_counter()
     compiled = triton.compile(source, target=GPUTarget(*job["target"]), options=job["options"])
@@ -44,7 +49,8 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
 
 
 @functools.cache
-def _module(path: str) -> ModuleType:
+def imported(path: str) -> ModuleType:
+    """A generated module, imported once."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -93,7 +99,7 @@ def register_a_wgmmas(ptx: str) -> int:
     return sum(len(re.findall(r"\{[^}]*\}", instruction)) > 1 for instruction in instructions)
 
 
-def _failure(error: BaseException) -> str:
+def failure(error: BaseException) -> str:
     """The exception with its causes in one text: Triton keeps the reason in the cause."""
     texts = []
     link: BaseException | None = error
@@ -111,7 +117,7 @@ def main() -> None:
         try:
             answer = build(json.loads(line))
         except Exception as error:  # every failure is a row of the report
-            answer = {"error": _failure(error)}
+            answer = {"error": failure(error)}
         answers.write(json.dumps(answer) + "\n")
 
 
