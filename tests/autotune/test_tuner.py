@@ -15,7 +15,7 @@ from splagen.autotune.key import Bucket
 from splagen.autotune.search import Effort, Lost, Measurement, Outcome
 from splagen.autotune.tuner import Target, tune
 from splagen.codegen.kernel import Kernel
-from splagen.codegen.schedule import Agreement, Schedule, check_constraints
+from splagen.codegen.schedule import Agreement, Divides, Schedule, check_constraints
 from splagen.errors import TuningError, WrongResult
 from splagen.spec import Select, Spec, SPLASpec
 from splagen.sse_spec import Router, SSESpec
@@ -103,11 +103,8 @@ def test_kernels_that_agree_are_measured_in_runs_that_agree(tmp_path: Path) -> N
         group = next((c for c in groups if name in c.kernels), None)
         if group:
             assert {shared[k] for k in group.kernels} == {schedule[group.name]}
-            run = {k: {"CHUNK": shared.get(k, 64)} for k in {x for c in wanted.part.constraints for x in c.kernels}}
-            spans = {
-                c.measured: {"CHUNK": shared.get(c.measured, 64)} for c in wanted.part.constraints if c not in groups
-            }
-            assert all(spans[s]["CHUNK"] % run[k]["CHUNK"] == 0 for s in spans for k in group.kernels)
+            measured = {c.measured for c in wanted.part.constraints if isinstance(c, Divides) and name in c.kernels}
+            assert all(shared[m] % schedule[group.name] == 0 for m in measured)
 
 
 @pytest.mark.usefixtures("faked")
@@ -176,3 +173,21 @@ def test_the_worker_times_every_launcher_and_finds_a_wrong_result(tmp_path: Path
     broken = {k: v for k, v in default["output1"].items() if k != "BLOCK_E"}
     failed = answer(kernels, {"kernel": "output1", "schedule": broken, "shared": {}, "repetitions": 1})
     assert "BLOCK_E" in failed["failed"]
+
+
+def test_results_differ_where_one_is_finite_and_the_other_is_not() -> None:
+    from splagen.autotune.worker import _difference
+
+    inf, nan = float("inf"), float("nan")
+    want = torch.tensor([3.0, -inf, 4.0, nan])
+    assert _difference(want.clone(), want) == 0.0
+    assert _difference(torch.tensor([3.0, -inf, 4.5, nan]), want) == pytest.approx(0.1)
+    for other in (
+        torch.tensor([3.0, 1.0, 4.0, nan]),
+        torch.tensor([3.0, -inf, inf, nan]),
+        torch.tensor([nan, -inf, 4.0, nan]),
+    ):
+        assert _difference(other, want) == inf
+    assert _difference(None, want) == inf
+    assert _difference(torch.zeros(2), torch.zeros(3)) == 0.0, "its shape depends on the Schedule"
+    assert _difference(torch.ones(3), torch.zeros(3)) > 1
