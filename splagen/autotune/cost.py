@@ -37,7 +37,7 @@ __all__ = [
 ]  # fmt: skip
 
 LAUNCH_MS = 0.005  # of a kernel that does nothing, between events on an H200
-UNLIKE = 1e-3  # per step away from the default in what the formulas do not know: equals get an order
+UNLIKE = 1e-3  # part of the time, per step away from the default: equals get an order
 
 Sizes: TypeAlias = Mapping[str, int]
 
@@ -109,7 +109,12 @@ def sizes_of(spec: Spec, shape: tuple[int, int, int]) -> dict[str, int]:
 def default_schedules(
     spec: Spec, part: Partition | SequencePartition, arch: str, dtype: str
 ) -> dict[str, dict[str, int]]:
-    """The Schedule that every kernel of a spec has before tuning, by name."""
+    """The Schedule that every kernel of a spec has before tuning, by name.
+
+    Raises:
+        InputError: unknown dtype.
+    """
+    _check_dtype(dtype)
     if isinstance(part, SequencePartition):
         made = cast(SSESpec, spec)
         return {k.name: recurrences.default_schedule(k, made, arch, dtype) for k in part.kernels}
@@ -122,8 +127,8 @@ def schedule_cost(
 ) -> Callable[[str, Schedule], float]:
     """What `search` orders Schedules by: the predicted milliseconds of a kernel, by name, with a Schedule.
 
-    The formulas know nothing of warps, stages and registers: of Schedules with the same tiles those nearest to the
-    default are the cheapest, by a thousandth per step.
+    The formulas know nothing of warps, stages and registers, and little of tiles: of equals those nearest to the
+    default come first.
 
     Raises:
         InputError: unknown dtype.
@@ -164,16 +169,21 @@ def _ranks(values: Sequence[float]) -> list[float]:
 def _formulas(
     spec: Spec, part: Partition | SequencePartition, dtype: str
 ) -> Callable[[Kernel, Mapping[str, Schedule]], Cost]:
-    if dtype not in DTYPES:
-        raise InputError(f"unknown dtype {dtype!r}", f"one of {', '.join(DTYPES)}")
+    _check_dtype(dtype)
     if isinstance(part, SequencePartition):
         return Recurrences(cast(SSESpec, spec), part, dtype).cost
     whole = Attention(part.program, dtype)
     return lambda kernel, schedules: whole.cost(kernel, schedules[kernel.name])
 
 
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}", f"one of {', '.join(DTYPES)}")
+
+
 def _steps(schedule: Schedule, default: Schedule) -> int:
-    """How far warps, stages and registers are from the default's."""
-    warps = abs(schedule["num_warps"].bit_length() - default["num_warps"].bit_length())
+    """How far a Schedule is from the default: doublings of tiles and warps, stages, and whether registers differ."""
+    doubled = [n for n in schedule if n not in ("num_stages", "maxnreg")]
+    steps = sum(abs(schedule[n].bit_length() - default[n].bit_length()) for n in doubled)
     registers = schedule.get("maxnreg") != default.get("maxnreg")
-    return warps + abs(schedule["num_stages"] - default["num_stages"]) + int(registers)
+    return steps + abs(schedule["num_stages"] - default["num_stages"]) + int(registers)

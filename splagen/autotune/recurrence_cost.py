@@ -179,14 +179,15 @@ class _Kernel:
                 return self._routing(a) * slices
             case "state_table":
                 return self._table()
+            case "slot_rows":  # without a plan a token has a slot in every partition
+                slots = self.plan[1].count if self.plan else TOKENS * self.whole.part.choices
+                return a.partitions * slots * HEADS * width * slices
         assert self.plan, f"{self.kernel.name} reads {a.name} without a plan"
         rows = self.plan[1]
         match a.layout:
             case "plan":
                 of_rows = sum(t not in ("offsets", "firsts", "owners") for t in a.features)
                 return of_rows * rows.count * slices * (self.whole.routers if self._routes else HEADS)
-            case "slot_rows":
-                return a.partitions * rows.count * HEADS * width * slices
             case "chunk_states":
                 return a.partitions * rows.count / self.schedule["CHUNK"] * HEADS * width
             case "group_states":
