@@ -98,6 +98,21 @@ def test_dense_attention() -> None:
     assert moved == keys_read + queries
 
 
+def test_gradients_of_dense_attention() -> None:
+    """Scores are formed again: three products for dq, four for dk and dv; a slice of keys reads all its queries."""
+    d, length, block = 64, 4096, 64
+    spec = SPLASpec(head_dim=d, group_size=1, select=None, linear=None)
+    pairs = sum(block * (tile + 1) * block for tile in range(length // block))
+    slices = {}
+    for block_n in (32, 64):
+        found = made(spec, block_sparse_dkv={"BLOCK_M": 32, "BLOCK_N": block_n})
+        assert values(found["block_sparse_dq"], spec, (1, 1, length))[1] == 3 * 2 * d * pairs
+        moved, flops, _ = values(found["block_sparse_dkv"], spec, (1, 1, length))
+        assert flops == 4 * 2 * d * pairs
+        slices[block_n] = moved
+    assert slices[32] - slices[64] == pairs // block * (2 * 2 * d + 2 * 4)  # q and do, lse and delta
+
+
 def test_selected_blocks() -> None:
     """16 selected blocks per query, and the subtraction over the 13 chosen ones; features are twice d."""
     d, block, budget, forced, group, kv_heads, length = 128, 64, 13, 3, 16, 2, 65536
