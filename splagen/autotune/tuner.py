@@ -15,6 +15,7 @@ import torch
 
 from splagen.autotune import cache
 from splagen.autotune.bench import Bench
+from splagen.autotune.cost import schedule_cost
 from splagen.autotune.device import Device
 from splagen.autotune.entry import Entry, now
 from splagen.autotune.key import Bucket, key_of
@@ -76,7 +77,6 @@ def tune(
     module: ModuleType,
     *,
     effort: Effort = QUICK,
-    cost: Cost | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
     seconds: float = math.inf,
     jobs: int | None = None,
@@ -88,7 +88,6 @@ def tune(
         target: what is tuned.
         module: its generated module, for the comparison with the oracle.
         effort: how much is tried.
-        cost: (kernel, Schedule) to a number; lower is tried first.
         progress: told after each measurement.
         seconds: no measurement starts later; every kernel's default is measured all the same.
         jobs: compilers side by side, None is one per CPU.
@@ -104,7 +103,7 @@ def tune(
 
     def find() -> Mapping[str, Entry]:
         nonlocal found
-        found = _search(target, effort, cost, progress, seconds, jobs)
+        found = _search(target, effort, progress, seconds, jobs)
         _verify(target, module, found.schedules)
         return found.entries
 
@@ -120,13 +119,14 @@ def tune(
 def _search(
     target: Target,
     effort: Effort,
-    cost: Cost | None,
     progress: Callable[[Progress], None],
     seconds: float,
     jobs: int | None,
 ) -> Tuned:
     start = time.monotonic()
     made = spaces(target.spec, target.part, target.device, target.dtype)
+    bucket = Bucket.of(target.spec, target.shape)
+    cost = schedule_cost(target.spec, target.part, bucket, target.device, target.dtype)
     with (
         Compiler(target.path, target.part, jobs, target.shape[1] // target.spec.group_size) as compiler,
         Bench(target.path, compiler, target.dtype, target.device.arch, target.shape) as bench,
@@ -152,7 +152,7 @@ class _Searches:
     made: Mapping[str, Space]
     bench: Bench
     effort: Effort
-    cost: Cost | None
+    cost: Cost
     progress: Callable[[Progress], None]
     deadline: float
 
@@ -183,12 +183,11 @@ class _Searches:
 
     def alone(self, name: str, part: Space) -> Result:
         kernel = self.kernel(name)
-        cost = self.cost
         return search(
             part,
             lambda s: self.measure(kernel, s, {}),
             effort=self.effort,
-            cost=None if cost is None else lambda s: cost(name, s),
+            cost=lambda s: self.cost(name, s),
             watch=self.watch(name),
         )
 
