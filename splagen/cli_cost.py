@@ -67,7 +67,8 @@ def show_cost(spec: Spec, shape: str | None, dtype: str | None, gpu: str | None,
 
 def rows(spec: Spec, part: Partition | SequencePartition, shape: Shape, dtype: str, device: Device) -> list[Row]:
     """A row for every kernel with its default Schedule, in the order of launches."""
-    from splagen.autotune.cost import costs, default_schedules, evaluate, predict, sizes_of
+    from splagen.autotune.cost import costs, default_schedules, evaluate, predict
+    from splagen.autotune.key import sizes_of
 
     sizes = sizes_of(spec, shape)
     made = costs(spec, part, default_schedules(spec, part, device.arch, dtype), dtype)

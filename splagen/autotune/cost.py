@@ -18,7 +18,7 @@ import sympy as sp
 from splagen.autotune.attention_cost import Attention
 from splagen.autotune.device import Device
 from splagen.autotune.formula import Cost
-from splagen.autotune.key import Bucket
+from splagen.autotune.key import Bucket, sizes_of
 from splagen.autotune.recurrence_cost import Recurrences
 from splagen.codegen import schedule as attention
 from splagen.codegen import sequence_schedule as recurrences
@@ -90,20 +90,6 @@ def evaluate(formula: sp.Expr, sizes: Sizes, kernel: str) -> float:
     if missing := sorted(names.keys() - sizes.keys()):
         raise InputError(f"the cost of {kernel} needs {', '.join(missing)}", "sizes come from `sizes_of`")
     return float(formula.xreplace({s: sp.Integer(sizes[n]) for n, s in names.items()}))
-
-
-def sizes_of(spec: Spec, shape: tuple[int, int, int]) -> dict[str, int]:
-    """The sizes that formulas name, for a shape (B, H, L); H counts heads of queries, those of values for SSE.
-
-    Raises:
-        InputError: a size is not positive, or the heads are not whole groups.
-    """
-    batch, heads, length = shape
-    if min(shape) < 1 or heads % spec.group_size:
-        raise InputError(f"shape {shape}", f"positive sizes, and heads a multiple of {spec.group_size}")
-    if spec.kind == "sse":
-        return {"T": batch * length, "S": batch, "HV": heads}
-    return {"L": length, "B": batch, "Hkv": heads // spec.group_size}
 
 
 def default_schedules(
