@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,8 +20,12 @@ from torch import Tensor
 from benchmarks.record import write
 from benchmarks.timing import time_ms
 from splagen import pipeline, sequence_verification, verification
+from splagen.autotune.cost import rank_correlation, schedule_cost
+from splagen.autotune.device import this_device
+from splagen.autotune.key import Bucket
 from splagen.autotune.search import Measurement
 from splagen.autotune.tuner import Tuned
+from splagen.codegen.schedule import Schedule
 from splagen.kinds import oracle
 from splagen.sequence import SSEOracle
 from splagen.spec import Select, Spec, SPLASpec, to_toml
@@ -70,18 +75,29 @@ def row_of(name: str, spec: Spec, shape: Shape, effort: str, seconds: float) -> 
         default = library.module.SCHEDULES["sm_90"]["bf16"]
         found = {"default": op_ms(spec, library.module, shape, default)}
         found["tuned"] = op_ms(spec, library.module, shape, {**default, **tuned.schedules})
-    return {"case": name, "shape": list(shape), "effort": effort, "wall_s": wall, **figures(tuned), "op_ms": found}
+    cost = schedule_cost(spec, pipeline.kernels(spec), Bucket.of(spec, shape), this_device(), "bf16")
+    return {
+        "case": name,
+        "shape": list(shape),
+        "effort": effort,
+        "wall_s": wall,
+        **figures(tuned, cost),
+        "op_ms": found,
+    }
 
 
-def figures(tuned: Tuned) -> dict[str, Any]:
-    """What the search did, kernel by kernel."""
+def figures(tuned: Tuned, cost: Callable[[str, Schedule], float]) -> dict[str, Any]:
+    """What the search did, kernel by kernel, and how well the cost model orders the Schedules of each."""
     kernels = {}
     for name, r in tuned.results.items():
         start = r.default.ms if isinstance(r.default, Measurement) else None
         trials = [
             {"schedule": dict(t.schedule), "ms": t.outcome.ms} for t in r.trials if isinstance(t.outcome, Measurement)
         ]
+        measured = [t["ms"] for t in trials]
+        predicted = [cost(name, t["schedule"]) for t in trials]
         kernels[name] = {
+            "rank_correlation": rank_correlation(predicted, measured) if len(trials) > 2 else None,
             "default_ms": start,
             "ms": r.measurement.ms,
             "schedule": dict(r.schedule),
