@@ -41,6 +41,7 @@ class Bench:
         self.wrong: list[tuple[str, Schedule, float]] = []
         self.built: dict[tuple[str, frozenset[tuple[str, int]]], Lost | None] = {}
         self._gpu = threading.Lock()
+        self._stopped = False
         self._process: subprocess.Popen[str] | None = None
         self._log: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by __exit__
 
@@ -50,10 +51,16 @@ class Bench:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        self.stop()
         self._log.close()
+
+    def stop(self) -> None:
+        """End the process; every measurement from now on fails, so that searches side by side end soon."""
+        self._stopped = True
+        process = self._process
+        if process is not None:
+            process.kill()
+            process.wait()
 
     def prepare(self, kernel: Kernel, schedules: Sequence[Schedule]) -> None:
         """Compile Schedules side by side; those that do not fit are lost before they are timed."""
@@ -103,6 +110,8 @@ class Bench:
             raise WrongResult(what, hint="the compiler is at fault: report them with what `splagen doctor` prints")
 
     def _answer(self, job: dict[str, Any]) -> dict[str, Any]:
+        if self._stopped:
+            raise TuningError("tuning was stopped")
         if self._process is None:
             self._process = self._start()
         return self._line(self._process, job, SECONDS)

@@ -134,10 +134,14 @@ def _search(
     ):
         searches = _Searches(target, made, bench, effort, cost, progress, start + seconds)
         results: dict[str, Result] = {}
-        for found in pool.map(lambda run: run(), searches.first()):
-            results |= found
-        for found in pool.map(lambda run: run(), searches.behind(results)):
-            results |= found
+        try:
+            for found in pool.map(lambda run: run(), searches.first()):
+                results |= found
+            for found in pool.map(lambda run: run(), searches.behind(results)):
+                results |= found
+        except BaseException:
+            bench.stop()
+            raise
         wrong = list(bench.wrong)
     entries = {
         name: Entry(dict(r.schedule), r.measurement.ms, r.measurement.spread, effort.name, now())

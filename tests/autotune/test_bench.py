@@ -47,6 +47,17 @@ def test_a_measurement_is_a_time_and_a_failure_is_an_error(running: Bench, monke
     assert isinstance(running.measure(kernel, schedule, {}, 1), Measurement), "another process takes over"
 
 
+def test_after_a_stop_every_measurement_fails(running: Bench) -> None:
+    kernel, schedule = forward()
+    running.measure(kernel, schedule, {}, 1)
+    process = running._process
+    assert process is not None
+    running.stop()
+    assert process.poll() is not None
+    with pytest.raises(TuningError, match="stopped"):
+        running.measure(kernel, schedule, {}, 1)
+
+
 def test_what_did_not_compile_is_lost_without_being_timed(running: Bench) -> None:
     kernel, schedule = forward()
     running.built[kernel.name, frozenset(schedule.items())] = Lost("out of resources", "too much shared memory")

@@ -49,6 +49,9 @@ class FakeBench:
     def __exit__(self, *_: object) -> None:
         pass
 
+    def stop(self) -> None:
+        pass
+
     def prepare(self, kernel: Kernel, schedules: Sequence[Schedule]) -> None:
         pass
 
