@@ -54,6 +54,7 @@ _HOME = {
     "load": "pipeline",
     "Library": "pipeline",
     "verify": "pipeline",
+    "autotune": "pipeline",
 }
 __all__ = ["__version__", *_HOME]
 
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from splagen.library import taylor as taylor
     from splagen.library import topk_softmax as topk_softmax
     from splagen.pipeline import Library as Library
+    from splagen.pipeline import autotune as autotune
     from splagen.pipeline import generate as generate
     from splagen.pipeline import kernels as kernels
     from splagen.pipeline import load as load

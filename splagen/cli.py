@@ -1,4 +1,4 @@
-"""The command line: splagen generate | show | verify | compile | cache | doctor.
+"""The command line: splagen generate | show | verify | tune | compile | cache | doctor.
 
 Exit status: 0 good, 1 a wrong result, 2 a wrong request.  With --json, stdout is one JSON document.
 """
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from splagen import cli_cache, settings
+from splagen import cli_cache, cli_cost, cli_tune, settings
 from splagen.errors import InputError, WrongResult
 from splagen.terminal import (
     AsJson,
@@ -37,6 +37,7 @@ app = typer.Typer(
     help="A small compiler for attention kernels: block-sparse softmax with residual linear attention.",
 )
 
+app.command(name="tune")(cli_tune.tune_command)
 app.add_typer(cli_cache.app, name="cache")
 
 
@@ -59,9 +60,16 @@ def generate(
 @app.command()
 def show(
     spec: SpecFile,
-    after: Annotated[str | None, typer.Option(metavar="PASS", help="The program after this pass.")] = None,
+    after: Annotated[
+        str | None, typer.Option(metavar="PASS", help="The program after this pass; cost: what its kernels cost.")
+    ] = None,
     kernel: Annotated[str | None, typer.Option(metavar="NAME", help="The device code of one kernel.")] = None,
     source: Annotated[bool, typer.Option("--source", help="The whole generated module.")] = False,
+    shape: Annotated[
+        str | None, typer.Option(metavar="B,H,L", help="Of cost: batch, heads of queries (SSE: of values), length.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="|".join(DTYPES), help="Of cost: bf16.")] = None,
+    gpu: Annotated[str | None, typer.Option(metavar="NAME", help="Of cost: such as H100; H200.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Print the spec's equations, or what becomes of them."""
@@ -73,9 +81,14 @@ def show(
         made = read_spec_file(spec)
         if (after is not None) + (kernel is not None) + source > 1:
             raise InputError("--after, --kernel and --source exclude one another", "give one of them")
+        if after == "cost":
+            cli_cost.show_cost(made, shape, dtype, gpu, as_json)
+            return
+        if shape or dtype or gpu:
+            raise InputError("--shape, --dtype and --gpu belong to the table of costs", "add --after cost")
         found: dict[str, Any] = {"name": made.name}
         if after is not None:
-            found |= {"after": after, "text": program_text(pick("pass", after, pipeline.stages(made)))}
+            found |= {"after": after, "text": program_text(pick("pass", after, pipeline.stages(made), "cost"))}
         elif kernel is not None:
             k = pick("kernel", kernel, {k.name: k for k in pipeline.kernels(made).kernels})
             found |= {"kernel": k.name, "template": k.template, "text": kernel_text(k)}

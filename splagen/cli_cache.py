@@ -56,7 +56,7 @@ def explain(
         from splagen.autotune import cache, key
 
         made = read_spec_file(spec)
-        device = _device(gpu)
+        device = device_called(gpu)
         kernels = {k.name: k for k in pipeline.kernels(made).kernels}
         chosen = [pick("kernel", kernel, kernels)] if kernel else list(kernels.values())
         bucket = key.Bucket.of(made, read_shape(shape)) if shape else key.Bucket(1, 1)
@@ -91,7 +91,7 @@ def prune(
         gone = cache.prune(
             generator=GENERATOR,
             triton=key.software()["triton"],
-            gpu=_device(None).name if other_gpus else None,
+            gpu=device_called(None).name if other_gpus else None,
             days=older_than,
             dry_run=dry_run,
         )
@@ -130,7 +130,7 @@ def import_command(
         emit({"path": str(path), **counts}, as_json, ", ".join(f"{n} {what}" for what, n in counts.items()))
 
 
-def _device(name: str | None) -> Device:
+def device_called(name: str | None) -> Device:
     """The known device whose name holds these words, or the one that is here."""
     from splagen.autotune.device import DEVICES, this_device
 

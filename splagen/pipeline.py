@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,10 @@ from typing import Any, overload
 import torch
 
 from splagen import settings
+from splagen.autotune.device import this_device
+from splagen.autotune.search import EFFORTS, Progress
+from splagen.autotune.tuned import TunedSchedules
+from splagen.autotune.tuner import DTYPES, Target, Tuned, tune
 from splagen.codegen.files import write_generated
 from splagen.codegen.partition import Partition
 from splagen.codegen.sequence_partition import SequencePartition
@@ -98,8 +103,56 @@ def generate(spec: Spec, out: str | Path) -> Library:
 
 
 def load(spec: Spec) -> Callable[..., Any]:
-    """The op of a spec, generated under the cache directory and imported."""
-    return generate(spec, settings.cache_dir() / "kernels").op
+    """The op of a spec, generated under the cache directory and imported; it takes the Schedules that were tuned."""
+    library = generate(spec, settings.cache_dir() / "kernels")
+    if not settings.interpreted():
+        vars(library.module)["TUNED"] = TunedSchedules(spec)
+    return library.op
+
+
+def autotune(
+    library: Library | Spec,
+    *,
+    shapes: Sequence[Shape],
+    dtype: torch.dtype = torch.bfloat16,
+    effort: str = "quick",
+    seconds: float = math.inf,
+    jobs: int | None = None,
+    force: bool = False,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> list[Tuned]:
+    """Find the fastest Schedules at shapes (B, H, L) on this GPU, or take them from the cache; the library uses them.
+
+    Args:
+        library: a generated library, or a spec.
+        shapes: one tuning for each, which serves all sizes that round up to the same powers of two.
+        dtype: of q, k and v.
+        effort: "quick" or "full".
+        seconds: no measurement of a shape starts later than this.
+        jobs: compilers side by side, None is one per CPU.
+        force: search again where the cache has an answer.
+        progress: told after each measurement.
+
+    Raises:
+        InputError: there is no GPU, or an unknown effort or dtype.
+        TuningError: a measurement failed for no reason that a Schedule explains.
+        WrongResult: the Schedules that were chosen do not agree with the oracle.
+    """
+    if not isinstance(library, Library):
+        library = generate(library, settings.cache_dir() / "kernels")
+    if effort not in EFFORTS:
+        raise InputError(f"unknown effort {effort!r}", f"one of {', '.join(EFFORTS)}")
+    names = {d: n for n, d in DTYPES.items()}
+    if dtype not in names:
+        raise InputError(f"unknown dtype {dtype}", f"one of {', '.join(map(str, names))}")
+    device, part = this_device(), kernels(library.spec)
+    found = []
+    for shape in shapes:
+        target = Target(library.spec, part, library.path, shape, names[dtype], device)
+        options: dict[str, Any] = {"effort": EFFORTS[effort], "seconds": seconds, "jobs": jobs, "force": force}
+        found.append(tune(target, library.module, progress=progress, **options))
+    vars(library.module)["TUNED"] = TunedSchedules(library.spec)
+    return found
 
 
 def verify(

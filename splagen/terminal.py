@@ -47,10 +47,10 @@ def read_spec_file(path: Path) -> Spec:
     return read_spec(path)
 
 
-def pick(what: str, name: str, choices: dict[str, T]) -> T:
-    """The choice of a name.  Raises InputError that lists the names."""
+def pick(what: str, name: str, choices: dict[str, T], *others: str) -> T:
+    """The choice of a name.  Raises InputError that lists the names, and others that the caller knows itself."""
     if name not in choices:
-        raise InputError(f"unknown {what} {name!r}", f"one of {', '.join(choices)}")
+        raise InputError(f"unknown {what} {name!r}", f"one of {', '.join([*choices, *others])}")
     return choices[name]
 
 

@@ -177,6 +177,55 @@ def test_show_after_a_pass() -> None:
     assert "split_complement" in message
 
 
+def test_show_the_costs() -> None:
+    shown = run("show", SMALL, "--after", "cost")
+    assert shown.exit_code == 0
+    assert "B, H, L = 1, 32, 65536; bf16; NVIDIA H200" in shown.stdout
+    assert "all of backward" in shown.stdout
+    found = document(run("show", SMALL, "--after", "cost", "--json"))
+    rows = {r["kernel"]: r for r in found["kernels"]}
+    assert list(rows) == [k.name for k in pipeline.kernels(read_spec(SMALL)).kernels]
+    forward = rows["block_sparse_forward"]
+    assert forward["launched_in"] == ["forward"]
+    assert forward["bound"] in ("bytes", "flops")
+    assert "B*Hkv*L" in forward["flops_formula"]
+    assert forward["flops_formula"] in shown.stdout
+    assert found["total_ms"]["forward"] > forward["ms"] > 0
+    shorter = document(run("show", SMALL, "--after", "cost", "--shape", "2,4,4096", "--dtype", "fp32", "--json"))
+    assert shorter["shape"] == [2, 4, 4096]
+    assert shorter["kernels"][0]["ms"] < found["kernels"][0]["ms"]
+    slower = document(run("show", SMALL, "--after", "cost", "--gpu", "A100", "--json"))
+    assert slower["gpu"] == "NVIDIA A100-SXM4-80GB"
+    assert slower["total_ms"]["forward"] > found["total_ms"]["forward"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--after", "cost", "--shape", "1,3,64"), "multiple of 2"),
+        (("--after", "cost", "--shape", "1,2"), "three whole numbers"),
+        (("--after", "cost", "--dtype", "int8"), "unknown dtype 'int8'"),
+        (("--after", "cost", "--gpu", "H300"), "NVIDIA H200"),
+        (("--gpu", "H100"), "add --after cost"),
+        (("--after", "costs"), "cost"),
+    ],
+)
+def test_wrong_requests_for_costs(arguments: tuple[str, ...], message: str) -> None:
+    assert message in refused("show", SMALL, *arguments)
+
+
+def test_show_the_costs_of_an_sse_spec(tmp_path: Path) -> None:
+    path = tmp_path / "decay.toml"
+    path.write_text(SEQUENCE.replace("scalar", "vector"))
+    rows = {r["kernel"]: r for r in document(run("show", path, "--after", "cost", "--json"))["kernels"]}
+    assert [k for k, r in rows.items() if r["alternative"] and k.startswith("output")] == [
+        "output_strong1",
+        "output_strong2",
+    ]
+    assert rows["step"]["launched_in"] == ["step"]
+    assert f"({rows['output_strong1']['ms']:.3f})" in run("show", path, "--after", "cost").stdout
+
+
 def test_show_a_kernel() -> None:
     shown = run("show", SMALL, "--kernel", "block_sparse_forward")
     assert shown.exit_code == 0

@@ -402,20 +402,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.fixture
-def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> Callable[[Library], None]:
-    """Fail if an op of the module, its kernels or the oracle are reached."""
-
-    def guard(library: Library) -> None:
-        def reached(*_: object, **__: object) -> None:
-            raise AssertionError("something was launched")
-
-        for name in ("forward_op", "backward_op", "forward", "backward", "equations"):
-            monkeypatch.setattr(library.module, name, reached)
-
-    return guard
-
-
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_error_before_anything_is_launched(
     name: str, make: Callable[[SSESpec], Library], nothing_runs: Callable[[Library], None]

@@ -42,12 +42,26 @@ class Bucket:
         Raises:
             InputError: a size is not positive, or the heads are not whole groups.
         """
-        batch, heads, length = shape
-        if min(shape) < 1 or heads % spec.group_size:
-            raise InputError(f"shape {shape}", f"positive sizes, and heads a multiple of {spec.group_size}")
+        sizes = sizes_of(spec, shape)
         if spec.kind == "sse":
-            return cls(_power(batch * length), _power(heads))
-        return cls(_power(length), _power(batch * heads // spec.group_size))
+            return cls(_power(sizes["T"]), _power(sizes["HV"]))
+        return cls(_power(sizes["L"]), _power(sizes["B"] * sizes["Hkv"]))
+
+
+def sizes_of(spec: Spec, shape: tuple[int, int, int]) -> dict[str, int]:
+    """The sizes by which launchers and formulas of cost go, for a shape (B, H, L).
+
+    H counts heads of queries, those of values for SSE.
+
+    Raises:
+        InputError: a size is not positive, or the heads are not whole groups.
+    """
+    batch, heads, length = shape
+    if min(shape) < 1 or heads % spec.group_size:
+        raise InputError(f"shape {shape}", f"positive sizes, and heads a multiple of {spec.group_size}")
+    if spec.kind == "sse":
+        return {"T": batch * length, "S": batch, "HV": heads}
+    return {"L": length, "B": batch, "Hkv": heads // spec.group_size}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from splagen.autotune.space import Space, common_values
 from splagen.codegen.schedule import Agreement, Schedule
 from splagen.errors import SplagenError, TuningError
 
-Reason: TypeAlias = Literal["out of resources", "compile-time assertion"]
+Reason: TypeAlias = Literal["out of resources", "compile-time assertion", "wrong result"]
 
 
 @dataclass(frozen=True)
@@ -165,12 +165,13 @@ def search_together(
     *,
     effort: Effort = QUICK,
     cost: Callable[[str, Schedule], float] | None = None,
-    watch: Watch | None = None,
+    watch: Callable[[str], Watch] | None = None,
 ) -> dict[str, Result]:
     """The Schedules of kernels that must agree on a number: those of the value with the least sum of medians.
 
     For each common value every kernel is searched with its part of the candidates.  A value with which a kernel does
-    not run is left out.  `measure` and `cost` take the kernel's name first; `spaces` has at least these kernels.
+    not run is left out.  `measure` and `cost` take the kernel's name first, `watch` takes it alone;
+    `spaces` has at least these kernels.
 
     Raises:
         TuningError: as `search`.
@@ -181,7 +182,7 @@ def search_together(
     least, failure = math.inf, TuningError(f"{', '.join(agreement.kernels)} have no {agreement.name} in common")
     first = True
     for value in values:
-        if best and watch is not None and time.monotonic() >= watch.deadline:
+        if best and watch is not None and time.monotonic() >= watch(agreement.kernels[0]).deadline:
             break
         found: dict[str, Result] = {}
         try:
@@ -192,7 +193,7 @@ def search_together(
                     lambda schedule, kernel=kernel: measure(kernel, schedule),  # type: ignore[misc]
                     effort=share,
                     cost=None if cost is None else lambda schedule, kernel=kernel: cost(kernel, schedule),  # type: ignore[misc]
-                    watch=watch,
+                    watch=watch and watch(kernel),
                 )
         except NoScheduleRuns as error:
             failure = error

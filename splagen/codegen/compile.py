@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Timer
@@ -35,8 +36,8 @@ _GPU = {
 }
 _TYPES = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "float32": "fp32", "int32": "i32"}
 _INTEGERS = frozenset({"offsets", "firsts", "owners", "tokens", "places", "writes", "reads", "chosen", "slots"})
-_SIZES = (65_536, 2)  # length and KV heads whose strides decide what the JIT would specialise on
-_EVERY_SIZE = [(length, heads) for length in (65_536, 65_537) for heads in (2, 1, 3, 4, 8, 16)]  # all that it does
+_LENGTH, _KV_HEADS = 65_536, 2  # the sizes whose strides decide what the JIT would specialise on
+_LENGTHS, _HEADS = (_LENGTH, 65_537), (_KV_HEADS, 1, 3, 4, 8, 16)  # all that it would
 _SECONDS = 600  # for one kernel
 ALIGNMENT = 16
 
@@ -134,10 +135,20 @@ def _wanted(
 
 
 class Compiler:
-    """Compiles kernels of one generated module in `jobs` processes side by side, None is one per CPU."""
+    """Compiles kernels of one generated module in processes side by side.
 
-    def __init__(self, path: str | Path, part: Partition | SequencePartition, jobs: int | None = None) -> None:
-        self.path, self.part = Path(path).resolve(), part
+    What is compiled is what the JIT compiles for contiguous tensors, and lies in Triton's cache afterwards.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        part: Partition | SequencePartition,
+        jobs: int | None = None,
+        kv_heads: int = _KV_HEADS,
+    ) -> None:
+        """`jobs` processes, None is one per CPU; `kv_heads` decide which strides the JIT finds aligned."""
+        self.path, self.part, self.kv_heads = Path(path).resolve(), part, kv_heads
         self._count = jobs or os.cpu_count() or 1
         self._open = ExitStack()
 
@@ -154,14 +165,14 @@ class Compiler:
 
     def submit(self, kernel: Kernel, arch: str, dtype: str, schedule: Schedule) -> Future[Built]:
         """What a kernel becomes with a Schedule; a failure is a row too."""
-        request = _request(self.path, self.part, kernel, arch, dtype, schedule)
+        request = _request(self.path, self.part, kernel, arch, dtype, schedule, self.kv_heads)
         return self._pool.submit(lambda: _row(kernel, arch, dtype, schedule, self._run(request)))
 
     def keep(self, kernel: Kernel, arch: str, dtype: str, schedule: Schedule) -> list[Future[tuple[Built, Kept]]]:
         """The same with what a process needs to launch it, for each specialisation that contiguous tensors lead to."""
         requests: dict[str, dict[str, Any]] = {}
-        for sizes in _EVERY_SIZE:
-            request = _request(self.path, self.part, kernel, arch, dtype, schedule, sizes) | {"keep": True}
+        for length, kv_heads in product(_LENGTHS, _HEADS):
+            request = _request(self.path, self.part, kernel, arch, dtype, schedule, kv_heads, length) | {"keep": True}
             requests.setdefault(json.dumps(request, sort_keys=True), request)
 
         def answer(request: dict[str, Any]) -> tuple[Built, Kept]:
@@ -220,7 +231,8 @@ def _request(
     arch: str,
     dtype: str,
     schedule: Schedule,
-    sizes: tuple[int, int] = _SIZES,
+    kv_heads: int = _KV_HEADS,
+    length: int = _LENGTH,
 ) -> dict[str, Any]:
     types: dict[str, str] = {}
     constants: dict[str, int] = {}
@@ -229,7 +241,7 @@ def _request(
         pointers = [a for a in array.arguments if a not in array.stride_names]
         types |= {a: f"*{_TYPES[_element(array, a, part, dtype)]}" for a in pointers}
         aligned += pointers
-        for name, stride in zip(array.stride_names, _strides(array, part, *sizes), strict=True):
+        for name, stride in zip(array.stride_names, _strides(array, part, kv_heads, length), strict=True):
             types[name] = "constexpr" if stride == 1 else "i32"
             constants |= {name: 1} if stride == 1 else {}
             aligned += [name] if stride > 1 and stride % ALIGNMENT == 0 else []
@@ -242,6 +254,7 @@ def _request(
         "constants": constants | {name: schedule[name] for name in kernel.tunable},
         "aligned": aligned,
         "tunable": list(kernel.tunable),
+        "unspecialised": list(kernel.scalars),
         "target": _GPU[arch],
         "options": {name: schedule[name] for name in ("num_warps", "num_stages", "maxnreg") if name in schedule},
     }
@@ -256,7 +269,7 @@ def _element(array: Array, argument: str, part: Partition | SequencePartition, d
     return array.dtype
 
 
-def _strides(array: Array, part: Partition | SequencePartition, length: int, kv_heads: int) -> list[int]:
+def _strides(array: Array, part: Partition | SequencePartition, kv_heads: int, length: int) -> list[int]:
     """Strides of a contiguous array in elements, in the order of its stride names."""
     heads = kv_heads * (part.group_size if array.layout.startswith(("query", "value")) else 1)
     width = array.width[-1] if array.width else 1

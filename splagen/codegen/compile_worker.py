@@ -34,7 +34,12 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     types, constants = job["types"], job["constants"]
     if list(kernel.arg_names) != list(types):
         raise TypeError(f"its arguments are {', '.join(kernel.arg_names)}; the launcher gives {', '.join(types)}")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(types) if name in job["aligned"]}
+    # every argument that the JIT specialises has attributes, if only none: the key of Triton's cache holds them
+    aligned = {
+        (i,): [["tt.divisibility", 16]] if name in job["aligned"] else []
+        for i, name in enumerate(types)
+        if types[name] != "constexpr" and name not in job["unspecialised"]
+    }
     source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
     start = time.perf_counter()
     compiled = triton.compile(source, target=GPUTarget(*job["target"]), options=job["options"])

@@ -56,17 +56,24 @@ def step_kernel(spec: SSESpec, found: Sequence[Recurrence], router: Router | Non
     checks = [
         f"{a}_ok[{view}]" for a, view, n, w in (("d", ":, None", d, wide_d), ("e", "None, :", e, wide_e)) if n != w
     ]
+    state_mask, other = " & ".join(checks) or "None", "0.0" if checks else "None"
+    shared = pieces.get("shared")
+    shared_loads: list[str] = []
+    if shared:
+        state = f"{shared.state} = tl.load(place_of_shared, mask={state_mask}, other={other})  # [D, BLOCK_E]"
+        shared_loads = [*shared.loads, state]
     route = "key_head" if router and router.by_head else "0"
     holes = {
         "columns": "\n".join(columns),
         "e_mask": "e_ok" if wide_e != e else "e < " + str(e),
-        "state_mask": " & ".join(checks) or "None",
-        "other": "0.0" if checks else "None",
+        "state_mask": state_mask,
+        "other": other,
+        "shared_loads": "\n".join(shared_loads),
         "group_lines": f"key_head = head // {spec.group_size}" if spec.group_size > 1 else "key_head = head",
         "router": route,
         "partition": "choice" if masks else f"tl.load(chosen_ptr + route * {router.choices if router else 0} + choice)",
         "parts": parts,
-        "shared": pieces.get("shared"),
+        "shared": shared,
         "sparse": pieces.get("sparse"),
         "first": int(spec.shared),
         "choices": router.choices if router else 0,

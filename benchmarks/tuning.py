@@ -1,0 +1,133 @@
+"""What tuning costs and gains on this GPU: python -m benchmarks.tuning [--seconds 60] [--full] [--out DIR].
+
+Cold tuning of forward and backward of each spec, one bucket, bf16; then the whole op with the default Schedules and
+with those that were found, in the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.record import write
+from benchmarks.timing import time_ms
+from splagen import pipeline, sequence_verification, verification
+from splagen.autotune.cost import rank_correlation, schedule_cost
+from splagen.autotune.device import this_device
+from splagen.autotune.key import Bucket
+from splagen.autotune.search import Measurement
+from splagen.autotune.tuner import Tuned
+from splagen.codegen.schedule import Schedule
+from splagen.kinds import oracle
+from splagen.sequence import SSEOracle
+from splagen.spec import Select, Spec, SPLASpec, to_toml
+from splagen.sse_spec import Router, SSESpec
+from splagen.verification import Shape
+
+CASES: dict[str, tuple[Spec, Shape]] = {
+    "SPLA G=16": (SPLASpec(head_dim=128, group_size=16, select=Select(block_size=64, budget=16)), (1, 32, 8192)),
+    "SSE vector": (SSESpec(backbone="vector", q_map="identity", k_map="identity", router=Router()), (1, 32, 8192)),
+    "SPLA G=4": (SPLASpec(head_dim=128, group_size=4, select=Select(block_size=64, budget=16)), (1, 32, 8192)),
+    "SSE scalar": (SSESpec(backbone="scalar", q_map="identity", k_map="identity", router=Router()), (1, 32, 8192)),
+}
+
+
+def op_ms(spec: Spec, module: ModuleType, shape: Shape, schedules: dict[str, Any]) -> dict[str, float]:
+    """Median milliseconds of forward and backward with some Schedules, launches included as far as the GPU waits."""
+    truth = oracle(to_toml(spec))
+    dtype, device = torch.bfloat16, "cuda"
+    if isinstance(truth, SSEOracle):
+        x = sequence_verification.random_inputs(truth, [shape[2]], shape[1], dtype, device, 0, decay=-0.05)
+        rows = [x[n] for n in (*truth.names, "state", "cu_seqlens")]
+        more = [x[n] for n in ("do", "dfinal", "dbalance") if n in x]
+    else:
+        x = verification.random_inputs(truth, shape, dtype, device, 0)
+        rows = [x[a.name] for a in truth.partition.inputs]
+        more = [x[a.name] for a in truth.partition.cotangents]
+    results = module.forward(schedules, *rows)
+    saved: list[Tensor] = []
+    if not isinstance(truth, SSEOracle):
+        part = truth.partition
+        outputs = dict(zip([a.name for a in (*part.outputs, *part.saved)], results, strict=True))
+        saved = [outputs[a.name] for a in part.residuals]
+    return {
+        "forward": time_ms(lambda: module.forward(schedules, *rows), 10, asleep=True).median,
+        "backward": time_ms(lambda: module.backward(schedules, *rows, *saved, *more), 10, asleep=True).median,
+    }
+
+
+def row_of(name: str, spec: Spec, shape: Shape, effort: str, seconds: float) -> dict[str, Any]:
+    """Tune one spec in an empty cache and time its op."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = pipeline.generate(spec, folder)
+        start = time.perf_counter()
+        options: dict[str, Any] = {"effort": effort, "seconds": seconds, "force": True}
+        (tuned,) = pipeline.autotune(library, shapes=[shape], **options)
+        wall = time.perf_counter() - start
+        default = library.module.SCHEDULES["sm_90"]["bf16"]
+        found = {"default": op_ms(spec, library.module, shape, default)}
+        found["tuned"] = op_ms(spec, library.module, shape, {**default, **tuned.schedules})
+    cost = schedule_cost(spec, pipeline.kernels(spec), Bucket.of(spec, shape), this_device(), "bf16")
+    return {
+        "case": name,
+        "shape": list(shape),
+        "effort": effort,
+        "wall_s": wall,
+        **figures(tuned, cost),
+        "op_ms": found,
+    }
+
+
+def figures(tuned: Tuned, cost: Callable[[str, Schedule], float]) -> dict[str, Any]:
+    """What the search did, kernel by kernel, and how well the cost model orders the Schedules of each."""
+    kernels = {}
+    for name, r in tuned.results.items():
+        start = r.default.ms if isinstance(r.default, Measurement) else None
+        trials = [
+            {"schedule": dict(t.schedule), "ms": t.outcome.ms} for t in r.trials if isinstance(t.outcome, Measurement)
+        ]
+        measured = [t["ms"] for t in trials]
+        predicted = [cost(name, t["schedule"]) for t in trials]
+        kernels[name] = {
+            "rank_correlation": rank_correlation(predicted, measured) if len(trials) > 2 else None,
+            "default_ms": start,
+            "ms": r.measurement.ms,
+            "schedule": dict(r.schedule),
+            "tried": len(r.trials),
+            "lost": len(r.lost),
+            "trials": trials,
+        }
+    wrong = [{"kernel": k, "schedule": dict(s), "error": e} for k, s, e in tuned.wrong]
+    return {"search_s": tuned.seconds, "wrong": wrong, "kernels": kernels}
+
+
+def main() -> None:
+    """Tune every case, write the record and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--seconds", type=float, default=75.0, help="no measurement of a case starts later")
+    parser.add_argument("--effort", default="quick")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for name in args.cases:
+        spec, shape = CASES[name]
+        rows.append(row_of(name, spec, shape, args.effort, args.seconds))
+        r = rows[-1]
+        print(name, f"wall {r['wall_s']:.1f} s", r["op_ms"], "wrong:", len(r["wrong"]), flush=True)
+        for kernel, k in r["kernels"].items():
+            text = f"{k['default_ms']:.4f}" if k["default_ms"] else "lost"
+            print(f"  {kernel:20s} {text} -> {k['ms']:.4f} tried {k['tried']} lost {k['lost']} {k['schedule']}")
+        write("tuning", {"rows": rows}, args.out)
+
+
+if __name__ == "__main__":
+    main()

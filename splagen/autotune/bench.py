@@ -1,0 +1,160 @@
+"""Measuring Schedules: candidates compiled side by side in processes, survivors timed in one that can be killed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from threading import Timer
+from types import TracebackType
+from typing import IO, Any
+
+from splagen.autotune.search import Lost, Measurement, Outcome
+from splagen.codegen.compile import Compiler, process_environment
+from splagen.codegen.kernel import Kernel
+from splagen.codegen.schedule import Schedule
+from splagen.errors import TuningError, WrongResult
+from splagen.verification import Shape
+
+SECONDS = 60.0  # for one measurement, after which its process is killed
+START_SECONDS = 300.0  # for the op's first run
+MOST_SPILLED = 4096  # bytes per thread: such a kernel is never the fastest
+
+
+class Bench:
+    """Times kernels of a generated module at a shape (B, H, L), one at a time on the GPU.
+
+    Attributes:
+        wrong: Schedules whose results differ from the default's, with the relative RMS difference.
+    """
+
+    def __init__(self, module: Path, compiler: Compiler | None, dtype: str, arch: str, shape: Shape) -> None:
+        """`compiler` compiles candidates before they are timed; None where kernels are interpreted, on the CPU."""
+        self.dtype, self.arch, device = dtype, arch, "cuda" if compiler else "cpu"
+        names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+        self.command = ["-m", "splagen.autotune.worker", str(module), names[dtype], device, *map(str, shape)]
+        self.compiler = compiler
+        self.wrong: list[tuple[str, Schedule, float]] = []
+        self.built: dict[tuple[str, frozenset[tuple[str, int]]], Lost | None] = {}
+        self._gpu = threading.Lock()
+        self._stopped = False
+        self._process: subprocess.Popen[str] | None = None
+        self._log: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by __exit__
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+        self._log.close()
+
+    def stop(self) -> None:
+        """End the process; every measurement from now on fails, so that searches side by side end soon."""
+        self._stopped = True
+        process = self._process
+        if process is not None:
+            process.kill()
+            process.wait()
+
+    def prepare(self, kernel: Kernel, schedules: Sequence[Schedule]) -> None:
+        """Compile Schedules side by side; those that do not fit are lost before they are timed."""
+        if self.compiler is None:
+            return
+        fresh = [s for s in schedules if (kernel.name, _identity(s)) not in self.built]
+        rows = [self.compiler.submit(kernel, self.arch, self.dtype, s) for s in fresh]
+        for schedule, future in zip(fresh, rows, strict=True):
+            row = future.result()
+            lost: Lost | None = None
+            if row.error is not None and "shared memory" in row.error:
+                lost = Lost("out of resources", row.error)
+            elif row.error is not None and "CompileTimeAssertionFailure" in row.error:
+                lost = Lost("compile-time assertion", row.error)
+            elif row.error is not None:
+                raise TuningError(f"{kernel.name} with {dict(schedule)} does not compile: {row.error}")
+            elif (row.spilled or 0) > MOST_SPILLED:
+                lost = Lost("out of resources", f"{row.spilled} bytes spilled per thread")
+            self.built[kernel.name, _identity(schedule)] = lost
+
+    def measure(self, kernel: Kernel, schedule: Schedule, shared: Mapping[str, int], repetitions: int) -> Outcome:
+        """Time one Schedule.  `shared`: the CHUNK of kernels that agree with this one, by name.
+
+        Raises:
+            TuningError: the kernel failed for no reason that a Schedule explains, or ended its process.
+        """
+        lost = self.built.get((kernel.name, _identity(schedule)))
+        if lost is not None:
+            return lost
+        job = {"kernel": kernel.name, "schedule": dict(schedule), "shared": dict(shared), "repetitions": repetitions}
+        with self._gpu:
+            answer = self._answer(job)
+        if "lost" in answer:
+            return Lost(*answer["lost"])
+        if "error" in answer:
+            self.wrong.append((kernel.name, schedule, answer["error"]))
+            return Lost("wrong result", f"differs from the default's by {answer['error']:.1e}")
+        if "failed" in answer:
+            raise TuningError(answer["failed"])
+        return Measurement(answer["ms"], answer["spread"])
+
+    def raise_if_wrong(self) -> None:
+        """Raise WrongResult that names the Schedules which gave other results than the default."""
+        if self.wrong:
+            rows = [f"{kernel} with {dict(s)}: {error:.1e}" for kernel, s, error in self.wrong]
+            what = f"{len(rows)} Schedules give wrong results; none of them was chosen:\n" + "\n".join(rows)
+            raise WrongResult(what, hint="the compiler is at fault: report them with what `splagen doctor` prints")
+
+    def _answer(self, job: dict[str, Any]) -> dict[str, Any]:
+        if self._stopped:
+            raise TuningError("tuning was stopped")
+        if self._process is None:
+            self._process = self._start()
+        return self._line(self._process, job, SECONDS)
+
+    def _start(self) -> subprocess.Popen[str]:
+        self._log.seek(0)
+        self._log.truncate()
+        process = subprocess.Popen(
+            [sys.executable, *self.command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=process_environment(interpreted=self.compiler is None),
+            text=True,
+        )
+        self._line(process, None, START_SECONDS)
+        return process
+
+    def _line(self, process: subprocess.Popen[str], job: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
+        """What the process answers; it is killed where it takes longer."""
+        assert process.stdin is not None
+        assert process.stdout is not None
+        clock = Timer(seconds, process.kill)
+        clock.start()
+        try:
+            if job is not None:
+                process.stdin.write(json.dumps(job) + "\n")
+                process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            clock.cancel()
+        if line:
+            return dict(json.loads(line))
+        status = process.wait()
+        self._process = None
+        self._log.seek(0)
+        tail = " / ".join(self._log.read().strip().splitlines()[-3:])
+        raise TuningError(
+            f"the process that times kernels ended with status {status} after at most {seconds:.0f} s: {tail}"
+        )
+
+
+def _identity(schedule: Schedule) -> frozenset[tuple[str, int]]:
+    return frozenset(schedule.items())

@@ -1,0 +1,54 @@
+"""The Schedules that a generated module takes at run time: those that were tuned for a call's sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+from splagen.autotune import cache
+from splagen.autotune.device import this_device
+from splagen.autotune.key import Bucket, key_of
+from splagen.codegen.schedule import Schedule, check_constraints
+from splagen.errors import InputError, ScheduleError
+from splagen.kinds import kind_of
+from splagen.spec import Spec
+
+Sizes: TypeAlias = tuple[str, int, int]  # dtype, length and batch of a bucket
+
+
+class TunedSchedules(dict[Sizes, Mapping[str, Schedule]]):
+    """TUNED of a generated module: looks a bucket up in the cache when it is first asked for."""
+
+    def __init__(self, spec: Spec, folder: Path | None = None) -> None:
+        """`folder` holds the entries; None is the cache directory."""
+        super().__init__()
+        self.spec, self.folder = spec, folder
+        self.missing: set[Sizes] = set()
+
+    def get(self, sizes: Sizes, default: Mapping[str, Schedule]) -> Mapping[str, Schedule]:  # type: ignore[override]
+        """The Schedules of a bucket; `default` where one kernel has none, or they do not go together."""
+        if sizes not in self and sizes not in self.missing:
+            dtype, length, batch = sizes
+            found = stored(self.spec, dtype, Bucket(length, batch), self.folder)
+            if found:
+                self[sizes] = found
+            else:
+                self.missing.add(sizes)
+        return super().get(sizes, default)
+
+
+def stored(spec: Spec, dtype: str, bucket: Bucket, folder: Path | None = None) -> dict[str, Schedule]:
+    """What the cache has for all kernels of a spec on this GPU; nothing where one is missing or they disagree."""
+    part, device = kind_of(spec).partition(spec), this_device()
+    found: dict[str, Schedule] = {}
+    for kernel in part.kernels:
+        entry = cache.get(key_of(spec, kernel, dtype, bucket, device), folder=folder)
+        if entry is None:
+            return {}
+        found[kernel.name] = entry.schedule
+    try:
+        check_constraints(part.constraints, found)
+    except (InputError, ScheduleError):
+        return {}
+    return found

@@ -1,0 +1,250 @@
+"""Tuning a spec on the GPU at hand: every kernel's fastest Schedule, checked together, kept in the cache."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TypeAlias
+
+import torch
+
+from splagen.autotune import cache
+from splagen.autotune.bench import Bench
+from splagen.autotune.cost import schedule_cost
+from splagen.autotune.device import Device
+from splagen.autotune.entry import Entry, now
+from splagen.autotune.key import Bucket, key_of
+from splagen.autotune.search import QUICK, Effort, Outcome, Progress, Result, Watch, search, search_together
+from splagen.autotune.space import Space, spaces
+from splagen.codegen.compile import Compiler
+from splagen.codegen.kernel import Kernel
+from splagen.codegen.partition import Partition
+from splagen.codegen.schedule import Agreement, Divides, Schedule, check_constraints
+from splagen.codegen.sequence_partition import SequencePartition
+from splagen.errors import WrongResult
+from splagen.kinds import kind_of, oracle
+from splagen.spec import Spec, to_toml
+from splagen.verification import Shape
+
+VERIFIED_LENGTH = 1000  # off the grid of blocks and of chunks
+SEARCHES = 8  # kernels that are searched side by side: their candidates are compiled together, and timed in turn
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+Cost: TypeAlias = Callable[[str, Schedule], float]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is tuned: the module of a spec at a shape (B, H, L) in bf16, fp16 or fp32 on a device."""
+
+    spec: Spec
+    part: Partition | SequencePartition
+    path: Path
+    shape: Shape
+    dtype: str
+    device: Device
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning found.
+
+    Attributes:
+        entries: by kernel, the Schedule with its time.
+        results: by kernel, everything that was measured; empty where the entries came from the cache.
+        wrong: kernel, Schedule and relative RMS difference of what gave other results than the default.
+        seconds: what it took.
+    """
+
+    entries: Mapping[str, Entry]
+    results: Mapping[str, Result] = field(default_factory=dict)
+    wrong: Sequence[tuple[str, Schedule, float]] = ()
+    seconds: float = 0.0
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """The Schedules by kernel."""
+        return {name: e.schedule for name, e in self.entries.items()}
+
+
+def tune(
+    target: Target,
+    module: ModuleType,
+    *,
+    effort: Effort = QUICK,
+    progress: Callable[[Progress], None] = lambda _: None,
+    seconds: float = math.inf,
+    jobs: int | None = None,
+    force: bool = False,
+) -> Tuned:
+    """The Schedules of every kernel: those in the cache, else what a search finds, verified and stored.
+
+    Args:
+        target: what is tuned.
+        module: its generated module, for the comparison with the oracle.
+        effort: how much is tried.
+        progress: told after each measurement.
+        seconds: no measurement starts later; every kernel's default is measured all the same.
+        jobs: compilers side by side, None is one per CPU.
+        force: search again where the cache has an answer.
+
+    Raises:
+        TuningError: a measurement failed for no reason that a Schedule explains.
+        WrongResult: the chosen Schedules do not agree with the oracle; nothing is stored.
+    """
+    bucket = Bucket.of(target.spec, target.shape)
+    keys = {k.name: key_of(target.spec, k, target.dtype, bucket, target.device) for k in target.part.kernels}
+    found = Tuned({})
+
+    def find() -> Mapping[str, Entry]:
+        nonlocal found
+        found = _search(target, effort, progress, seconds, jobs)
+        _verify(target, module, found.schedules)
+        return found.entries
+
+    if force:
+        entries = find()
+        for name, key in keys.items():
+            cache.put(key, entries[name])
+        return found
+    known = cache.get_or_find_together(keys, find, check=lambda s: check_constraints(target.part.constraints, s))
+    return found if found.entries else Tuned(known)
+
+
+def _search(
+    target: Target,
+    effort: Effort,
+    progress: Callable[[Progress], None],
+    seconds: float,
+    jobs: int | None,
+) -> Tuned:
+    start = time.monotonic()
+    made = spaces(target.spec, target.part, target.device, target.dtype)
+    bucket = Bucket.of(target.spec, target.shape)
+    cost = schedule_cost(target.spec, target.part, bucket, target.device, target.dtype)
+    with (
+        Compiler(target.path, target.part, jobs, target.shape[1] // target.spec.group_size) as compiler,
+        Bench(target.path, compiler, target.dtype, target.device.arch, target.shape) as bench,
+        ThreadPoolExecutor(SEARCHES) as pool,
+    ):
+        searches = _Searches(target, made, bench, effort, cost, progress, start + seconds)
+        results: dict[str, Result] = {}
+        try:
+            for found in pool.map(lambda run: run(), searches.first()):
+                results |= found
+            for found in pool.map(lambda run: run(), searches.behind(results)):
+                results |= found
+        except BaseException:
+            bench.stop()
+            raise
+        wrong = list(bench.wrong)
+    entries = {
+        name: Entry(dict(r.schedule), r.measurement.ms, r.measurement.spread, effort.name, now())
+        for name, r in results.items()
+    }
+    return Tuned(entries, results, wrong, time.monotonic() - start)
+
+
+@dataclass(frozen=True)
+class _Searches:
+    target: Target
+    made: Mapping[str, Space]
+    bench: Bench
+    effort: Effort
+    cost: Cost
+    progress: Callable[[Progress], None]
+    deadline: float
+
+    def first(self) -> list[Callable[[], dict[str, Result]]]:
+        """The searches that depend on no other: kernels that agree on a number together, others alone."""
+        constraints = self.target.part.constraints
+        measured = {c.measured for c in constraints if isinstance(c, Divides)}
+        agreed = [c for c in constraints if isinstance(c, Agreement)]
+        together = {name for c in agreed for name in c.kernels}
+        found: list[Callable[[], dict[str, Result]]] = [lambda c=c: self.together(c) for c in agreed]  # type: ignore[misc]
+        for name in self.made:
+            if name not in together | measured:
+                found.append(lambda name=name: {name: self.alone(name, self.made[name])})  # type: ignore[misc]
+        return found
+
+    def behind(self, results: Mapping[str, Result]) -> list[Callable[[], dict[str, Result]]]:
+        """The searches of kernels whose number the others' must divide."""
+        longest: dict[str, tuple[str, int]] = {}
+        for c in self.target.part.constraints:
+            if isinstance(c, Divides):
+                most = max(results[k].schedule[c.name] for k in c.kernels)
+                longest[c.measured] = c.name, max(most, longest.get(c.measured, (c.name, 0))[1])
+        found: list[Callable[[], dict[str, Result]]] = []
+        for name, (number, most) in longest.items():
+            part = self.made[name].within(number, lambda x, most=most: x % most == 0)  # type: ignore[misc]
+            found.append(lambda name=name, part=part: {name: self.alone(name, part)})  # type: ignore[misc]
+        return found
+
+    def alone(self, name: str, part: Space) -> Result:
+        kernel = self.kernel(name)
+        return search(
+            part,
+            lambda s: self.measure(kernel, s, {}),
+            effort=self.effort,
+            cost=lambda s: self.cost(name, s),
+            watch=self.watch(name),
+        )
+
+    def together(self, agreement: Agreement) -> dict[str, Result]:
+        def measure(name: str, schedule: Schedule) -> Outcome:
+            return self.measure(self.kernel(name), schedule, self.shared(agreement, schedule[agreement.name]))
+
+        values = {name: self.made[name] for name in agreement.kernels}
+        return search_together(values, agreement, measure, effort=self.effort, cost=self.cost, watch=self.watch)
+
+    def shared(self, agreement: Agreement, value: int) -> dict[str, int]:
+        """The chunks of a run in which these kernels have the value, and others what then is legal."""
+        found = dict.fromkeys(agreement.kernels, value)
+        for c in self.target.part.constraints:
+            if isinstance(c, Divides) and set(c.kernels) & found.keys():
+                default = self.made[c.measured].default[c.name]
+                others = [self.made[k].default[c.name] for k in c.kernels if k not in found]
+                found[c.measured] = max(default, value, *others)
+        return found
+
+    def measure(self, kernel: Kernel, schedule: Schedule, shared: Mapping[str, int]) -> Outcome:
+        self.bench.prepare(kernel, [schedule])
+        return self.bench.measure(kernel, schedule, shared, self.effort.repetitions)
+
+    def watch(self, name: str) -> Watch:
+        kernel = self.kernel(name)
+        return Watch(lambda batch: self.bench.prepare(kernel, batch), self.progress, self.deadline)
+
+    def kernel(self, name: str) -> Kernel:
+        return next(k for k in self.target.part.kernels if k.name == name)
+
+
+def _verify(target: Target, module: ModuleType, schedules: Mapping[str, Schedule]) -> None:
+    """Compare the op with its oracle, all Schedules at once.  Raises WrongResult that names a Schedule at fault."""
+    kind, truth = kind_of(target.spec), oracle(to_toml(target.spec))
+
+    def wrong(chosen: Mapping[str, Schedule]) -> str:
+        shapes = [(1, target.shape[1], VERIFIED_LENGTH)]  # these heads: what was compiled serves again
+        report = kind.verify(
+            module, truth, shapes=shapes, dtypes=[DTYPES[target.dtype]], device="cuda", schedules=chosen
+        )
+        try:
+            report.raise_if_wrong()
+        except WrongResult as error:
+            return error.message
+        return ""
+
+    found = wrong(schedules)
+    if not found:
+        return
+    groups = [c.kernels for c in target.part.constraints if isinstance(c, Agreement)]
+    alone = [(name,) for name in schedules if not any(name in group for group in groups)]
+    guilty = [
+        {k: dict(schedules[k]) for k in group} for group in (*groups, *alone) if wrong({k: schedules[k] for k in group})
+    ]
+    raise WrongResult(f"{found}; Schedules at fault: {guilty or dict(schedules)}", "nothing was stored")

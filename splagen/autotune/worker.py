@@ -1,0 +1,229 @@
+"""Time kernels on request: one JSON job per line in, one JSON result per line out.
+
+Run by `splagen.autotune.bench` in a process of its own, which can be killed: a Schedule may hang the GPU or end the
+process.  The process runs the op once with the default Schedules, keeps what each launcher was given, and times one
+launcher at a time on that.  What a Schedule writes is compared with what the default wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splagen import sequence_verification, verification
+from splagen.autotune.search import Lost
+from splagen.codegen.compile_worker import failure, imported
+from splagen.kinds import oracle
+from splagen.sequence import SSEOracle
+from splagen.verification import Shape
+
+FLUSH_BYTES = 256 << 20  # several times an H200's L2
+SLEEP_CYCLES = 4_000_000  # about 2 ms: the host launches a measurement meanwhile
+STEP_SEQUENCES = 64  # of a decoding step
+LIMIT = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}  # between two Schedules, relative RMS
+
+Schedules = dict[str, dict[str, int]]
+Launch = tuple[dict[str, int], tuple[Any, ...]]  # the Schedule and the other arguments of a launcher
+
+
+class _Zeroed:
+    """The module torch, in which nothing is uninitialised: rows that no kernel writes compare equal."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def empty(*sizes: Any, **options: Any) -> Tensor:
+        return torch.zeros(*sizes, **options)
+
+
+class Kernels:
+    """The launchers of a generated module with what a run of the op gives them."""
+
+    def __init__(self, module: ModuleType, shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> None:
+        self.module, self.dtype, self.device = module, dtype, device
+        truth = oracle(module.SPEC)
+        find = _sequence_run if isinstance(truth, SSEOracle) else _attention_run
+        self.run, self.first = find(module, truth, shape, dtype, device, seed)
+        self.kept: dict[str, dict[str, Launch]] = {}
+
+    def launches(self, shared: Mapping[str, int]) -> dict[str, Launch]:
+        """What every launcher gets where the kernels of `shared` have these chunks (CHUNK by kernel)."""
+        key = json.dumps(shared, sort_keys=True)
+        if key not in self.kept:
+            self.kept.clear()  # the arrays of one choice are enough for a GPU's memory
+            self.kept[key] = self.record(shared)
+        return self.kept[key]
+
+    def record(self, shared: Mapping[str, int]) -> dict[str, Launch]:
+        """Run the op once with the default Schedules and these chunks."""
+        schedules = {n: dict(s) for n, s in self.module.schedules_for(self.first).items()}
+        for kernel, chunk in shared.items():
+            schedules[kernel]["CHUNK"] = chunk
+        found: dict[str, Launch] = {}
+        launchers = {n: f for n, f in vars(self.module).items() if n.startswith("launch_")}
+
+        def recorded(name: str, launch: Callable[..., Any]) -> Callable[..., Any]:
+            def call(n: Any, schedule: Any, *arguments: Any) -> Any:
+                found.setdefault(name.removeprefix("launch_"), (schedule, (n, *arguments)))
+                return launch(n, schedule, *arguments)
+
+            return call
+
+        vars(self.module)["torch"] = _Zeroed()
+        try:
+            for name, launch in launchers.items():
+                setattr(self.module, name, recorded(name, launch))
+            self.run(schedules)
+        finally:
+            vars(self.module)["torch"] = torch
+            for name, launch in launchers.items():
+                setattr(self.module, name, launch)
+        return found
+
+    def time(
+        self, kernel: str, schedule: dict[str, int], shared: Mapping[str, int], repetitions: int
+    ) -> dict[str, Any]:
+        """Median and spread in milliseconds, and by how much the result differs from the default's."""
+        default, (n, *arguments) = self.launches(shared)[kernel]
+        launch = getattr(self.module, f"launch_{kernel}")
+        wanted = self.written(launch, n, default, arguments)
+        got = self.written(launch, n, schedule, arguments)
+        error = max((_difference(got.get(place), want) for place, want in wanted.items()), default=0.0)
+        if not error <= LIMIT[self.dtype]:
+            return {"error": error}
+        samples = self.samples(lambda: launch(n, schedule, *arguments), repetitions)
+        return {"ms": statistics.median(samples), "spread": max(samples) - min(samples)}
+
+    def written(self, launch: Callable[..., Any], n: Any, schedule: Any, arguments: list[Any]) -> dict[str, Tensor]:
+        """What a launcher returns, and what it changes of copies of its arguments, by place."""
+        given = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
+        vars(self.module)["torch"] = _Zeroed()
+        try:
+            result = launch(n, schedule, *given)
+        finally:
+            vars(self.module)["torch"] = torch
+        found = dict(enumerate(result if isinstance(result, tuple) else () if result is None else (result,)))
+        changed = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and not torch.equal(x, given[i])]
+        return {f"output {i}": x for i, x in found.items()} | {f"argument {i}": given[i] for i in changed}
+
+    def samples(self, run: Callable[[], object], repetitions: int) -> list[float]:
+        """Milliseconds of each of some runs: on the GPU with its L2 flushed between them, else on the host."""
+        if self.device == "cpu":
+            found = []
+            for _ in range(repetitions):
+                start = time.perf_counter()
+                run()
+                found.append(1e3 * (time.perf_counter() - start))
+            return found
+        flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.device)
+        events = [[_event(), _event()] for _ in range(repetitions)]
+        run()
+        torch.cuda._sleep(SLEEP_CYCLES)  # type: ignore[no-untyped-call]
+        for start_event, end_event in events:
+            flush.zero_()
+            start_event.record()
+            run()
+            end_event.record()
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) for a, b in events]
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _difference(got: Tensor | None, want: Tensor) -> float:
+    """Relative RMS difference; 0 where the shapes depend on the Schedule, and for what is no number.
+
+    Infinities are results too: a row without keys has a log-sum-exp of -inf, in either.
+    """
+    if got is None:
+        return math.inf
+    if got.shape != want.shape or not got.is_floating_point() or not got.numel():
+        return 0.0
+    same = (got == want) | (got.isnan() & want.isnan())
+    a, b = (torch.where(same, 0.0, x.double()) for x in (got, want))
+    size = want.double().nan_to_num(0.0, 0.0, 0.0).norm()
+    error = float((a - b).norm() / size) if size > 0 else float((a - b).norm())
+    return error if math.isfinite(error) else math.inf
+
+
+def _sequence_run(
+    module: ModuleType, truth: Any, shape: Shape, dtype: torch.dtype, device: str, seed: int
+) -> tuple[Callable[[Schedules], None], Tensor]:
+    batch, heads, length = shape
+    inputs = sequence_verification.random_inputs(truth, [length] * batch, heads, dtype, device, seed, decay=-0.05)
+    names = (*truth.names, "state", "cu_seqlens")
+    sequences = min(batch * length, STEP_SEQUENCES)
+    one = {n: inputs[n] if inputs[n].dim() == 1 else inputs[n][:sequences] for n in truth.names}
+    table = torch.randn(sequences, *inputs["state"].shape[1:], device=device)
+    slots = torch.arange(sequences, dtype=torch.int32, device=device)
+    cotangents = [n for n in ("do", "dfinal", "dbalance") if n in inputs]
+
+    def run(schedules: Schedules) -> None:
+        rows = [inputs[n] for n in names]
+        module.forward(schedules, *rows)
+        module.backward(schedules, *rows, *(inputs[n] for n in cotangents))
+        module.step(schedules, *(one[n] for n in truth.names), table, slots)
+
+    return run, inputs["v"]
+
+
+def _attention_run(
+    module: ModuleType, truth: Any, shape: Shape, dtype: torch.dtype, device: str, seed: int
+) -> tuple[Callable[[Schedules], None], Tensor]:
+    part = truth.partition
+    inputs = verification.random_inputs(truth, shape, dtype, device, seed)
+    arguments = [inputs[a.name] for a in part.inputs]
+
+    def run(schedules: Schedules) -> None:
+        results = module.forward(schedules, *arguments)
+        results = results if isinstance(results, tuple) else (results,)
+        outputs = dict(zip([a.name for a in (*part.outputs, *part.saved)], results, strict=True))
+        residuals = [outputs[a.name] for a in part.residuals]
+        module.backward(schedules, *arguments, *residuals, *(inputs[a.name] for a in part.cotangents))
+
+    return run, arguments[0]
+
+
+def answer(kernels: Kernels, job: Mapping[str, Any]) -> dict[str, Any]:
+    """The result of one job, or why its Schedule is lost, or what went wrong."""
+    try:
+        return kernels.time(job["kernel"], job["schedule"], job["shared"], job["repetitions"])
+    except Exception as error:
+        lost = Lost.of(error)
+        return {"lost": [lost.reason, lost.message]} if lost else {"failed": failure(error)}
+
+
+def main() -> None:
+    """Set the op up, say so, then answer jobs until the input ends; what the compiler prints goes to stderr."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("module", type=Path)
+    parser.add_argument("dtype")
+    parser.add_argument("device")
+    parser.add_argument("shape", type=int, nargs=3)
+    given = parser.parse_args()
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    kernels = Kernels(imported(str(given.module)), tuple(given.shape), getattr(torch, given.dtype), given.device)
+    kernels.launches({})
+    answers.write(json.dumps({"ready": sorted(kernels.kept["{}"])}) + "\n")
+    for line in sys.stdin:
+        answers.write(json.dumps(answer(kernels, json.loads(line))) + "\n")
+
+
+if __name__ == "__main__":
+    main()

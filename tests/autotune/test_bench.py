@@ -1,0 +1,65 @@
+"""The process that times kernels: what it answers, and that it ends when it must."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from splagen import pipeline
+from splagen.autotune import bench
+from splagen.autotune.bench import Bench
+from splagen.autotune.search import Lost, Measurement
+from splagen.codegen.kernel import Kernel
+from splagen.errors import TuningError, WrongResult
+from splagen.spec import SPLASpec
+
+SPEC = SPLASpec(head_dim=16, select=None, linear=None)
+SHAPE = (1, 1, 40)
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Bench]:
+    library = pipeline.generate(SPEC, tmp_path)
+    with Bench(library.path, None, "fp32", "sm_90", SHAPE) as made:
+        yield made
+
+
+def forward() -> tuple[Kernel, dict[str, int]]:
+    kernel = pipeline.kernels(SPEC).kernels[0]
+    return kernel, {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+
+
+def test_a_measurement_is_a_time_and_a_failure_is_an_error(running: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, schedule = forward()
+    found = running.measure(kernel, schedule, {}, 2)
+    assert isinstance(found, Measurement)
+    assert found.ms > 0
+    with pytest.raises(TuningError, match="BLOCK_N"):
+        running.measure(kernel, {k: v for k, v in schedule.items() if k != "BLOCK_N"}, {}, 1)
+    assert isinstance(running.measure(kernel, schedule, {}, 1), Measurement), "the process goes on"
+    running.wrong.append((kernel.name, schedule, 0.5))
+    with pytest.raises(WrongResult, match=kernel.name):
+        running.raise_if_wrong()
+    monkeypatch.setattr(bench, "SECONDS", 0.0)
+    with pytest.raises(TuningError, match="ended with status -9"):
+        running.measure(kernel, schedule, {}, 1000)
+    monkeypatch.undo()
+    assert isinstance(running.measure(kernel, schedule, {}, 1), Measurement), "another process takes over"
+
+
+def test_after_a_stop_every_measurement_fails(running: Bench) -> None:
+    kernel, schedule = forward()
+    running.measure(kernel, schedule, {}, 1)
+    process = running._process
+    assert process is not None
+    running.stop()
+    assert process.poll() is not None
+    with pytest.raises(TuningError, match="stopped"):
+        running.measure(kernel, schedule, {}, 1)
+
+
+def test_what_did_not_compile_is_lost_without_being_timed(running: Bench) -> None:
+    kernel, schedule = forward()
+    running.built[kernel.name, frozenset(schedule.items())] = Lost("out of resources", "too much shared memory")
+    assert running.measure(kernel, schedule, {}, 1) == Lost("out of resources", "too much shared memory")
+    assert running._process is None
