@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from threading import Timer
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from splagen.autotune.search import Lost, Measurement, Outcome
-from splagen.codegen.compile import Compiler, process_environment
+from splagen.codegen.compile import Compiler
 from splagen.codegen.kernel import Kernel
 from splagen.codegen.schedule import Schedule
-from splagen.errors import TuningError, WrongResult
+from splagen.codegen.worker_process import ProcessEnded, WorkerProcess
+from splagen.errors import TuningError
 from splagen.verification import Shape
 
 SECONDS = 60.0  # for one measurement, after which its process is killed
@@ -36,14 +32,15 @@ class Bench:
         """`compiler` compiles candidates before they are timed; None where kernels are interpreted, on the CPU."""
         self.dtype, self.arch, device = dtype, arch, "cuda" if compiler else "cpu"
         names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-        self.command = ["-m", "splagen.autotune.worker", str(module), names[dtype], device, *map(str, shape)]
+        arguments = [str(module), names[dtype], device, *map(str, shape)]
         self.compiler = compiler
         self.wrong: list[tuple[str, Schedule, float]] = []
         self.built: dict[tuple[str, frozenset[tuple[str, int]]], Lost | None] = {}
         self._gpu = threading.Lock()
         self._stopped = False
-        self._process: subprocess.Popen[str] | None = None
-        self._log: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by __exit__
+        self._worker = WorkerProcess(
+            "splagen.autotune.worker", arguments, interpreted=compiler is None, greets_in=START_SECONDS
+        )
 
     def __enter__(self) -> Bench:
         return self
@@ -52,15 +49,12 @@ class Bench:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
-        self._log.close()
+        self._worker.close()
 
     def stop(self) -> None:
         """End the process; every measurement from now on fails, so that searches side by side end soon."""
         self._stopped = True
-        process = self._process
-        if process is not None:
-            process.kill()
-            process.wait()
+        self._worker.kill()
 
     def prepare(self, kernel: Kernel, schedules: Sequence[Schedule]) -> None:
         """Compile Schedules side by side; those that do not fit are lost before they are timed."""
@@ -102,58 +96,14 @@ class Bench:
             raise TuningError(answer["failed"])
         return Measurement(answer["ms"], answer["spread"])
 
-    def raise_if_wrong(self) -> None:
-        """Raise WrongResult that names the Schedules which gave other results than the default."""
-        if self.wrong:
-            rows = [f"{kernel} with {dict(s)}: {error:.1e}" for kernel, s, error in self.wrong]
-            what = f"{len(rows)} Schedules give wrong results; none of them was chosen:\n" + "\n".join(rows)
-            raise WrongResult(what, hint="the compiler is at fault: report them with what `splagen doctor` prints")
-
     def _answer(self, job: dict[str, Any]) -> dict[str, Any]:
         if self._stopped:
             raise TuningError("tuning was stopped")
-        if self._process is None:
-            self._process = self._start()
-        return self._line(self._process, job, SECONDS)
-
-    def _start(self) -> subprocess.Popen[str]:
-        self._log.seek(0)
-        self._log.truncate()
-        process = subprocess.Popen(
-            [sys.executable, *self.command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=process_environment(interpreted=self.compiler is None),
-            text=True,
-        )
-        self._line(process, None, START_SECONDS)
-        return process
-
-    def _line(self, process: subprocess.Popen[str], job: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
-        """What the process answers; it is killed where it takes longer."""
-        assert process.stdin is not None
-        assert process.stdout is not None
-        clock = Timer(seconds, process.kill)
-        clock.start()
         try:
-            if job is not None:
-                process.stdin.write(json.dumps(job) + "\n")
-                process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        finally:
-            clock.cancel()
-        if line:
-            return dict(json.loads(line))
-        status = process.wait()
-        self._process = None
-        self._log.seek(0)
-        tail = " / ".join(self._log.read().strip().splitlines()[-3:])
-        raise TuningError(
-            f"the process that times kernels ended with status {status} after at most {seconds:.0f} s: {tail}"
-        )
+            return self._worker.ask(job, SECONDS)
+        except ProcessEnded as error:
+            what = f"the process that times kernels ended with status {error.status} after at most {SECONDS:.0f} s"
+            raise TuningError(f"{what}: {' / '.join(error.tail)}") from error
 
 
 def _identity(schedule: Schedule) -> frozenset[tuple[str, int]]:

@@ -6,9 +6,7 @@ import ast
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
@@ -16,16 +14,15 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Timer
 from types import TracebackType
-from typing import IO, Any, TypeAlias
+from typing import Any, TypeAlias
 
-import splagen
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.partition import Partition
 from splagen.codegen.render import unique
 from splagen.codegen.schedule import DTYPES, TARGETS, Schedule
 from splagen.codegen.sequence_partition import SequencePartition
+from splagen.codegen.worker_process import ProcessEnded, WorkerProcess
 from splagen.errors import CompileError, InputError
 
 _GPU = {
@@ -285,15 +282,17 @@ def _strides(array: Array, part: Partition | SequencePartition, kv_heads: int, l
 @contextmanager
 def _workers(count: int) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
     """A function that has a request answered by one of `count` processes, from at most that many threads."""
-    idle: SimpleQueue[_Worker] = SimpleQueue()
-    workers = [_Worker() for _ in range(count)]
+    idle: SimpleQueue[WorkerProcess] = SimpleQueue()
+    workers = [WorkerProcess("splagen.codegen.compile_worker") for _ in range(count)]
     for worker in workers:
         idle.put(worker)
 
     def run(request: dict[str, Any]) -> dict[str, Any]:
         worker = idle.get()
         try:
-            return worker.answer(request)
+            return worker.ask(request, _SECONDS)
+        except ProcessEnded as error:
+            return {"error": "\n".join([f"the compiler ended with status {error.status}", *error.tail])}
         finally:
             idle.put(worker)
 
@@ -302,64 +301,6 @@ def _workers(count: int) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]
     finally:
         for worker in workers:
             worker.close()
-
-
-def process_environment(*, interpreted: bool) -> dict[str, str]:
-    """The environment of a process that finds this splagen, with Triton's interpreter or with its compiler."""
-    root = str(Path(splagen.__file__).parent.parent)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return environment | ({"TRITON_INTERPRET": "1"} if interpreted else {})
-
-
-class _Worker:
-    """A `compile_worker` process, started when first needed and again after it died."""
-
-    def __init__(self) -> None:
-        self.process: subprocess.Popen[str] | None = None
-        self.log: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close
-
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        if self.process is None:
-            self.process = self._start()
-        process = self.process
-        assert process.stdin is not None
-        assert process.stdout is not None
-        clock = Timer(_SECONDS, process.kill)
-        clock.start()
-        try:
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        finally:
-            clock.cancel()
-        if line:
-            return dict(json.loads(line))
-        status = process.wait()
-        self.process = None
-        self.log.seek(0)
-        tail = self.log.read().strip().splitlines()[-3:]
-        return {"error": "\n".join([f"the compiler ended with status {status}", *tail])}
-
-    def _start(self) -> subprocess.Popen[str]:
-        self.log.seek(0)
-        self.log.truncate()
-        return subprocess.Popen(
-            [sys.executable, "-m", "splagen.codegen.compile_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            env=process_environment(interpreted=False),
-            text=True,
-        )
-
-    def close(self) -> None:
-        if self.process is not None and self.process.stdin is not None:
-            self.process.stdin.close()
-            self.process.wait()
-        self.log.close()
 
 
 def _shown(items: Iterator[Any], total: int, progress: bool | None) -> Iterator[Any]:

@@ -10,7 +10,7 @@ from splagen.autotune import bench
 from splagen.autotune.bench import Bench
 from splagen.autotune.search import Lost, Measurement
 from splagen.codegen.kernel import Kernel
-from splagen.errors import TuningError, WrongResult
+from splagen.errors import TuningError
 from splagen.spec import SPLASpec
 
 SPEC = SPLASpec(head_dim=16, select=None, linear=None)
@@ -37,9 +37,6 @@ def test_a_measurement_is_a_time_and_a_failure_is_an_error(running: Bench, monke
     with pytest.raises(TuningError, match="BLOCK_N"):
         running.measure(kernel, {k: v for k, v in schedule.items() if k != "BLOCK_N"}, {}, 1)
     assert isinstance(running.measure(kernel, schedule, {}, 1), Measurement), "the process goes on"
-    running.wrong.append((kernel.name, schedule, 0.5))
-    with pytest.raises(WrongResult, match=kernel.name):
-        running.raise_if_wrong()
     monkeypatch.setattr(bench, "SECONDS", 0.0)
     with pytest.raises(TuningError, match="ended with status -9"):
         running.measure(kernel, schedule, {}, 1000)
@@ -50,7 +47,7 @@ def test_a_measurement_is_a_time_and_a_failure_is_an_error(running: Bench, monke
 def test_after_a_stop_every_measurement_fails(running: Bench) -> None:
     kernel, schedule = forward()
     running.measure(kernel, schedule, {}, 1)
-    process = running._process
+    process = running._worker.process
     assert process is not None
     running.stop()
     assert process.poll() is not None
@@ -62,4 +59,4 @@ def test_what_did_not_compile_is_lost_without_being_timed(running: Bench) -> Non
     kernel, schedule = forward()
     running.built[kernel.name, frozenset(schedule.items())] = Lost("out of resources", "too much shared memory")
     assert running.measure(kernel, schedule, {}, 1) == Lost("out of resources", "too much shared memory")
-    assert running._process is None
+    assert running._worker.process is None
