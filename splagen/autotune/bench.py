@@ -56,13 +56,13 @@ class Bench:
         self._stopped = True
         self._worker.kill()
 
-    def prepare(self, kernel: Kernel, schedules: Sequence[Schedule]) -> None:
-        """Compile Schedules side by side; those that do not fit are lost before they are timed."""
+    def prepare(self, wanted: Sequence[tuple[Kernel, Schedule]]) -> None:
+        """Compile kernels side by side; those that do not fit are lost before they are timed."""
         if self.compiler is None:
             return
-        fresh = [s for s in schedules if (kernel.name, _identity(s)) not in self.built]
-        rows = [self.compiler.submit(kernel, self.arch, self.dtype, s) for s in fresh]
-        for schedule, future in zip(fresh, rows, strict=True):
+        fresh = [(k, s) for k, s in wanted if (k.name, _identity(s)) not in self.built]
+        rows = [self.compiler.submit(k, self.arch, self.dtype, s) for k, s in fresh]
+        for (kernel, schedule), future in zip(fresh, rows, strict=True):
             row = future.result()
             lost: Lost | None = None
             if row.error is not None and "shared memory" in row.error:

@@ -196,8 +196,15 @@ class _Searches:
         )
 
     def together(self, agreement: Agreement) -> dict[str, Result]:
+        begun: set[int] = set()
+
         def measure(name: str, schedule: Schedule) -> Outcome:
-            return self.measure(self.kernel(name), schedule, self.shared(agreement, schedule[agreement.name]))
+            value = schedule[agreement.name]
+            if value not in begun:  # the run that all of them are timed in
+                begun.add(value)
+                start = [(self.kernel(k), {**self.made[k].default, agreement.name: value}) for k in agreement.kernels]
+                self.bench.prepare(start)
+            return self.measure(self.kernel(name), schedule, self.shared(agreement, value))
 
         values = {name: self.made[name] for name in agreement.kernels}
         return search_together(values, agreement, measure, effort=self.effort, cost=self.cost, watch=self.watch)
@@ -213,12 +220,12 @@ class _Searches:
         return found
 
     def measure(self, kernel: Kernel, schedule: Schedule, shared: Mapping[str, int]) -> Outcome:
-        self.bench.prepare(kernel, [schedule])
+        self.bench.prepare([(kernel, schedule)])
         return self.bench.measure(kernel, schedule, shared, self.effort.repetitions)
 
     def watch(self, name: str) -> Watch:
         kernel = self.kernel(name)
-        return Watch(lambda batch: self.bench.prepare(kernel, batch), self.progress, self.deadline)
+        return Watch(lambda batch: self.bench.prepare([(kernel, s) for s in batch]), self.progress, self.deadline)
 
     def kernel(self, name: str) -> Kernel:
         return next(k for k in self.target.part.kernels if k.name == name)

@@ -52,7 +52,7 @@ class FakeBench:
     def stop(self) -> None:
         pass
 
-    def prepare(self, kernel: Kernel, schedules: Sequence[Schedule]) -> None:
+    def prepare(self, wanted: Sequence[tuple[Kernel, Schedule]]) -> None:
         pass
 
     def measure(self, kernel: Kernel, schedule: Schedule, shared: Mapping[str, int], repetitions: int) -> Outcome:
