@@ -36,7 +36,7 @@ def tune_command(
     """Find the fastest Schedule of every kernel on this GPU and keep them in the cache."""
     with errors_as_status(as_json):
         from splagen import pipeline
-        from splagen.autotune.tuner import DTYPES
+        from splagen.verification import DTYPES
 
         made = read_spec_file(spec)
         shapes = [read_shape(s) for s in shape]

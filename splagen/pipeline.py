@@ -17,7 +17,7 @@ from splagen import settings
 from splagen.autotune.device import this_device
 from splagen.autotune.search import EFFORTS, Progress
 from splagen.autotune.tuned import TunedSchedules
-from splagen.autotune.tuner import DTYPES, Target, Tuned, tune
+from splagen.autotune.tuner import Target, Tuned, tune
 from splagen.codegen.files import write_generated
 from splagen.codegen.partition import Partition
 from splagen.codegen.sequence_partition import SequencePartition
@@ -28,7 +28,7 @@ from splagen.ir.program import Program
 from splagen.kinds import kind_of, oracle
 from splagen.spec import Spec, SPLASpec, digest, to_toml
 from splagen.sse_spec import SSESpec
-from splagen.verification import Report, Shape
+from splagen.verification import DTYPES, Report, Shape
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from splagen.spec import SPLASpec
 Shape: TypeAlias = tuple[int, int, int]
 """B sequences, H heads of queries (SSE: of values), L positions."""
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # as Schedules and commands name them
+
 # Limits on the relative RMS error, by dtype: (outputs, gradients, selection margin).  float32 follows from its rounding
 # over sums of thousands of terms; the 16-bit ones from the rounding of operands.  The margin is how far below the best
 # block left out, relative to the largest score of its row, a chosen block's score may lie.

@@ -31,8 +31,7 @@ class Bench:
     def __init__(self, module: Path, compiler: Compiler | None, dtype: str, arch: str, shape: Shape) -> None:
         """`compiler` compiles candidates before they are timed; None where kernels are interpreted, on the CPU."""
         self.dtype, self.arch, device = dtype, arch, "cuda" if compiler else "cpu"
-        names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-        arguments = [str(module), names[dtype], device, *map(str, shape)]
+        arguments = [str(module), dtype, device, *map(str, shape)]
         self.compiler = compiler
         self.wrong: list[tuple[str, Schedule, float]] = []
         self.built: dict[tuple[str, frozenset[tuple[str, int]]], Lost | None] = {}

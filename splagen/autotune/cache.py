@@ -82,6 +82,35 @@ def _usable(key: Key, check: Callable[[Schedule], None] | None, folder: Path | N
     return found.entry
 
 
+def get_together(
+    keys: Mapping[str, Key],
+    *,
+    check: Callable[[Mapping[str, Schedule]], None] | None = None,
+    folder: Path | None = None,
+) -> dict[str, Entry] | None:
+    """The entries of kernels that were tuned together, by name: all of them, or None.
+
+    `check` raises ScheduleError where a kernel does not take its Schedule, or where they do not go together.
+    """
+    try:
+        return _usable_together(keys, check, folder)
+    except (InputError, ScheduleError) as error:
+        _ignored(path_of(keys[min(keys)], folder), error)
+        return None
+
+
+def _usable_together(
+    keys: Mapping[str, Key], check: Callable[[Mapping[str, Schedule]], None] | None, folder: Path | None
+) -> dict[str, Entry] | None:
+    found = {name: _usable(key, None, folder) for name, key in keys.items()}
+    usable = {name: entry for name, entry in found.items() if entry is not None}
+    if len(usable) < len(keys):
+        return None
+    if check:
+        check({name: entry.schedule for name, entry in usable.items()})
+    return usable
+
+
 def put(key: Key, entry: Entry, *, folder: Path | None = None) -> bool:
     """Store an entry, in the place of an older one.  False, and a line in the log, where it cannot be written."""
     path = path_of(key, folder)
@@ -131,25 +160,12 @@ def get_or_find_together(
     `check` raises ScheduleError where the Schedules do not go together, though each may be right: they come from
     several searches.  Otherwise as `get_or_find`; every process gives the same keys.
     """
-
-    def stored() -> dict[str, Entry] | None:
-        found = {name: _usable(key, None, folder) for name, key in keys.items()}
-        usable = {name: entry for name, entry in found.items() if entry is not None}
-        if len(usable) < len(keys):
-            return None
-        if check:
-            check({name: entry.schedule for name, entry in usable.items()})
-        return usable
-
+    if (found := get_together(keys, check=check, folder=folder)) is not None:
+        return found
     first = path_of(keys[min(keys)], folder)
-    try:
-        if (found := stored()) is not None:
-            return found
-    except (InputError, ScheduleError) as error:
-        _ignored(first, error)
     with _turn(path_lock(first.with_suffix(".search"), wait_seconds)):
         with suppress(InputError, ScheduleError):  # said above
-            if (found := stored()) is not None:
+            if (found := _usable_together(keys, check, folder)) is not None:
                 return found
         made = dict(find())
         for name, key in keys.items():

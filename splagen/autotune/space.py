@@ -15,7 +15,7 @@ from splagen.codegen import sequence_schedule as recurrences
 from splagen.codegen.geometry import Geometry
 from splagen.codegen.kernel import Kernel
 from splagen.codegen.partition import Partition
-from splagen.codegen.schedule import REGISTER_BOUND, Agreement, Schedule
+from splagen.codegen.schedule import REGISTER_BOUND, Agreement, Constraint, Schedule, check_constraints
 from splagen.codegen.sequence_partition import SequencePartition
 from splagen.errors import ScheduleError
 from splagen.spec import Spec
@@ -146,6 +146,15 @@ def spaces(spec: Spec, part: Partition | SequencePartition, device: Device, dtyp
     What kernels must agree on is not in them: see `part.constraints` and `codegen.schedule.check_constraints`.
     """
     return {k.name: _space(k, _rules(k, spec, part, device, dtype), part, device, dtype) for k in part.kernels}
+
+
+def check_together(
+    found: Mapping[str, Space], constraints: Sequence[Constraint], schedules: Mapping[str, Schedule]
+) -> None:
+    """Raise ScheduleError where a kernel does not take its Schedule, or where the Schedules do not go together."""
+    for name, schedule in schedules.items():
+        found[name].check(schedule)
+    check_constraints(constraints, schedules)
 
 
 def common_values(found: Mapping[str, Space], agreement: Agreement) -> tuple[int, ...]:

@@ -9,8 +9,8 @@ from typing import TypeAlias
 from splagen.autotune import cache
 from splagen.autotune.device import this_device
 from splagen.autotune.key import Bucket, key_of
-from splagen.codegen.schedule import Schedule, check_constraints
-from splagen.errors import InputError, ScheduleError
+from splagen.autotune.space import check_together, spaces
+from splagen.codegen.schedule import Schedule
 from splagen.kinds import kind_of
 from splagen.spec import Spec
 
@@ -39,16 +39,12 @@ class TunedSchedules(dict[Sizes, Mapping[str, Schedule]]):
 
 
 def stored(spec: Spec, dtype: str, bucket: Bucket, folder: Path | None = None) -> dict[str, Schedule]:
-    """What the cache has for all kernels of a spec on this GPU; nothing where one is missing or they disagree."""
+    """What the cache has for all kernels of a spec on this GPU; nothing where one is missing or not legal."""
     part, device = kind_of(spec).partition(spec), this_device()
-    found: dict[str, Schedule] = {}
-    for kernel in part.kernels:
-        entry = cache.get(key_of(spec, kernel, dtype, bucket, device), folder=folder)
-        if entry is None:
-            return {}
-        found[kernel.name] = entry.schedule
-    try:
-        check_constraints(part.constraints, found)
-    except (InputError, ScheduleError):
-        return {}
-    return found
+    keys = {k.name: key_of(spec, k, dtype, bucket, device) for k in part.kernels}
+
+    def check(schedules: Mapping[str, Schedule]) -> None:  # spaces take half a second: only where there are entries
+        check_together(spaces(spec, part, device, dtype), part.constraints, schedules)
+
+    found = cache.get_together(keys, check=check, folder=folder) or {}
+    return {name: entry.schedule for name, entry in found.items()}

@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TypeAlias
-
-import torch
 
 from splagen.autotune import cache
 from splagen.autotune.bench import Bench
@@ -20,20 +19,19 @@ from splagen.autotune.device import Device
 from splagen.autotune.entry import Entry, now
 from splagen.autotune.key import Bucket, key_of
 from splagen.autotune.search import QUICK, Effort, Outcome, Progress, Result, Watch, search, search_together
-from splagen.autotune.space import Space, spaces
+from splagen.autotune.space import Space, check_together, spaces
 from splagen.codegen.compile import Compiler
 from splagen.codegen.kernel import Kernel
 from splagen.codegen.partition import Partition
-from splagen.codegen.schedule import Agreement, Divides, Schedule, check_constraints
+from splagen.codegen.schedule import Agreement, Divides, Schedule
 from splagen.codegen.sequence_partition import SequencePartition
 from splagen.errors import WrongResult
 from splagen.kinds import kind_of, oracle
 from splagen.spec import Spec, to_toml
-from splagen.verification import Shape
+from splagen.verification import DTYPES, Shape
 
 VERIFIED_LENGTH = 1000  # off the grid of blocks and of chunks
 SEARCHES = 8  # kernels that are searched side by side: their candidates are compiled together, and timed in turn
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 Cost: TypeAlias = Callable[[str, Schedule], float]
 
@@ -99,11 +97,12 @@ def tune(
     """
     bucket = Bucket.of(target.spec, target.shape)
     keys = {k.name: key_of(target.spec, k, target.dtype, bucket, target.device) for k in target.part.kernels}
+    made = spaces(target.spec, target.part, target.device, target.dtype)
     found = Tuned({})
 
     def find() -> Mapping[str, Entry]:
         nonlocal found
-        found = _search(target, effort, progress, seconds, jobs)
+        found = _search(target, made, bucket, effort, progress, seconds, jobs)
         _verify(target, module, found.schedules)
         return found.entries
 
@@ -112,20 +111,20 @@ def tune(
         for name, key in keys.items():
             cache.put(key, entries[name])
         return found
-    known = cache.get_or_find_together(keys, find, check=lambda s: check_constraints(target.part.constraints, s))
+    known = cache.get_or_find_together(keys, find, check=partial(check_together, made, target.part.constraints))
     return found if found.entries else Tuned(known)
 
 
 def _search(
     target: Target,
+    made: Mapping[str, Space],
+    bucket: Bucket,
     effort: Effort,
     progress: Callable[[Progress], None],
     seconds: float,
     jobs: int | None,
 ) -> Tuned:
     start = time.monotonic()
-    made = spaces(target.spec, target.part, target.device, target.dtype)
-    bucket = Bucket.of(target.spec, target.shape)
     cost = schedule_cost(target.spec, target.part, bucket, target.device, target.dtype)
     with (
         Compiler(target.path, target.part, jobs, target.shape[1] // target.spec.group_size) as compiler,

@@ -27,7 +27,7 @@ from splagen.autotune.search import Lost
 from splagen.codegen.compile_worker import failure, imported
 from splagen.kinds import oracle
 from splagen.sequence import SSEOracle
-from splagen.verification import Shape
+from splagen.verification import DTYPES, Shape
 
 FLUSH_BYTES = 256 << 20  # several times an H200's L2
 SLEEP_CYCLES = 4_000_000  # about 2 ms: the host launches a measurement meanwhile
@@ -214,13 +214,13 @@ def main() -> None:
     """Set the op up, say so, then answer jobs until the input ends; what the compiler prints goes to stderr."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("module", type=Path)
-    parser.add_argument("dtype")
+    parser.add_argument("dtype", choices=DTYPES)
     parser.add_argument("device")
     parser.add_argument("shape", type=int, nargs=3)
     given = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    kernels = Kernels(imported(str(given.module)), tuple(given.shape), getattr(torch, given.dtype), given.device)
+    kernels = Kernels(imported(str(given.module)), tuple(given.shape), DTYPES[given.dtype], given.device)
     kernels.launches({})
     answers.write(json.dumps({"ready": sorted(kernels.kept["{}"])}) + "\n")
     for line in sys.stdin:

@@ -84,6 +84,11 @@ class Recurrence:
         return decay_of(self.program, large[0]) if large else None
 
     @property
+    def mildness(self) -> tuple[bool, ...]:
+        """The kinds of group that have a kernel of their own: mild decay and strong, where that makes a difference."""
+        return (True, False) if self.decay else (True,)
+
+    @property
     def spans(self) -> Array:
         """By how much that decay changes in a chunk at most, per group and value head: its steps' absolute sum."""
         return Array(f"spans{self.name}", "group_states", (), (1,), "float32")

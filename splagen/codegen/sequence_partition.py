@@ -198,7 +198,7 @@ class _Launches:
             direct = r.direct(out)
             array, base = (target, o) if direct else (slot_array(r, out), None)
             begin, end = self.ends(r, "added", "state", "final")
-            loops = [Loop(r, "output", reverse=False, mild=mild) for mild in (True, False)]
+            loops = [Loop(r, "output", reverse=False, mild=mild) for mild in r.mildness]
             steps += either(r, [x.kernel([(out, array, base)], start=begin, final=end) for x in loops])
             if not direct:
                 steps.append(sum_kernel(r, array, target, o))
@@ -229,7 +229,7 @@ class _Launches:
             # dv apart from the rest: together their tiles do not fit into registers
             values = [row for row in rows if row[1].name.removesuffix("_parts").rstrip("12") == "dv"]
             for name, part in (("dvalues", values), ("gradient", [row for row in rows if row not in values])):
-                slices = [SliceLoop(r, name, reverse=True, mild=mild) for mild in (True, False)]
+                slices = [SliceLoop(r, name, reverse=True, mild=mild) for mild in r.mildness]
                 steps += either(r, [x.rows_kernel(part, kept, cotangents) for x in slices])
             steps += sums
         if self.router:
@@ -325,10 +325,10 @@ class _Launches:
 
 def either(r: Recurrence, kernels: Sequence[Kernel]) -> list[Kernel]:
     """A kernel for mild decay, and one for the groups where it is strong, which writes to the outputs of the first."""
-    mild, strong = kernels
+    mild, *strong = kernels
     if r.spans not in mild.inputs:
         return [mild]
-    return [mild, replace(strong, inputs=(*strong.inputs, *strong.outputs), outputs=())]
+    return [mild, *(replace(k, inputs=(*k.inputs, *k.outputs), outputs=()) for k in strong)]
 
 
 def _quoted(names: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """The tuner with a bench that makes times up: what is searched, what is stored, and what a module takes afterwards."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from splagen import pipeline
 from splagen.autotune import cache, tuned, tuner
 from splagen.autotune.device import DEVICES
-from splagen.autotune.key import Bucket
+from splagen.autotune.key import Bucket, key_of
 from splagen.autotune.search import Effort, Lost, Measurement, Outcome
 from splagen.autotune.tuner import Target, tune
 from splagen.codegen.kernel import Kernel
@@ -94,6 +95,20 @@ def test_every_kernel_has_a_schedule_that_goes_with_the_others_and_is_kept(name:
     assert taken.get(("bf16", sizes.length, sizes.batch), {}) == found.schedules
     assert taken.get(("bf16", 2 * sizes.length, sizes.batch), {"x": {}}) == {"x": {}}
     assert taken.get(("fp16", sizes.length, sizes.batch), {}) == {}
+
+
+@pytest.mark.usefixtures("faked")
+def test_a_stored_schedule_that_its_kernel_does_not_take_is_not_taken(tmp_path: Path) -> None:
+    """A file in the cache may hold numbers in range that would read beyond the columns."""
+    wanted = target("sse", tmp_path)
+    found = tune(wanted, SimpleNamespace(), effort=EFFORT)  # type: ignore[arg-type]
+    sizes = Bucket.of(wanted.spec, SHAPE)
+    kernel = next(k for k in wanted.part.kernels if k.name == "output1")
+    entry = found.entries["output1"]
+    wide = replace(entry, schedule={**entry.schedule, "BLOCK_E": 128})
+    cache.put(key_of(wanted.spec, kernel, "bf16", sizes, H200), wide)
+    assert tuned.TunedSchedules(wanted.spec).get(("bf16", sizes.length, sizes.batch), {}) == {}
+    assert tune(wanted, SimpleNamespace(), effort=EFFORT).results, "it is searched again"  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("faked")
