@@ -41,9 +41,12 @@ class TunedSchedules(dict[Sizes, Mapping[str, Schedule]]):
 def stored(spec: Spec, dtype: str, bucket: Bucket, folder: Path | None = None) -> dict[str, Schedule]:
     """What the cache has for all kernels of a spec on this GPU; nothing where one is missing or not legal."""
     part, device = kind_of(spec).partition(spec), this_device()
+    first = key_of(spec, part.kernels[0], dtype, bucket, device)
+    if cache.get(first, folder=folder) is None:
+        return {}  # the usual case; a key takes its kernel's text, and all of them most of a second
     keys = {k.name: key_of(spec, k, dtype, bucket, device) for k in part.kernels}
 
-    def check(schedules: Mapping[str, Schedule]) -> None:  # spaces take half a second: only where there are entries
+    def check(schedules: Mapping[str, Schedule]) -> None:
         check_together(spaces(spec, part, device, dtype), part.constraints, schedules)
 
     found = cache.get_together(keys, check=check, folder=folder) or {}
