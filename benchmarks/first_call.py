@@ -1,10 +1,11 @@
-"""The first call of an op in a fresh process, beyond importing torch: with a build, with Triton's cache, with neither.
+"""The first call of an op in a fresh process: with a build, with Triton's cache, with neither, and from a spec.
 
 python -m benchmarks.first_call examples/specs/spla.toml [--length 8192] [--heads 16] [--out DIR]
 
 Each process has inputs on the GPU before the clock starts: the CUDA context is there.  `first` is the import of triton
-and of the module, and the first forward and backward; `later` the second ones.  A build runs with an empty Triton cache
-and no C compiler on its path.
+and of the module, and the first forward and backward, all beyond `torch`, the import of torch; `later` the second ones.
+A build runs with an empty Triton cache and no C compiler on its path.  `loaded` is a process that reads a spec which
+was tuned before: `module` is then the import of splagen and `sg.load`.
 """
 
 from __future__ import annotations
@@ -19,17 +20,25 @@ from pathlib import Path
 
 import torch
 
+import splagen
 from benchmarks.record import write
 from splagen import pipeline, sequence_verification, verification
+from splagen.autotune import cache
+from splagen.autotune.device import this_device
+from splagen.autotune.entry import Entry, now
+from splagen.autotune.key import Bucket, key_of
+from splagen.autotune.space import spaces
 from splagen.codegen.binaries import write_build
 from splagen.codegen.compile import keep_module, raise_if_failed
 from splagen.kinds import oracle
-from splagen.spec import read_spec, to_toml
+from splagen.spec import Spec, read_spec, to_toml
 from splagen.sse_spec import SSESpec
 
 CALL = """
 import importlib.util, json, sys, time, warnings
+start = time.perf_counter()
 import torch
+torch_imported = time.perf_counter()
 
 path, data = sys.argv[1:]
 given = [x.to("cuda") for x in torch.load(data, weights_only=True)]
@@ -45,24 +54,32 @@ def call(op):
     torch.cuda.synchronize()
     return forward, time.perf_counter()
 
-start = time.perf_counter()
+def loaded(path):
+    if path.endswith(".toml"):
+        import splagen
+        return sys.modules[splagen.load(splagen.read_spec(path)).__module__]
+    found = importlib.util.spec_from_file_location("module", path)
+    module = importlib.util.module_from_spec(found)
+    sys.modules["module"] = module
+    found.loader.exec_module(module)
+    return module
+
+begin = time.perf_counter()
 import triton
 triton_imported = time.perf_counter()
 compiled = []
 import triton.compiler
 compile_source = triton.compiler.compile
 triton.compiler.compile = lambda source, *a, **k: (compiled.append(source.name), compile_source(source, *a, **k))[1]
-found = importlib.util.spec_from_file_location("module", path)
-module = importlib.util.module_from_spec(found)
-sys.modules["module"] = module
-found.loader.exec_module(module)
+module = loaded(path)
 imported = time.perf_counter()
 forward, end = call(module.forward_op)
 again = time.perf_counter()
 _, later = call(module.forward_op)
 print(json.dumps({
-    "first": end - start, "triton": triton_imported - start, "module": imported - triton_imported,
-    "forward": forward - imported, "backward": end - forward, "later": later - again, "compiler_calls": len(compiled),
+    "torch": torch_imported - start, "first": end - begin, "triton": triton_imported - begin,
+    "module": imported - triton_imported, "forward": forward - imported, "backward": end - forward,
+    "later": later - again, "compiler_calls": len(compiled), "tuned": len(getattr(module, "TUNED", ())),
 }))
 """
 
@@ -97,6 +114,8 @@ def main() -> None:
             "jit": [_call(plain, folder, "jit", compiler=True)],
             "cached": [_call(plain, folder, "jit", compiler=True) for _ in range(arguments.repeat)],
         }
+        _store_defaults(spec, folder, Bucket.of(spec, (1, heads, length)))
+        figures["loaded"] = [_call(arguments.spec, folder, "jit", compiler=True) for _ in range(arguments.repeat)]
     for name, found in figures.items():
         for row in found:
             print(name, " ".join(f"{k} {v:.3f}" for k, v in row.items()))
@@ -106,11 +125,22 @@ def main() -> None:
         print(write(f"first_call_{spec.name}", settings | figures, arguments.out))
 
 
+def _store_defaults(spec: Spec, folder: Path, bucket: Bucket) -> None:
+    """Entries as a search leaves them, with the Schedules that every other process here runs."""
+    part, device = pipeline.kernels(spec), this_device()
+    for kernel in part.kernels:
+        default = spaces(spec, part, device, "bf16")[kernel.name].default
+        key = key_of(spec, kernel, "bf16", bucket, device)
+        cache.put(key, Entry(default, 1.0, 0.0, "quick", now()), folder=folder / "tuned" / "schedules")
+
+
 def _call(path: Path, folder: Path, cache: str, *, compiler: bool) -> dict[str, float]:
-    environment = os.environ | {"TRITON_CACHE_DIR": str(folder / cache)}
+    root = str(Path(splagen.__file__).parent.parent)
+    environment = os.environ | {"TRITON_CACHE_DIR": str(folder / cache), "SPLAGEN_CACHE_DIR": str(folder / "tuned")}
+    environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     if not compiler:
         environment |= {"CC": "/bin/false"}
-    command = [sys.executable, "-c", CALL, str(path), str(folder / "inputs.pt")]
+    command = [sys.executable, "-c", CALL, str(path.resolve()), str(folder / "inputs.pt")]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{path} failed:\n{done.stderr}")

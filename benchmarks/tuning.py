@@ -1,12 +1,15 @@
-"""What tuning costs and gains on this GPU: python -m benchmarks.tuning [--seconds 60] [--full] [--out DIR].
+"""What tuning costs and gains on this GPU.
 
-Cold tuning of forward and backward of each spec, one bucket, bf16; then the whole op with the default Schedules and
-with those that were found, in the same process.
+python -m benchmarks.tuning --cases "SPLA G=16 d=128" "SSE scalar k=1" --lengths 8192 65536 [--effort full] [--out DIR]
+
+Cold tuning of forward and backward of each spec at each length, one bucket, bf16; then the whole op with the default
+Schedules and with those that were found, in the same process.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,11 +35,20 @@ from splagen.spec import Select, Spec, SPLASpec, to_toml
 from splagen.sse_spec import Router, SSESpec
 from splagen.verification import Shape
 
-CASES: dict[str, tuple[Spec, Shape]] = {
-    "SPLA G=16": (SPLASpec(head_dim=128, group_size=16, select=Select(block_size=64, budget=16)), (1, 32, 8192)),
-    "SSE vector": (SSESpec(backbone="vector", q_map="identity", k_map="identity", router=Router()), (1, 32, 8192)),
-    "SPLA G=4": (SPLASpec(head_dim=128, group_size=4, select=Select(block_size=64, budget=16)), (1, 32, 8192)),
-    "SSE scalar": (SSESpec(backbone="scalar", q_map="identity", k_map="identity", router=Router()), (1, 32, 8192)),
+CASES: dict[str, tuple[Spec, int]] = {  # with the number of heads: of queries, or of values
+    f"SPLA G={group} d={d}": (
+        SPLASpec(head_dim=d, group_size=group, select=Select(block_size=64, budget=16)),
+        4096 // d,
+    )
+    for d in (64, 128, 256)
+    for group in (1, 4, 8, 16)
+} | {
+    f"SSE {backbone} k={k}": (
+        SSESpec(backbone=backbone, q_map="identity", k_map="identity", router=Router(partitions=4, writers=k)),
+        32,
+    )
+    for backbone in ("none", "scalar", "vector", "delta")
+    for k in (1, 2)
 }
 
 
@@ -64,12 +76,13 @@ def op_ms(spec: Spec, module: ModuleType, shape: Shape, schedules: dict[str, Any
     }
 
 
-def row_of(name: str, spec: Spec, shape: Shape, effort: str, seconds: float) -> dict[str, Any]:
+def row_of(name: str, shape: Shape, effort: str, seconds: float | None, jobs: int) -> dict[str, Any]:
     """Tune one spec in an empty cache and time its op."""
+    spec, _ = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
         library = pipeline.generate(spec, folder)
         start = time.perf_counter()
-        options: dict[str, Any] = {"effort": effort, "seconds": seconds, "force": True}
+        options: dict[str, Any] = {"effort": effort, "seconds": seconds, "jobs": jobs, "force": True}
         (tuned,) = pipeline.autotune(library, shapes=[shape], **options)
         wall = time.perf_counter() - start
         default = library.module.SCHEDULES["sm_90"]["bf16"]
@@ -105,28 +118,33 @@ def figures(tuned: Tuned, cost: Callable[[str, Schedule], float]) -> dict[str, A
             "lost": len(r.lost),
             "trials": trials,
         }
-    wrong = [{"kernel": k, "schedule": dict(s), "error": e} for k, s, e in tuned.wrong]
+    wrong = [{"kernel": k, "schedule": dict(s), "seen": e} for k, s, e in tuned.wrong]
     return {"search_s": tuned.seconds, "wrong": wrong, "kernels": kernels}
 
 
 def main() -> None:
     """Tune every case, write the record and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--seconds", type=float, default=75.0, help="no measurement of a case starts later")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[8192])
+    parser.add_argument("--seconds", type=float, help="no measurement of a case starts later; else the effort's")
     parser.add_argument("--effort", default="quick")
+    parser.add_argument("--jobs", type=int, default=16, help="compilers side by side")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for name in args.cases:
-        spec, shape = CASES[name]
-        rows.append(row_of(name, spec, shape, args.effort, args.seconds))
+    for name, length in itertools.product(args.cases, args.lengths):
+        rows.append(row_of(name, (1, CASES[name][1], length), args.effort, args.seconds, args.jobs))
         r = rows[-1]
-        print(name, f"wall {r['wall_s']:.1f} s", r["op_ms"], "wrong:", len(r["wrong"]), flush=True)
+        print(name, length, f"wall {r['wall_s']:.1f} s, search {r['search_s']:.1f} s", r["wrong"])
+        for which, times in r["op_ms"].items():
+            print(f"  {which}", " ".join(f"{k} {ms:.3f}" for k, ms in times.items()))
         for kernel, k in r["kernels"].items():
             text = f"{k['default_ms']:.4f}" if k["default_ms"] else "lost"
-            print(f"  {kernel:20s} {text} -> {k['ms']:.4f} tried {k['tried']} lost {k['lost']} {k['schedule']}")
-        write("tuning", {"rows": rows}, args.out)
+            rank = "" if k["rank_correlation"] is None else f"rank {k['rank_correlation']:.2f}"
+            counts = f"tried {k['tried']} lost {k['lost']}"
+            print(f"  {kernel:20s} {text} -> {k['ms']:.4f} {counts} {rank} {list(k['schedule'].values())}", flush=True)
+        write(f"tuning_{args.effort}", {"rows": rows}, args.out)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,7 +27,9 @@ def tune_command(
     ],
     dtype: Annotated[str, typer.Option(metavar="bf16|fp16|fp32", help="Of q, k and v.")] = "bf16",
     effort: Annotated[str, typer.Option(metavar="quick|full", help="How much is tried.")] = "quick",
-    seconds: Annotated[float, typer.Option(min=1, help="No measurement of a shape starts later.")] = math.inf,
+    seconds: Annotated[
+        float | None, typer.Option(min=1, help="No measurement of a shape starts later.", show_default="70 or 540")
+    ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Compilers side by side; one per CPU.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Search again where the cache has an answer.")] = False,
     as_json: AsJson = False,
@@ -57,9 +58,9 @@ def tune_command(
         emit({"name": made.name, "dtype": dtype, "shapes": rows}, as_json, listing)
         wrong = [w for t in found for w in t.wrong]
         if wrong:
-            texts = "\n".join(f"{kernel} with {dict(s)}: {error:.1e}" for kernel, s, error in wrong)
+            texts = "\n".join(f"{kernel} with {dict(s)}: {what}" for kernel, s, what in wrong)
             hint = "the compiler is at fault: report them with what `splagen doctor` prints"
-            raise WrongResult(f"{len(wrong)} Schedules give wrong results; none was chosen:\n{texts}", hint)
+            raise WrongResult(f"{len(wrong)} Schedules crash or give wrong results; none was chosen:\n{texts}", hint)
 
 
 def _ms(outcome: Outcome) -> str:

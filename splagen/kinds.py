@@ -62,6 +62,7 @@ def oracle(spec_text: str) -> Any:
     return kind_of(spec).oracle(spec)
 
 
+@functools.lru_cache(maxsize=32)
 def _partition(spec: SPLASpec) -> Partition:
     return partition(run(derive_gradient(spla_program(spec)), LOWERING))
 
@@ -70,8 +71,13 @@ def _source(spec: SPLASpec) -> str:
     return module_text(_partition(spec), name=spec.name, digest=digest(spec)[:8], spec_text=to_toml(spec))
 
 
+@functools.lru_cache(maxsize=32)
+def _sequence_partition(spec: SSESpec) -> SequencePartition:
+    return sequence_partition(spec)
+
+
 def _sequence_source(spec: SSESpec) -> str:
-    part = sequence_partition(spec)
+    part = _sequence_partition(spec)
     return sequence_module_text(part, spec, digest=digest(spec)[:8], spec_text=to_toml(spec))
 
 
@@ -92,7 +98,7 @@ KINDS: Mapping[str, Kind[Any]] = {
     "sse": Kind[SSESpec](
         definition=sse_program,
         lowerings=lowerings,
-        partition=sequence_partition,
+        partition=_sequence_partition,
         source=_sequence_source,
         oracle=SSEOracle,
         verify=sequence_verification.verify,

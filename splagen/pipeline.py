@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -116,7 +115,7 @@ def autotune(
     shapes: Sequence[Shape],
     dtype: torch.dtype = torch.bfloat16,
     effort: str = "quick",
-    seconds: float = math.inf,
+    seconds: float | None = None,
     jobs: int | None = None,
     force: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
@@ -128,7 +127,7 @@ def autotune(
         shapes: one tuning for each, which serves all sizes that round up to the same powers of two.
         dtype: of q, k and v.
         effort: "quick" or "full".
-        seconds: no measurement of a shape starts later than this.
+        seconds: no measurement of a shape starts later than this; None is the effort's, 70 or 540.
         jobs: compilers side by side, None is one per CPU.
         force: search again where the cache has an answer.
         progress: told after each measurement.

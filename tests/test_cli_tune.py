@@ -60,7 +60,7 @@ def test_a_document_has_every_trial() -> None:
 
 @pytest.mark.usefixtures("asked")
 def test_a_wrong_schedule_is_named_and_the_status_is_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = Tuned(FOUND.entries, FOUND.results, [("rows", BEST, 0.04)])
+    wrong = Tuned(FOUND.entries, FOUND.results, [("rows", BEST, "differs by 4.0e-02")])
     monkeypatch.setattr(pipeline, "autotune", lambda *_, **__: [wrong])
     result = run("tune", SMALL, "--shape", "1,2,99")
     assert result.exit_code == 1

@@ -115,6 +115,27 @@ def test_a_module_needs_torch_and_triton_only_and_imports_fast(tmp_path: Path) -
     assert max(times) < 0.3, f"CPU seconds to import: {times}"
 
 
+FIRST_CALL = """
+import os, sys, importlib.util
+os.environ["TRITON_INTERPRET"] = "1"
+import torch
+
+found = importlib.util.spec_from_file_location("module", sys.argv[1])
+module = importlib.util.module_from_spec(found)
+found.loader.exec_module(module)
+q, k, v = (torch.randn(1, 16, h, 64, requires_grad=True) for h in (2, 1, 1))
+module.softcap(q, k, v).sum().backward()
+assert q.grad.any()
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_a_first_call_does_not_import_the_compiler_of_torch(tmp_path: Path) -> None:
+    """It takes seconds, and a process that serves a model pays for it at its first request."""
+    path = pipeline.generate(SPECS["softcap"], tmp_path).path
+    assert run(FIRST_CALL, str(path), path=None).strip() == "False"
+
+
 def test_without_splagen_the_cpu_says_what_is_missing(tmp_path: Path) -> None:
     path = pipeline.generate(SPECS["softcap"], tmp_path).path
     code = (

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -130,6 +131,31 @@ def test_gradcheck(name: str, make: Callable[[SPLASpec], Library], device: torch
     library = make(spec)
     inputs = leaves(spec, tensors(spec, 35, torch.float64, device))
     assert torch.autograd.gradcheck(lambda *xs: call(library, list(xs)), inputs, fast_mode=True)
+
+
+def test_a_second_derivative_is_refused(make: Callable[[SPLASpec], Library], device: torch.device) -> None:
+    """The gradient's own gradient would be silently absent."""
+    spec = SPECS["dense"]
+    library = make(spec)
+    inputs = leaves(spec, tensors(spec, 20, torch.float64, device))
+    (dq, *_) = torch.autograd.grad(call(library, inputs).square().sum(), inputs, create_graph=True)
+    with pytest.raises(NotImplementedError, match="first derivatives only"):
+        dq.sum().backward()
+
+
+def test_modules_of_one_text_have_their_own_ops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Imported twice by hand, each runs its own kernels with its own Schedules."""
+    path = generate(SPECS["dense"], tmp_path).path
+    first, second = (SourceFileLoader(f"copy_{i}", str(path)).load_module() for i in "ab")
+    inputs = [torch.zeros(1, 8, h, 16, dtype=torch.float64) for h in (2, 1, 1)]
+
+    def reached() -> None:
+        raise AssertionError("the other module")
+
+    monkeypatch.setattr(second, "equations", reached)
+    first.forward_op(*inputs)
+    with pytest.raises(AssertionError, match="the other module"):
+        second.forward_op(*inputs)
 
 
 def test_only_the_output_has_a_gradient(make: Callable[[SPLASpec], Library], device: torch.device) -> None:

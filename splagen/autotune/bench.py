@@ -8,11 +8,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from splagen.autotune.search import Lost, Measurement, Outcome
+from splagen.autotune.search import Lost, Measurement, Outcome, Reason
 from splagen.codegen.compile import Compiler
 from splagen.codegen.kernel import Kernel
 from splagen.codegen.schedule import Schedule
-from splagen.codegen.worker_process import ProcessEnded, WorkerProcess
+from splagen.codegen.worker_process import ProcessDidNotStart, ProcessEnded, WorkerProcess
 from splagen.errors import TuningError
 from splagen.verification import Shape
 
@@ -25,7 +25,7 @@ class Bench:
     """Times kernels of a generated module at a shape (B, H, L), one at a time on the GPU.
 
     Attributes:
-        wrong: Schedules whose results differ from the default's, with the relative RMS difference.
+        wrong: Schedules whose results differ from the default's, or that end the process, and what was seen.
     """
 
     def __init__(self, module: Path, compiler: Compiler | None, dtype: str, arch: str, shape: Shape) -> None:
@@ -33,7 +33,7 @@ class Bench:
         self.dtype, self.arch, device = dtype, arch, "cuda" if compiler else "cpu"
         arguments = [str(module), dtype, device, *map(str, shape)]
         self.compiler = compiler
-        self.wrong: list[tuple[str, Schedule, float]] = []
+        self.wrong: list[tuple[str, Schedule, str]] = []
         self.built: dict[tuple[str, frozenset[tuple[str, int]]], Lost | None] = {}
         self._gpu = threading.Lock()
         self._stopped = False
@@ -78,7 +78,7 @@ class Bench:
         """Time one Schedule.  `shared`: the CHUNK of kernels that agree with this one, by name.
 
         Raises:
-            TuningError: the kernel failed for no reason that a Schedule explains, or ended its process.
+            TuningError: the kernel failed for no reason that a Schedule explains, or the op does not run.
         """
         lost = self.built.get((kernel.name, _identity(schedule)))
         if lost is not None:
@@ -89,20 +89,32 @@ class Bench:
         if "lost" in answer:
             return Lost(*answer["lost"])
         if "error" in answer:
-            self.wrong.append((kernel.name, schedule, answer["error"]))
-            return Lost("wrong result", f"differs from the default's by {answer['error']:.1e}")
+            return self._wrong(kernel, schedule, "wrong result", f"differs from the default's by {answer['error']:.1e}")
+        if "crash" in answer:
+            return self._wrong(kernel, schedule, "crash", answer["crash"])
         if "failed" in answer:
             raise TuningError(answer["failed"])
         return Measurement(answer["ms"], answer["spread"])
+
+    def _wrong(self, kernel: Kernel, schedule: Schedule, reason: Reason, message: str) -> Lost:
+        self.wrong.append((kernel.name, schedule, message))
+        return Lost(reason, message)
 
     def _answer(self, job: dict[str, Any]) -> dict[str, Any]:
         if self._stopped:
             raise TuningError("tuning was stopped")
         try:
-            return self._worker.ask(job, SECONDS)
-        except ProcessEnded as error:
-            what = f"the process that times kernels ended with status {error.status} after at most {SECONDS:.0f} s"
+            answer = self._worker.ask(job, SECONDS)
+        except ProcessDidNotStart as error:
+            what = f"the op does not run with default Schedules: its process ended with status {error.status}"
             raise TuningError(f"{what}: {' / '.join(error.tail)}") from error
+        except ProcessEnded as error:
+            if self._stopped:
+                raise TuningError("tuning was stopped") from error
+            return {"crash": f"ended its process with status {error.status} after at most {SECONDS:.0f} s"}
+        if "crash" in answer:
+            self._worker.kill()
+        return answer
 
 
 def _identity(schedule: Schedule) -> frozenset[tuple[str, int]]:

@@ -13,7 +13,7 @@ from splagen.autotune.space import Space, common_values
 from splagen.codegen.schedule import Agreement, Schedule
 from splagen.errors import SplagenError, TuningError
 
-Reason: TypeAlias = Literal["out of resources", "compile-time assertion", "wrong result"]
+Reason: TypeAlias = Literal["out of resources", "compile-time assertion", "wrong result", "crash"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Effort:
         exhaustive: spaces of up to as many Schedules are measured whole.
         seeds: Schedules beside the default from which a descent may start.
         repetitions: runs of one measurement; for who measures.
+        seconds: no measurement of a spec starts later; for who measures.
         margin: part of the default's time that must be won before it is given up.
     """
 
@@ -74,11 +75,19 @@ class Effort:
     exhaustive: int
     seeds: int
     repetitions: int
+    seconds: float = math.inf
     margin: float = 0.01
 
+    def of_share(self, share: float) -> Effort:
+        """The effort for kernels that take this part of a spec's time: all of it from an eighth on.
 
-QUICK = Effort("quick", candidates=32, exhaustive=20, seeds=3, repetitions=10)
-FULL = Effort("full", candidates=400, exhaustive=150, seeds=16, repetitions=30)
+        The least is an eighth of the candidates, for what took no time with one Schedule may take some with another.
+        """
+        return replace(self, candidates=math.ceil(self.candidates * min(1.0, max(8 * share, 1 / 8))))
+
+
+QUICK = Effort("quick", candidates=48, exhaustive=20, seeds=3, repetitions=10, seconds=70)
+FULL = Effort("full", candidates=160, exhaustive=150, seeds=16, repetitions=30, seconds=540)
 EFFORTS = {e.name: e for e in (QUICK, FULL)}
 
 
@@ -273,7 +282,7 @@ class _Search:
         for schedule in batch:
             if self.late:
                 return
-            self.trials[_identity(schedule)] = Trial(schedule, self.outcome(schedule))
+            self.trials[_identity(schedule)] = Trial(schedule, outcome_of(self.space.kernel, schedule, self.measure))
             best = min((t.outcome for t in self.trials.values()), key=_ms)
             self.watch.progress(
                 Progress(
@@ -289,21 +298,6 @@ class _Search:
     def late(self) -> bool:
         return bool(self.trials) and time.monotonic() >= self.watch.deadline
 
-    def outcome(self, schedule: Schedule) -> Outcome:
-        try:
-            found = self.measure(schedule)
-        except Exception as error:
-            lost = Lost.of(error)
-            if lost is not None:
-                return lost
-            where = f"{self.space.kernel} with Schedule {dict(schedule)}"
-            if isinstance(error, SplagenError):
-                raise type(error)(f"{where}: {error.message}", error.hint) from error
-            raise TuningError(f"{where}: {type(error).__name__}: {error}") from error
-        if isinstance(found, Measurement) and not 0 < found.ms < math.inf:
-            raise TuningError(f"{self.space.kernel} with Schedule {dict(schedule)} took {found.ms} ms")
-        return found
-
     def ms(self, schedule: Schedule) -> float:
         """The time of a Schedule; infinite where it is lost or was not tried."""
         trial = self.trials.get(_identity(schedule))
@@ -318,6 +312,28 @@ class _Search:
             what = f"none of {len(trials)} Schedules of {self.space.kernel} runs; the default is {best.outcome.reason}"
             raise NoScheduleRuns(f"{what}: {best.outcome.message}".removesuffix(": "), "allow more candidates")
         return Result(self.space.kernel, best.schedule, best.outcome, trials)
+
+
+def outcome_of(kernel: str, schedule: Schedule, measure: Measure) -> Outcome:
+    """What comes of a Schedule.
+
+    Raises:
+        TuningError: the measurement failed for no reason that a Schedule explains, or is no time; the kernel and the
+            Schedule are named.  Other errors of splagen keep their type.
+    """
+    where = f"{kernel} with Schedule {dict(schedule)}"
+    try:
+        found = measure(schedule)
+    except Exception as error:
+        lost = Lost.of(error)
+        if lost is not None:
+            return lost
+        if isinstance(error, SplagenError):
+            raise type(error)(f"{where}: {error.message}", error.hint) from error
+        raise TuningError(f"{where}: {type(error).__name__}: {error}") from error
+    if isinstance(found, Measurement) and not 0 < found.ms < math.inf:
+        raise TuningError(f"{where} took {found.ms} ms")
+    return found
 
 
 def _identity(schedule: Schedule) -> frozenset[tuple[str, int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,18 @@ from splagen.autotune.cost import schedule_cost
 from splagen.autotune.device import Device
 from splagen.autotune.entry import Entry, now
 from splagen.autotune.key import Bucket, key_of
-from splagen.autotune.search import QUICK, Effort, Outcome, Progress, Result, Watch, search, search_together
+from splagen.autotune.search import (
+    QUICK,
+    Effort,
+    Measurement,
+    Outcome,
+    Progress,
+    Result,
+    Watch,
+    outcome_of,
+    search,
+    search_together,
+)
 from splagen.autotune.space import Space, check_together, spaces
 from splagen.codegen.compile import Compiler
 from splagen.codegen.kernel import Kernel
@@ -55,13 +65,13 @@ class Tuned:
     Attributes:
         entries: by kernel, the Schedule with its time.
         results: by kernel, everything that was measured; empty where the entries came from the cache.
-        wrong: kernel, Schedule and relative RMS difference of what gave other results than the default.
+        wrong: kernel, Schedule and what was seen, of those that give other results than the default, or crash.
         seconds: what it took.
     """
 
     entries: Mapping[str, Entry]
     results: Mapping[str, Result] = field(default_factory=dict)
-    wrong: Sequence[tuple[str, Schedule, float]] = ()
+    wrong: Sequence[tuple[str, Schedule, str]] = ()
     seconds: float = 0.0
 
     @property
@@ -76,7 +86,7 @@ def tune(
     *,
     effort: Effort = QUICK,
     progress: Callable[[Progress], None] = lambda _: None,
-    seconds: float = math.inf,
+    seconds: float | None = None,
     jobs: int | None = None,
     force: bool = False,
 ) -> Tuned:
@@ -87,7 +97,7 @@ def tune(
         module: its generated module, for the comparison with the oracle.
         effort: how much is tried.
         progress: told after each measurement.
-        seconds: no measurement starts later; every kernel's default is measured all the same.
+        seconds: no measurement starts later, None is the effort's; every kernel's default is measured all the same.
         jobs: compilers side by side, None is one per CPU.
         force: search again where the cache has an answer.
 
@@ -102,7 +112,7 @@ def tune(
 
     def find() -> Mapping[str, Entry]:
         nonlocal found
-        found = _search(target, made, bucket, effort, progress, seconds, jobs)
+        found = _search(target, made, bucket, effort, progress, effort.seconds if seconds is None else seconds, jobs)
         _verify(target, module, found.schedules)
         return found.entries
 
@@ -131,9 +141,10 @@ def _search(
         Bench(target.path, compiler, target.dtype, target.device.arch, target.shape) as bench,
         ThreadPoolExecutor(SEARCHES) as pool,
     ):
-        searches = _Searches(target, made, bench, effort, cost, progress, start + seconds)
         results: dict[str, Result] = {}
         try:
+            shares = _shares(target, made, bench, effort)
+            searches = _Searches(target, made, bench, effort, shares, cost, progress, start + seconds)
             for found in pool.map(lambda run: run(), searches.first()):
                 results |= found
             for found in pool.map(lambda run: run(), searches.behind(results)):
@@ -149,27 +160,49 @@ def _search(
     return Tuned(entries, results, wrong, time.monotonic() - start)
 
 
+def _shares(target: Target, made: Mapping[str, Space], bench: Bench, effort: Effort) -> dict[str, float]:
+    """The part of the op's time that each kernel takes with its default Schedule."""
+    defaults = [(k, made[k.name].default) for k in target.part.kernels]
+    bench.prepare(defaults)
+    times = {}
+    for kernel, schedule in defaults:
+        measure = partial(bench.measure, kernel, shared={}, repetitions=effort.repetitions)
+        outcome = outcome_of(kernel.name, schedule, measure)
+        times[kernel.name] = outcome.ms if isinstance(outcome, Measurement) else 0.0
+    total = sum(times.values()) or 1.0
+    return {name: ms / total for name, ms in times.items()}
+
+
 @dataclass(frozen=True)
 class _Searches:
     target: Target
     made: Mapping[str, Space]
     bench: Bench
     effort: Effort
+    shares: Mapping[str, float]
     cost: Cost
     progress: Callable[[Progress], None]
     deadline: float
 
     def first(self) -> list[Callable[[], dict[str, Result]]]:
-        """The searches that depend on no other: kernels that agree on a number together, others alone."""
+        """The searches that depend on no other: kernels that agree on a number together, others alone.
+
+        Those that may win most come first.
+        """
         constraints = self.target.part.constraints
         measured = {c.measured for c in constraints if isinstance(c, Divides)}
         agreed = [c for c in constraints if isinstance(c, Agreement)]
         together = {name for c in agreed for name in c.kernels}
-        found: list[Callable[[], dict[str, Result]]] = [lambda c=c: self.together(c) for c in agreed]  # type: ignore[misc]
-        for name in self.made:
-            if name not in together | measured:
-                found.append(lambda name=name: {name: self.alone(name, self.made[name])})  # type: ignore[misc]
-        return found
+        found = [(self.share(*c.kernels), partial(self.together, c)) for c in agreed]
+        found += [
+            (self.share(name), partial(self.alone, name, self.made[name]))
+            for name in self.made
+            if name not in together | measured
+        ]
+        return [run for _, run in sorted(found, key=lambda x: -x[0])]
+
+    def share(self, *names: str) -> float:
+        return sum(self.shares[name] for name in names)
 
     def behind(self, results: Mapping[str, Result]) -> list[Callable[[], dict[str, Result]]]:
         """The searches of kernels whose number the others' must divide."""
@@ -181,18 +214,19 @@ class _Searches:
         found: list[Callable[[], dict[str, Result]]] = []
         for name, (number, most) in longest.items():
             part = self.made[name].within(number, lambda x, most=most: x % most == 0)  # type: ignore[misc]
-            found.append(lambda name=name, part=part: {name: self.alone(name, part)})  # type: ignore[misc]
+            found.append(partial(self.alone, name, part))
         return found
 
-    def alone(self, name: str, part: Space) -> Result:
+    def alone(self, name: str, part: Space) -> dict[str, Result]:
         kernel = self.kernel(name)
-        return search(
+        found = search(
             part,
             lambda s: self.measure(kernel, s, {}),
-            effort=self.effort,
+            effort=self.effort.of_share(self.share(name)),
             cost=lambda s: self.cost(name, s),
             watch=self.watch(name),
         )
+        return {name: found}
 
     def together(self, agreement: Agreement) -> dict[str, Result]:
         begun: set[int] = set()
@@ -206,7 +240,8 @@ class _Searches:
             return self.measure(self.kernel(name), schedule, self.shared(agreement, value))
 
         values = {name: self.made[name] for name in agreement.kernels}
-        return search_together(values, agreement, measure, effort=self.effort, cost=self.cost, watch=self.watch)
+        effort = self.effort.of_share(self.share(*agreement.kernels))
+        return search_together(values, agreement, measure, effort=effort, cost=self.cost, watch=self.watch)
 
     def shared(self, agreement: Agreement, value: int) -> dict[str, int]:
         """The chunks of a run in which these kernels have the value, and others what then is legal."""

@@ -75,7 +75,7 @@ class Array:
         return (f"{self.name}_ptr", *self.stride_names)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """One launch: `template` rendered with `holes` gives its device code.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ def template_directory() -> Path:
     raise PartitionError(f"no templates beside {package}", hint="reinstall splagen")
 
 
+@functools.cache
 def environment() -> jinja2.Environment:
     """The Jinja environment of every template: an undefined hole is an error."""
     return jinja2.Environment(
@@ -42,16 +44,22 @@ def environment() -> jinja2.Environment:
 
 def render(template: str, holes: Mapping[str, object]) -> str:
     """Fill a template.  Raises PartitionError if its variables and the holes are not the same set."""
-    env = environment()
-    source = (template_directory() / f"{template}.jinja").read_text()
-    declared = meta.find_undeclared_variables(env.parse(source))
+    declared = _variables(template)
     if declared != holes.keys():
         missing, unused = sorted(declared - holes.keys()), sorted(holes.keys() - declared)
         raise PartitionError(f"template {template}: holes without a value {missing}, values without a hole {unused}")
-    text = env.get_template(f"{template}.jinja").render(dict(holes))
+    text = environment().get_template(f"{template}.jinja").render(dict(holes))
     return re.sub(r"\n{4,}", "\n\n\n", re.sub(r"[ \t]+\n", "\n", text)).rstrip() + "\n"
 
 
+@functools.cache
+def _variables(template: str) -> frozenset[str]:
+    """The holes of a template."""
+    source = (template_directory() / f"{template}.jinja").read_text(encoding="utf-8")
+    return frozenset(meta.find_undeclared_variables(environment().parse(source)))
+
+
+@functools.lru_cache(maxsize=512)
 def kernel_text(kernel: Kernel) -> str:
     """Device code of one kernel."""
     pointers = [name for a in unique(kernel.inputs, kernel.outputs) for name in a.arguments]
@@ -68,20 +76,21 @@ def kernel_text(kernel: Kernel) -> str:
 
 def without_unused(function: str) -> str:
     """A function's source without assignments that nothing reads: a hole may leave an index or a mask unread."""
+    nodes = list(ast.walk(ast.parse(function)))
+    reads = [(n.id, n.lineno) for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)]
+    writes = [
+        ({getattr(t, "id", None) for t in _targets(node)}, node.lineno)  # None: a target that is no name
+        for node in nodes
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.lineno == node.end_lineno
+    ]
+    dead: set[int] = set()
     while True:
-        tree = ast.parse(function)
-        read = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-        dead = {
-            node.lineno
-            for node in ast.walk(tree)
-            if isinstance(node, (ast.Assign, ast.AnnAssign))
-            and all(isinstance(t, ast.Name) and t.id not in read for t in _targets(node))
-            and node.lineno == node.end_lineno
-        }
-        if not dead:
-            return function
-        lines = function.splitlines(keepends=True)
-        function = "".join(line for i, line in enumerate(lines, 1) if i not in dead)
+        read = {None, *(name for name, line in reads if line not in dead)}
+        found = {line for names, line in writes if not names & read} - dead
+        if not found:
+            lines = function.splitlines(keepends=True)
+            return "".join(line for i, line in enumerate(lines, 1) if i not in dead)
+        dead |= found
 
 
 def _targets(node: ast.Assign | ast.AnnAssign) -> list[ast.expr]:

@@ -23,6 +23,10 @@ class ProcessEnded(Exception):
         self.status, self.tail = status, tuple(tail)
 
 
+class ProcessDidNotStart(ProcessEnded):
+    """It ended before it said its line."""
+
+
 class WorkerProcess:
     """`python -m MODULE ARGUMENTS`, started when it is first asked and again after it ended."""
 
@@ -36,7 +40,7 @@ class WorkerProcess:
         self._log: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close
 
     def ask(self, job: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        """What it answers; it is killed where that takes longer.  Raises ProcessEnded."""
+        """What it answers; it is killed where that takes longer.  Raises ProcessEnded, ProcessDidNotStart."""
         if self.process is None:
             self._log.seek(0)
             self._log.truncate()
@@ -49,7 +53,10 @@ class WorkerProcess:
                 text=True,
             )
             if self.greets_in is not None:
-                self._exchange(self.process, None, self.greets_in)
+                try:
+                    self._exchange(self.process, None, self.greets_in)
+                except ProcessEnded as error:
+                    raise ProcessDidNotStart(error.status, error.tail) from None
         return self._exchange(self.process, job, seconds)
 
     def _exchange(
@@ -83,10 +90,11 @@ class WorkerProcess:
         return found | ({"TRITON_INTERPRET": "1"} if self.interpreted else {})
 
     def kill(self) -> None:
-        """End the process at once."""
+        """End the process at once; the next question starts another."""
         if process := self.process:
             process.kill()
             process.wait()
+            self.process = None
 
     def close(self) -> None:
         """Let the process end, and forget what it printed."""

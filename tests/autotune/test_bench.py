@@ -37,11 +37,25 @@ def test_a_measurement_is_a_time_and_a_failure_is_an_error(running: Bench, monke
     with pytest.raises(TuningError, match="BLOCK_N"):
         running.measure(kernel, {k: v for k, v in schedule.items() if k != "BLOCK_N"}, {}, 1)
     assert isinstance(running.measure(kernel, schedule, {}, 1), Measurement), "the process goes on"
+    assert not running.wrong
     monkeypatch.setattr(bench, "SECONDS", 0.0)
-    with pytest.raises(TuningError, match="ended with status -9"):
-        running.measure(kernel, schedule, {}, 1000)
+    lost = running.measure(kernel, schedule, {}, 1000)
+    assert isinstance(lost, Lost)
+    assert lost.reason == "crash"
+    assert [(name, s) for name, s, seen in running.wrong if "status -9" in seen] == [(kernel.name, schedule)]
     monkeypatch.undo()
     assert isinstance(running.measure(kernel, schedule, {}, 1), Measurement), "another process takes over"
+
+
+def test_an_op_that_does_not_run_is_no_fault_of_a_candidate(tmp_path: Path) -> None:
+    kernel, schedule = forward()
+    library = pipeline.generate(SPEC, tmp_path)
+    library.path.write_text(library.path.read_text() + '\nraise RuntimeError("no such driver")\n')
+    with (
+        Bench(library.path, None, "fp32", "sm_90", SHAPE) as made,
+        pytest.raises(TuningError, match=r"does not run with default Schedules.*no such driver"),
+    ):
+        made.measure(kernel, schedule, {}, 1)
 
 
 def test_after_a_stop_every_measurement_fails(running: Bench) -> None:

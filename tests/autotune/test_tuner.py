@@ -14,6 +14,7 @@ from splagen.autotune import cache, tuned, tuner
 from splagen.autotune.device import DEVICES
 from splagen.autotune.key import Bucket, key_of
 from splagen.autotune.search import Effort, Lost, Measurement, Outcome
+from splagen.autotune.space import spaces
 from splagen.autotune.tuner import Target, tune
 from splagen.codegen.kernel import Kernel
 from splagen.codegen.schedule import Agreement, Divides, Schedule, check_constraints
@@ -41,7 +42,7 @@ class FakeBench:
     measured: list[tuple[str, Schedule, Mapping[str, int]]]
 
     def __init__(self, *_: object) -> None:
-        self.wrong: list[tuple[str, Schedule, float]] = []
+        self.wrong: list[tuple[str, Schedule, str]] = []
         FakeBench.measured = []
 
     def __enter__(self) -> "FakeBench":
@@ -117,7 +118,10 @@ def test_kernels_that_agree_are_measured_in_runs_that_agree(tmp_path: Path) -> N
     tune(wanted, SimpleNamespace(), effort=EFFORT)  # type: ignore[arg-type]
     groups = [c for c in wanted.part.constraints if isinstance(c, Agreement)]
     assert groups
-    for name, schedule, shared in FakeBench.measured:
+    defaults = {n: s.default for n, s in spaces(wanted.spec, wanted.part, H200, "bf16").items()}
+    chunks = {n: s["CHUNK"] for n, s in defaults.items() if "CHUNK" in s}
+    for name, schedule, changed in FakeBench.measured:
+        shared = {**chunks, **changed}
         group = next((c for c in groups if name in c.kernels), None)
         if group:
             assert {shared[k] for k in group.kernels} == {schedule[group.name]}
@@ -129,7 +133,7 @@ def test_kernels_that_agree_are_measured_in_runs_that_agree(tmp_path: Path) -> N
 def test_an_unexpected_failure_names_kernel_and_schedule_and_stores_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(self: FakeBench, kernel: Kernel, schedule: Schedule, *_: object) -> Outcome:
+    def fails(self: FakeBench, kernel: Kernel, schedule: Schedule, *_: object, **__: object) -> Outcome:
         if kernel.name == "output2" and schedule["num_warps"] == 2:
             raise RuntimeError("an illegal memory access")
         return Measurement(milliseconds(kernel.name, schedule))
@@ -137,7 +141,7 @@ def test_an_unexpected_failure_names_kernel_and_schedule_and_stores_nothing(
     monkeypatch.setattr(FakeBench, "measure", fails)
     wanted = target("sse", tmp_path)
     with pytest.raises(TuningError, match=r"output2 with .*num_warps.* 2.*an illegal memory access"):
-        tune(wanted, SimpleNamespace(), effort=EFFORT)  # type: ignore[arg-type]
+        tune(wanted, SimpleNamespace(), effort=replace(EFFORT, candidates=60))  # type: ignore[arg-type]
     assert not cache.entries()
 
 
@@ -171,9 +175,12 @@ def test_the_worker_times_every_launcher_and_finds_a_wrong_result(tmp_path: Path
     chunked = {"states2": 32, "dstates2": 32, "dvalues2": 32, "gradient2": 32}
     job = {"kernel": "gradient2", "schedule": {**default["gradient2"], "CHUNK": 32}, "shared": chunked}
     assert answer(kernels, {**job, "repetitions": 2})["ms"] > 0
-    for name in ("scan1", "step"):  # these write into what they are given
-        found = answer(kernels, {"kernel": name, "schedule": default[name], "shared": {}, "repetitions": 1})
+    for name in ("scan1", "step"):  # these write into what they are given: other kernels are timed on it
+        arrays = [x for x in kernels.launches({})[name][1] if isinstance(x, torch.Tensor)]
+        before = [x.clone() for x in arrays]
+        found = answer(kernels, {"kernel": name, "schedule": default[name], "shared": {}, "repetitions": 3})
         assert found["ms"] > 0, found
+        assert all(torch.equal(x, y) for x, y in zip(arrays, before, strict=True)), name
     right = module.launch_output1
     try:
         calls: list[int] = []
