@@ -29,7 +29,7 @@ def source_digest(root: Path = ROOT) -> str:
     Files are hashed in the order of their posix paths relative to `root`, both kinds together, each as its
     path and its bytes with a NUL after either: moving a byte or renaming a file changes the digest.
     """
-    files = [*root.glob("splagen/**/*.py"), *root.glob("templates/**/*.jinja")]
+    files = [*root.glob("splagen/**/*.py"), *root.glob("splagen/**/*.json"), *root.glob("templates/**/*.jinja")]
     digest = hashlib.sha256()
     for path, file in sorted((file.relative_to(root).as_posix(), file) for file in files):
         digest.update(path.encode() + b"\0" + file.read_bytes() + b"\0")

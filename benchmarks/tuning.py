@@ -28,6 +28,9 @@ from splagen.autotune.device import this_device
 from splagen.autotune.key import Bucket
 from splagen.autotune.search import Measurement
 from splagen.autotune.tuner import Tuned
+from splagen.codegen import schedule as attention
+from splagen.codegen import sequence_schedule as recurrences
+from splagen.codegen.geometry import Geometry
 from splagen.codegen.schedule import Schedule
 from splagen.kinds import oracle
 from splagen.sequence import SSEOracle
@@ -50,6 +53,15 @@ CASES: dict[str, tuple[Spec, int]] = {  # with the number of heads: of queries, 
     for backbone in ("none", "scalar", "vector", "delta")
     for k in (1, 2)
 }
+
+
+def by_rules(spec: Spec) -> dict[str, Schedule]:
+    """The Schedules that every kernel would have if nothing had been tuned."""
+    part = pipeline.kernels(spec)
+    if isinstance(spec, SSESpec):
+        return {k.name: recurrences.default_schedule(k, spec, "sm_90", "bf16") for k in part.kernels}
+    geometry = Geometry.of(part.program)
+    return {k.name: attention.rule_schedule(k, geometry, "sm_90", "bf16") for k in part.kernels}
 
 
 def op_ms(spec: Spec, module: ModuleType, shape: Shape, schedules: dict[str, Any]) -> dict[str, float]:
@@ -85,7 +97,7 @@ def row_of(name: str, shape: Shape, effort: str, seconds: float | None, jobs: in
         options: dict[str, Any] = {"effort": effort, "seconds": seconds, "jobs": jobs, "force": True}
         (tuned,) = pipeline.autotune(library, shapes=[shape], **options)
         wall = time.perf_counter() - start
-        default = library.module.SCHEDULES["sm_90"]["bf16"]
+        default = by_rules(spec)
         found = {"default": op_ms(spec, library.module, shape, default)}
         found["tuned"] = op_ms(spec, library.module, shape, {**default, **tuned.schedules})
     cost = schedule_cost(spec, pipeline.kernels(spec), Bucket.of(spec, shape), this_device(), "bf16")

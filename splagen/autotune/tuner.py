@@ -17,6 +17,7 @@ from splagen.autotune.cost import schedule_cost
 from splagen.autotune.device import Device
 from splagen.autotune.entry import Entry, now
 from splagen.autotune.key import Bucket, key_of
+from splagen.autotune.ranks import decided_by_first, several
 from splagen.autotune.search import (
     QUICK,
     Effort,
@@ -92,6 +93,8 @@ def tune(
 ) -> Tuned:
     """The Schedules of every kernel: those in the cache, else what a search finds, verified and stored.
 
+    In a torch.distributed job every rank calls it, rank 0 searches, and all have its Schedules.
+
     Args:
         target: what is tuned.
         module: its generated module, for the comparison with the oracle.
@@ -116,13 +119,18 @@ def tune(
         _verify(target, module, found.schedules)
         return found.entries
 
-    if force:
-        entries = find()
+    def store(entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
         for name, key in keys.items():
             cache.put(key, entries[name])
-        return found
-    known = cache.get_or_find_together(keys, find, check=partial(check_together, made, target.part.constraints))
-    return found if found.entries else Tuned(known)
+        return entries
+
+    def known() -> Mapping[str, Entry]:
+        if force:
+            return store(find())
+        return cache.get_or_find_together(keys, find, check=partial(check_together, made, target.part.constraints))
+
+    entries = store(decided_by_first(known)) if several() else known()
+    return found if found.entries else Tuned(entries)
 
 
 def _search(

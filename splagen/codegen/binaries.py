@@ -2,7 +2,8 @@
 
 `NAME.py` is the generated module with `binary_loader` behind it; `NAME.build/` holds `manifest.json` and files whose
 names are the SHA-256 of what is in them.  Nothing there is code that Python reads, and no name is a path: the two may
-be moved together.  The manifest is written last: whatever a process meets meanwhile does not fit, and it compiles.
+be moved together.  The module holds the digest of the manifest, which is written last: whatever a process meets
+meanwhile does not fit, and it compiles.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ def write_build(source: str | Path, kept: Sequence[Kept], out: str | Path, *, dt
         GeneratedFileError: something that splagen did not write is in the way, or `out` cannot be written.
     """
     source, path = Path(source), Path(out) / Path(source).name
-    text = module_text(source.read_text())
-    manifest, files = _manifest(text, kept, dtypes)
+    generated = source.read_text()
+    manifest, files = _manifest(generated, kept, dtypes)
+    text = module_text(generated, manifest)
     folder = MachineCode(path).folder
     try:
         with path_lock(folder):
@@ -60,7 +62,7 @@ def write_build(source: str | Path, kept: Sequence[Kept], out: str | Path, *, dt
             for name, data in files.items():
                 if not (folder / name).exists() or (folder / name).read_bytes() != data:
                     replace_file(folder / name, data)
-            replace_file(folder / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+            replace_file(folder / "manifest.json", manifest)
             for old in folder.iterdir():
                 if MachineCode.FILE.fullmatch(old.name) and old.name not in files:
                     old.unlink()
@@ -70,18 +72,19 @@ def write_build(source: str | Path, kept: Sequence[Kept], out: str | Path, *, dt
     return Build(path, folder, len(kept), sum(map(len, files.values())), notes)
 
 
-def module_text(generated: str) -> str:
-    """A generated module that looks for its machine code when it is imported.
+def module_text(generated: str, manifest: str) -> str:
+    """A generated module that looks for its machine code, that of this manifest, when it is imported.
 
     The text goes behind the kernels: Triton knows them by their lines.
     """
     _, _, loader = Path(binary_loader.__file__).read_text().split('"""', 2)
-    call = "MachineCode(Path(__file__)).attach(globals())"
-    return f"{generated}\n\n# Machine code beside this module, if it fits.\n{loader}\n\n{call}\n"
+    digest = hashlib.sha256(manifest.encode()).hexdigest()
+    call = f'MachineCode(Path(__file__), "{digest}").attach(globals())'
+    return f"{generated}{MachineCode.BEHIND}{loader}\n\n{call}\n"
 
 
-def _manifest(text: str, kept: Sequence[Kept], dtypes: Sequence[str]) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The manifest of a build and its files by name."""
+def _manifest(generated: str, kept: Sequence[Kept], dtypes: Sequence[str]) -> tuple[str, dict[str, bytes]]:
+    """The manifest of a build as JSON, and its files by name."""
     files: dict[str, bytes] = {}
 
     def add(path: str, suffix: str) -> str:
@@ -101,8 +104,7 @@ def _manifest(text: str, kept: Sequence[Kept], dtypes: Sequence[str]) -> tuple[d
         for key, found in k["extensions"].items():
             extensions[key] = {"name": found["name"], "file": add(found["path"], ".so")}
     manifest = {
-        "format": MachineCode.FORMAT,
-        "module": hashlib.sha256(text.encode()).hexdigest(),
+        "module": MachineCode.text_digest(generated),
         "triton": kept[0]["triton"],
         "python": sysconfig.get_config_var("EXT_SUFFIX"),
         "targets": sorted({k["target"] for k in kept}),
@@ -112,4 +114,4 @@ def _manifest(text: str, kept: Sequence[Kept], dtypes: Sequence[str]) -> tuple[d
         "kernels": kernels,
         "files": {name: len(data) for name, data in files.items()},
     }
-    return manifest, files
+    return json.dumps(manifest, indent=1, sort_keys=True) + "\n", files

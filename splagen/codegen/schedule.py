@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from splagen.codegen.geometry import Geometry
 from splagen.codegen.kernel import Kernel
+from splagen.codegen.pretuned import ARCH, pretuned
 from splagen.errors import ScheduleError
 
 Schedule: TypeAlias = Mapping[str, int]
@@ -60,7 +61,15 @@ DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 def default_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> dict[str, int]:
-    """A legal Schedule that is reasonable before tuning."""
+    """The legal Schedule that a kernel has before tuning: what ships for its sizes, else what the rules give."""
+    if arch == ARCH and DTYPES[dtype] == 2 and (found := pretuned(kernel, geometry)):
+        check_schedule(kernel, geometry, found)
+        return found
+    return rule_schedule(kernel, geometry, arch, dtype)
+
+
+def rule_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> dict[str, int]:
+    """A legal Schedule by rules of thumb."""
     size, shared = DTYPES[dtype], TARGETS[arch].shared_bytes
     schedule: dict[str, int]
     match kernel.template:
