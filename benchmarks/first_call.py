@@ -2,10 +2,10 @@
 
 python -m benchmarks.first_call examples/specs/spla.toml [--length 8192] [--heads 16] [--out DIR]
 
-Each process has inputs on the GPU before the clock starts: the CUDA context is there.  `first` is the import of triton
-and of the module, and the first forward and backward, all beyond `torch`, the import of torch; `later` the second ones.
-A build runs with an empty Triton cache and no C compiler on its path.  `loaded` is a process that reads a spec which
-was tuned before: `module` is then the import of splagen and `sg.load`.
+Each process has inputs on the GPU before the clock starts: the CUDA context is there.  `first_s` is the import of
+triton and of the module, and the first forward and backward, all beyond `torch_s`, the import of torch; `later_s` the
+second ones.  A build runs with an empty Triton cache and no C compiler on its path.  `loaded` is a process that reads a
+spec which was tuned before: `module_s` is then the import of splagen and `sg.load`.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ forward, end = call(module.forward_op)
 again = time.perf_counter()
 _, later = call(module.forward_op)
 print(json.dumps({
-    "torch": torch_imported - start, "first": end - begin, "triton": triton_imported - begin,
-    "module": imported - triton_imported, "forward": forward - imported, "backward": end - forward,
-    "later": later - again, "compiler_calls": len(compiled), "tuned": len(getattr(module, "TUNED", ())),
+    "torch_s": torch_imported - start, "first_s": end - begin, "triton_s": triton_imported - begin,
+    "module_s": imported - triton_imported, "forward_s": forward - imported, "backward_s": end - forward,
+    "later_s": later - again, "compiler_calls": len(compiled), "tuned": len(getattr(module, "TUNED", ())),
 }))
 """
 
@@ -116,13 +116,13 @@ def main() -> None:
         }
         _store_defaults(spec, folder, Bucket.of(spec, (1, heads, length)))
         figures["loaded"] = [_call(arguments.spec, folder, "jit", compiler=True) for _ in range(arguments.repeat)]
-    for name, found in figures.items():
-        for row in found:
-            print(name, " ".join(f"{k} {v:.3f}" for k, v in row.items()))
+    rows = [{"process": name, **row} for name, found in figures.items() for row in found]
+    for row in rows:
+        print(" ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
     print("notes:", *build.notes)
     if arguments.out:
         settings = {"spec": spec.name, "length": length, "heads": heads, "bytes": build.size}
-        print(write(f"first_call_{spec.name}", settings | figures, arguments.out))
+        print(write(f"first_call_{spec.name}", settings | {"rows": rows}, arguments.out))
 
 
 def _store_defaults(spec: Spec, folder: Path, bucket: Bucket) -> None:

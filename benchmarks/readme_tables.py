@@ -97,7 +97,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str
     """Return rows as a markdown table of the columns, by default all; numbers to the right."""
     present = dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, (list, dict)))
     columns = columns or list(present)
-    right = [all(isinstance(row.get(c, 0), (int, float)) for row in rows) for c in columns]
+    right = [all(isinstance(row.get(c) or 0, (int, float)) for row in rows) for c in columns]
     lines = [
         [_heading(c) for c in columns],
         ["---:" if r else "---" for r in right],
@@ -117,6 +117,8 @@ def _heading(key: str) -> str:
 
 def _number(value: object) -> str:
     match value:
+        case None:
+            return ""
         case bool():
             return "yes" if value else "no"
         case float():

@@ -2,14 +2,15 @@
 
 python -m benchmarks.tuning --cases "SPLA G=16 d=128" "SSE scalar k=1" --lengths 8192 65536 [--effort full] [--out DIR]
 
-Cold tuning of forward and backward of each spec at each length, one bucket, bf16; then the whole op with the default
-Schedules and with those that were found, in the same process.
+Cold tuning of forward and backward of each spec at each length, one bucket, bf16; then the whole op with the Schedules
+that rules give and with those that were found, in the same process.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -97,17 +98,18 @@ def row_of(name: str, shape: Shape, effort: str, seconds: float | None, jobs: in
         options: dict[str, Any] = {"effort": effort, "seconds": seconds, "jobs": jobs, "force": True}
         (tuned,) = pipeline.autotune(library, shapes=[shape], **options)
         wall = time.perf_counter() - start
-        default = by_rules(spec)
-        found = {"default": op_ms(spec, library.module, shape, default)}
-        found["tuned"] = op_ms(spec, library.module, shape, {**default, **tuned.schedules})
+        rules = by_rules(spec)
+        times = {"rules_ms": op_ms(spec, library.module, shape, rules)}
+        times["tuned_ms"] = op_ms(spec, library.module, shape, {**rules, **tuned.schedules})
     cost = schedule_cost(spec, pipeline.kernels(spec), Bucket.of(spec, shape), this_device(), "bf16")
     return {
         "case": name,
         "shape": list(shape),
+        "length": shape[2],
         "effort": effort,
         "wall_s": wall,
         **figures(tuned, cost),
-        "op_ms": found,
+        **times,
     }
 
 
@@ -130,8 +132,14 @@ def figures(tuned: Tuned, cost: Callable[[str, Schedule], float]) -> dict[str, A
             "lost": len(r.lost),
             "trials": trials,
         }
-    wrong = [{"kernel": k, "schedule": dict(s), "seen": e} for k, s, e in tuned.wrong]
-    return {"search_s": tuned.seconds, "wrong": wrong, "kernels": kernels}
+    wrong = [{"kernel": k, "schedule": dict(s), "seen": seen.partition("\n")[0]} for k, s, seen in tuned.wrong]
+    ranks = [k["rank_correlation"] for k in kernels.values() if k["tried"] >= 8 and k["rank_correlation"] is not None]
+    return {
+        "search_s": tuned.seconds,
+        "wrong": wrong,
+        "rank_correlation": statistics.median(ranks) if ranks else None,
+        "kernels": kernels,
+    }
 
 
 def main() -> None:
@@ -149,8 +157,8 @@ def main() -> None:
         rows.append(row_of(name, (1, CASES[name][1], length), args.effort, args.seconds, args.jobs))
         r = rows[-1]
         print(name, length, f"wall {r['wall_s']:.1f} s, search {r['search_s']:.1f} s", r["wrong"])
-        for which, times in r["op_ms"].items():
-            print(f"  {which}", " ".join(f"{k} {ms:.3f}" for k, ms in times.items()))
+        for which in ("rules_ms", "tuned_ms"):
+            print(f"  {which}", " ".join(f"{k} {ms:.3f}" for k, ms in r[which].items()))
         for kernel, k in r["kernels"].items():
             text = f"{k['default_ms']:.4f}" if k["default_ms"] else "lost"
             rank = "" if k["rank_correlation"] is None else f"rank {k['rank_correlation']:.2f}"

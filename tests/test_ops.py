@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -143,10 +143,19 @@ def test_a_second_derivative_is_refused(make: Callable[[SPLASpec], Library], dev
         dq.sum().backward()
 
 
+def imported(path: Path, name: str) -> ModuleType:
+    found = spec_from_file_location(name, path)
+    assert found is not None
+    assert found.loader is not None
+    module = module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
 def test_modules_of_one_text_have_their_own_ops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Imported twice by hand, each runs its own kernels with its own Schedules."""
     path = generate(SPECS["dense"], tmp_path).path
-    first, second = (SourceFileLoader(f"copy_{i}", str(path)).load_module() for i in "ab")
+    first, second = (imported(path, f"copy_{i}") for i in "ab")
     inputs = [torch.zeros(1, 8, h, 16, dtype=torch.float64) for h in (2, 1, 1)]
 
     def reached() -> None:
