@@ -118,11 +118,9 @@ def figures(tuned: Tuned, cost: Callable[[str, Schedule], float]) -> dict[str, A
     kernels = {}
     for name, r in tuned.results.items():
         start = r.default.ms if isinstance(r.default, Measurement) else None
-        trials = [
-            {"schedule": dict(t.schedule), "ms": t.outcome.ms} for t in r.trials if isinstance(t.outcome, Measurement)
-        ]
-        measured = [t["ms"] for t in trials]
-        predicted = [cost(name, t["schedule"]) for t in trials]
+        trials = [(t.schedule, t.outcome.ms) for t in r.trials if isinstance(t.outcome, Measurement)]
+        measured = [ms for _, ms in trials]
+        predicted = [cost(name, schedule) for schedule, _ in trials]
         kernels[name] = {
             "rank_correlation": rank_correlation(predicted, measured) if len(trials) > 2 else None,
             "default_ms": start,
@@ -130,7 +128,7 @@ def figures(tuned: Tuned, cost: Callable[[str, Schedule], float]) -> dict[str, A
             "schedule": dict(r.schedule),
             "tried": len(r.trials),
             "lost": len(r.lost),
-            "trials": trials,
+            "trials": {" ".join(f"{n}={x}" for n, x in sorted(s.items())): round(ms, 5) for s, ms in trials},
         }
     wrong = [{"kernel": k, "schedule": dict(s), "seen": seen.partition("\n")[0]} for k, s, seen in tuned.wrong]
     ranks = [k["rank_correlation"] for k in kernels.values() if k["tried"] >= 8 and k["rank_correlation"] is not None]
