@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from splagen.autotune.device import this_device
 from splagen.autotune.search import EFFORTS, Progress
 from splagen.autotune.tuned import TunedSchedules
 from splagen.autotune.tuner import Target, Tuned, tune
-from splagen.codegen.files import write_generated
+from splagen.codegen.files import import_file, write_generated
 from splagen.codegen.partition import Partition
 from splagen.codegen.sequence_partition import SequencePartition
 from splagen.errors import InputError
@@ -194,11 +192,5 @@ _modules: dict[str, ModuleType] = {}
 def _imported(path: Path) -> ModuleType:
     key = path.read_text()
     if key not in _modules:
-        found = importlib.util.spec_from_file_location(path.stem, path)
-        assert found is not None
-        assert found.loader is not None
-        module = importlib.util.module_from_spec(found)
-        sys.modules[path.stem] = module
-        found.loader.exec_module(module)
-        _modules[key] = module
+        _modules[key] = import_file(path)
     return _modules[key]

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from splagen.autotune.search import Lost, Measurement, Outcome, Reason
+from splagen.autotune.search import Lost, Measurement, Outcome, Reason, identity
 from splagen.codegen.compile import Compiler
 from splagen.codegen.kernel import Kernel
 from splagen.codegen.schedule import Schedule
@@ -59,7 +59,7 @@ class Bench:
         """Compile kernels side by side; those that do not fit are lost before they are timed."""
         if self.compiler is None:
             return
-        fresh = [(k, s) for k, s in wanted if (k.name, _identity(s)) not in self.built]
+        fresh = [(k, s) for k, s in wanted if (k.name, identity(s)) not in self.built]
         rows = [self.compiler.submit(k, self.arch, self.dtype, s) for k, s in fresh]
         for (kernel, schedule), future in zip(fresh, rows, strict=True):
             row = future.result()
@@ -72,7 +72,7 @@ class Bench:
                 raise TuningError(f"{kernel.name} with {dict(schedule)} does not compile: {row.error}")
             elif (row.spilled or 0) > MOST_SPILLED:
                 lost = Lost("out of resources", f"{row.spilled} bytes spilled per thread")
-            self.built[kernel.name, _identity(schedule)] = lost
+            self.built[kernel.name, identity(schedule)] = lost
 
     def measure(self, kernel: Kernel, schedule: Schedule, shared: Mapping[str, int], repetitions: int) -> Outcome:
         """Time one Schedule.  `shared`: the CHUNK of kernels that agree with this one, by name.
@@ -80,7 +80,7 @@ class Bench:
         Raises:
             TuningError: the kernel failed for no reason that a Schedule explains, or the op does not run.
         """
-        lost = self.built.get((kernel.name, _identity(schedule)))
+        lost = self.built.get((kernel.name, identity(schedule)))
         if lost is not None:
             return lost
         job = {"kernel": kernel.name, "schedule": dict(schedule), "shared": dict(shared), "repetitions": repetitions}
@@ -115,7 +115,3 @@ class Bench:
         if "crash" in answer:
             self._worker.kill()
         return answer
-
-
-def _identity(schedule: Schedule) -> frozenset[tuple[str, int]]:
-    return frozenset(schedule.items())

@@ -275,14 +275,14 @@ class _Search:
 
     def try_all(self, schedules: Iterable[Schedule], most: int) -> None:
         """Measure the Schedules that were not tried before, as long as there is room."""
-        fresh = {_identity(s): s for s in schedules if _identity(s) not in self.trials}
+        fresh = {identity(s): s for s in schedules if identity(s) not in self.trials}
         batch = list(fresh.values())[: most - len(self.trials)]
         if batch and not self.late:
             self.watch.prepare(batch)
         for schedule in batch:
             if self.late:
                 return
-            self.trials[_identity(schedule)] = Trial(schedule, outcome_of(self.space.kernel, schedule, self.measure))
+            self.trials[identity(schedule)] = Trial(schedule, outcome_of(self.space.kernel, schedule, self.measure))
             best = min((t.outcome for t in self.trials.values()), key=_ms)
             self.watch.progress(
                 Progress(
@@ -300,14 +300,14 @@ class _Search:
 
     def ms(self, schedule: Schedule) -> float:
         """The time of a Schedule; infinite where it is lost or was not tried."""
-        trial = self.trials.get(_identity(schedule))
+        trial = self.trials.get(identity(schedule))
         return _ms(trial.outcome) if trial else math.inf
 
     def result(self, default: Schedule) -> Result:
         trials = tuple(self.trials.values())
         best = min(trials, key=lambda t: _ms(t.outcome))
         if _ms(best.outcome) > (1 - self.effort.margin) * self.ms(default):
-            best = self.trials[_identity(default)]
+            best = self.trials[identity(default)]
         if isinstance(best.outcome, Lost):
             what = f"none of {len(trials)} Schedules of {self.space.kernel} runs; the default is {best.outcome.reason}"
             raise NoScheduleRuns(f"{what}: {best.outcome.message}".removesuffix(": "), "allow more candidates")
@@ -336,7 +336,8 @@ def outcome_of(kernel: str, schedule: Schedule, measure: Measure) -> Outcome:
     return found
 
 
-def _identity(schedule: Schedule) -> frozenset[tuple[str, int]]:
+def identity(schedule: Schedule) -> frozenset[tuple[str, int]]:
+    """What a Schedule is known by: its numbers, in no order."""
     return frozenset(schedule.items())
 
 

@@ -119,17 +119,15 @@ def tune(
         _verify(target, module, found.schedules)
         return found.entries
 
-    def store(entries: Mapping[str, Entry]) -> Mapping[str, Entry]:
-        for name, key in keys.items():
-            cache.put(key, entries[name])
-        return entries
-
     def known() -> Mapping[str, Entry]:
         if force:
-            return store(find())
+            return find()
         return cache.get_or_find_together(keys, find, check=partial(check_together, made, target.part.constraints))
 
-    entries = store(decided_by_first(known)) if several() else known()
+    entries = decided_by_first(known) if several() else known()
+    if force or several():  # otherwise the cache has them already
+        for name, key in keys.items():
+            cache.put(key, entries[name])
     return found if found.entries else Tuned(entries)
 
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ STEP_SEQUENCES = 64  # of a decoding step
 LIMIT = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}  # between two Schedules, relative RMS
 
 Schedules = dict[str, dict[str, int]]
+Place = tuple[Literal["output", "argument"], int]
 Launch = tuple[dict[str, int], tuple[Any, ...]]  # the Schedule and the other arguments of a launcher
 
 
@@ -106,7 +107,7 @@ class Kernels:
         error = max((_difference(got.get(place), want) for place, want in wanted.items()), default=0.0)
         if not error <= LIMIT[self.dtype]:
             return {"error": error}
-        changed = [int(place.removeprefix("argument ")) for place in wanted if place.startswith("argument ")]
+        changed = [i for kind, i in wanted if kind == "argument"]
         given = [x.clone() if i in changed else x for i, x in enumerate(arguments)]
 
         def restore() -> None:  # a prefix sum of prefix sums soon is infinite
@@ -116,7 +117,7 @@ class Kernels:
         samples = self.samples(lambda: launch(n, schedule, *given), restore, repetitions)
         return {"ms": statistics.median(samples), "spread": max(samples) - min(samples)}
 
-    def written(self, launch: Callable[..., Any], n: Any, schedule: Any, arguments: list[Any]) -> dict[str, Tensor]:
+    def written(self, launch: Callable[..., Any], n: Any, schedule: Any, arguments: list[Any]) -> dict[Place, Tensor]:
         """What a launcher returns, and what it changes of copies of its arguments, by place."""
         given = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
         vars(self.module)["torch"] = _Zeroed()
@@ -126,7 +127,7 @@ class Kernels:
             vars(self.module)["torch"] = torch
         found = dict(enumerate(result if isinstance(result, tuple) else () if result is None else (result,)))
         changed = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and not torch.equal(x, given[i])]
-        return {f"output {i}": x for i, x in found.items()} | {f"argument {i}": given[i] for i in changed}
+        return {("output", i): x for i, x in found.items()} | {("argument", i): given[i] for i in changed}
 
     def samples(self, run: Callable[[], object], restore: Callable[[], None], repetitions: int) -> list[float]:
         """Milliseconds of each of some runs: on the GPU with its L2 flushed between them, else on the host.

@@ -38,7 +38,7 @@ _LENGTHS, _HEADS = (_LENGTH, 65_537), (_KV_HEADS, 1, 3, 4, 8, 16)  # all that it
 _SECONDS = 600  # for one kernel
 ALIGNMENT = 16
 
-Kept: TypeAlias = dict[str, Any]  # what `compile_worker.machine_code` returns
+Kept: TypeAlias = dict[str, Any]  # what `machine_code.machine_code` returns
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ kernels are compiled or interpreted, and because a compiler that crashes must no
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from splagen.codegen.files import import_file
 from splagen.codegen.machine_code import machine_code
 
 TENSOR_MEMORY_COLUMNS = 512  # of a Blackwell multiprocessor
@@ -54,13 +54,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
 @functools.cache
 def imported(path: str) -> ModuleType:
     """A generated module, imported once."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return import_file(Path(path))
 
 
 def resources(asm: dict[str, Any]) -> dict[str, int | None]:

@@ -1,13 +1,16 @@
-"""Files on disk: which ones splagen generated, and how any file is written: whole or not at all."""
+"""Files on disk: which ones splagen generated, how one is imported, and how any is written: whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
 import secrets
+import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 from filelock import FileLock
 
@@ -22,6 +25,17 @@ LOCK_SECONDS = 60
 def is_generated(text: str) -> bool:
     """True for the text of a module that splagen wrote, by its first line."""
     return MARKER.match(text) is not None
+
+
+def import_file(path: Path) -> ModuleType:
+    """Run a generated module under the name of its file; every call runs it again."""
+    found = importlib.util.spec_from_file_location(path.stem, path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    sys.modules[path.stem] = module
+    found.loader.exec_module(module)
+    return module
 
 
 def write_generated(path: str | Path, text: str) -> bool:

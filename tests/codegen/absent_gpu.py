@@ -6,7 +6,6 @@ Triton's JIT decides what to compile; tensors lie on the CPU, and a launch does 
 the kernels launched, those that Triton's compiler was asked for, programs started (ptxas, a C compiler), warnings.
 """
 
-import importlib.util
 import itertools
 import json
 import subprocess
@@ -24,6 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import build
 from triton.runtime.driver import driver
+
+from splagen.codegen.files import import_file
 
 LENGTHS = (80, 77)
 launched: list[str] = []
@@ -133,12 +134,7 @@ def main(path: Path, gpu: int, arch: str, dtype: str, heads: list[int]) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         start = time.perf_counter()
-        found = importlib.util.spec_from_file_location(path.stem, path)
-        assert found is not None
-        assert found.loader is not None
-        module = importlib.util.module_from_spec(found)
-        sys.modules[path.stem] = module
-        found.loader.exec_module(module)
+        module = import_file(path)
         imported = time.perf_counter() - start
         valid_routes(module)
         for length, count in itertools.product(LENGTHS, heads):
