@@ -96,7 +96,7 @@ def row_of(name: str, shape: Shape, effort: str, seconds: float | None, jobs: in
         library = pipeline.generate(spec, folder)
         start = time.perf_counter()
         options: dict[str, Any] = {"effort": effort, "seconds": seconds, "jobs": jobs, "force": True}
-        (tuned,) = pipeline.autotune(library, shapes=[shape], **options)
+        (tuned,) = pipeline.tune(library, shapes=[shape], **options)
         wall = time.perf_counter() - start
         rules = by_rules(spec)
         times = {"rules_ms": op_ms(spec, library.module, shape, rules)}

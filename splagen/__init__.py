@@ -54,7 +54,7 @@ _HOME = {
     "load": "pipeline",
     "Library": "pipeline",
     "verify": "pipeline",
-    "autotune": "pipeline",
+    "tune": "pipeline",
 }
 __all__ = ["__version__", *_HOME]
 
@@ -82,13 +82,13 @@ if TYPE_CHECKING:
     from splagen.library import taylor as taylor
     from splagen.library import topk_softmax as topk_softmax
     from splagen.pipeline import Library as Library
-    from splagen.pipeline import autotune as autotune
     from splagen.pipeline import generate as generate
     from splagen.pipeline import kernels as kernels
     from splagen.pipeline import load as load
     from splagen.pipeline import lowered as lowered
     from splagen.pipeline import program as program
     from splagen.pipeline import source as source
+    from splagen.pipeline import tune as tune
     from splagen.pipeline import verify as verify
     from splagen.spec import Numerics as Numerics
     from splagen.spec import Residual as Residual

@@ -45,7 +45,7 @@ def tune_command(
         library = pipeline.generate(made, settings.cache_dir() / "kernels")
         with _bar() as told:
             options: dict[str, Any] = {"effort": effort, "seconds": seconds, "jobs": jobs, "force": force}
-            found = pipeline.autotune(library, shapes=shapes, dtype=kind, progress=told, **options)
+            found = pipeline.tune(library, shapes=shapes, dtype=kind, progress=told, **options)
         listing = table("B, H, L", "kernel", "default, ms", "best, ms", "±", "tried", "lost", "schedule")
         for s, tuned in zip(shapes, found, strict=True):
             for name, entry in tuned.entries.items():

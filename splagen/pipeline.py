@@ -11,10 +11,11 @@ from typing import Any, overload
 import torch
 
 from splagen import settings
+from splagen.autotune import tuner
 from splagen.autotune.device import this_device
 from splagen.autotune.search import EFFORTS, Progress
 from splagen.autotune.tuned import TunedSchedules
-from splagen.autotune.tuner import Target, Tuned, tune
+from splagen.autotune.tuner import Target, Tuned
 from splagen.codegen.files import import_file, write_generated
 from splagen.codegen.partition import Partition
 from splagen.codegen.sequence_partition import SequencePartition
@@ -107,7 +108,7 @@ def load(spec: Spec) -> Callable[..., Any]:
     return library.op
 
 
-def autotune(
+def tune(
     library: Library | Spec,
     *,
     shapes: Sequence[Shape],
@@ -147,7 +148,7 @@ def autotune(
     for shape in shapes:
         target = Target(library.spec, part, library.path, shape, names[dtype], device)
         options: dict[str, Any] = {"effort": EFFORTS[effort], "seconds": seconds, "jobs": jobs, "force": force}
-        found.append(tune(target, library.module, progress=progress, **options))
+        found.append(tuner.tune(target, library.module, progress=progress, **options))
     vars(library.module)["TUNED"] = TunedSchedules(library.spec)
     return found
 

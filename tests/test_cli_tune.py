@@ -24,15 +24,15 @@ FOUND = Tuned(
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
-    """What the command asks of `pipeline.autotune`, which answers FOUND or what `answer` holds."""
+    """What the command asks of `pipeline.tune`, which answers FOUND or what `answer` holds."""
     calls: list[dict[str, Any]] = []
 
-    def autotune(library: pipeline.Library, **options: Any) -> list[Tuned]:
+    def tune(library: pipeline.Library, **options: Any) -> list[Tuned]:
         calls.append(options)
         return [options.pop("answer", FOUND) for _ in options["shapes"]]
 
     monkeypatch.setenv("SPLAGEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(pipeline, "autotune", autotune)
+    monkeypatch.setattr(pipeline, "tune", tune)
     return calls
 
 
@@ -61,7 +61,7 @@ def test_a_document_has_every_trial() -> None:
 @pytest.mark.usefixtures("asked")
 def test_a_wrong_schedule_is_named_and_the_status_is_1(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = Tuned(FOUND.entries, FOUND.results, [("rows", BEST, "differs by 4.0e-02")])
-    monkeypatch.setattr(pipeline, "autotune", lambda *_, **__: [wrong])
+    monkeypatch.setattr(pipeline, "tune", lambda *_, **__: [wrong])
     result = run("tune", SMALL, "--shape", "1,2,99")
     assert result.exit_code == 1
     assert "rows with {'BLOCK_M': 32" in result.stderr

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import splagen
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "splagen"
 LINE_CEILING = 450
@@ -145,3 +147,9 @@ def test_the_wheel_lists_every_package() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     found = {module_name(file) for file in PACKAGE.glob("**/__init__.py")}
     assert found | {"splagen", "splagen.templates"} <= set(listed)
+
+
+def test_no_part_of_the_package_takes_the_place_of_a_public_name() -> None:
+    """A subpackage that was imported is an attribute of the package: `splagen.autotune` cannot be a function."""
+    parts = {path.stem for path in PACKAGE.glob("*.py")} | {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    assert not parts & set(splagen.__all__)
