@@ -19,7 +19,6 @@ from typing import Any, TypeAlias
 
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.partition import Partition
-from splagen.codegen.render import unique
 from splagen.codegen.schedule import DTYPES, TARGETS, Schedule
 from splagen.codegen.sequence_partition import SequencePartition
 from splagen.codegen.worker_process import ProcessEnded, WorkerProcess
@@ -234,10 +233,10 @@ def _request(
     types: dict[str, str] = {}
     constants: dict[str, int] = {}
     aligned: list[str] = []
-    for array in unique(kernel.inputs, kernel.outputs):
-        pointers = [a for a in array.arguments if a not in array.stride_names]
-        types |= {a: f"*{_TYPES[_element(array, a, part, dtype)]}" for a in pointers}
-        aligned += pointers
+    for array in kernel.arrays:
+        types |= {a: f"*{_TYPES[_element(array, a, part, dtype)]}" for a in array.pointers}
+        aligned += array.pointers
+    for array in kernel.arrays:
         for name, stride in zip(array.stride_names, _strides(array, part, kv_heads, length), strict=True):
             types[name] = "constexpr" if stride == 1 else "i32"
             constants |= {name: 1} if stride == 1 else {}

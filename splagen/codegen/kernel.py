@@ -35,6 +35,9 @@ Layout: TypeAlias = Literal[
 ]
 
 
+WORK_PARTS = ("tiles", "offsets", "blocks", "firsts")  # tensors of the inverse index
+
+
 @dataclass(frozen=True)
 class Array:
     """A tensor that kernels hand on.
@@ -66,13 +69,22 @@ class Array:
         return ()
 
     @property
-    def arguments(self) -> tuple[str, ...]:
-        """Kernel arguments: the pointer, then the strides."""
+    def pointers(self) -> tuple[str, ...]:
+        """Kernel arguments that point to this array, or to the parts of an index."""
         if self.layout == "work":
-            return tuple(f"{self.name}_{part}_ptr" for part in ("tiles", "offsets", "blocks", "firsts"))
+            return tuple(f"{self.name}_{part}_ptr" for part in WORK_PARTS)
         if self.layout == "plan":
             return tuple(f"{part}_ptr" for part in self.features)
-        return (f"{self.name}_ptr", *self.stride_names)
+        return (f"{self.name}_ptr",)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """What a launcher gives for the pointers."""
+        if self.layout == "work":
+            return tuple(f"{self.name}.{part}" for part in WORK_PARTS)
+        if self.layout == "plan":
+            return tuple(f"{self.name}.{part}" for part in self.features)
+        return (self.name,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,3 +104,8 @@ class Kernel:
     grid: str
     scalars: tuple[str, ...] = ("L", "Hkv")
     tunable: tuple[str, ...] = ("BLOCK_M", "BLOCK_N")
+
+    @property
+    def arrays(self) -> list[Array]:
+        """What it reads and writes, each array once."""
+        return list({a.name: a for a in (*self.inputs, *self.outputs)}.values())

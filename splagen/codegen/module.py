@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import re
 
 import sympy as sp
 
 from splagen.codegen.affine import Interval
 from splagen.codegen.geometry import Geometry, is_parameter
 from splagen.codegen.kernel import Array, Kernel
+from splagen.codegen.launchers import launcher_text
 from splagen.codegen.partition import Partition
 from splagen.codegen.predicates import T
-from splagen.codegen.render import _allocation, kernel_text, launcher_text, render, unique
+from splagen.codegen.render import kernel_text, render, unique
 from splagen.codegen.schedule import default_schedules
 from splagen.codegen.tile_code import Walk
 from splagen.codegen.triton_expr import interval_text
+from splagen.errors import PartitionError
 from splagen.ir.program import Map, Var
 from splagen.ir.text import equation_text
 
 FUNCTIONS = ("log1p", "tanh", "dot_split", "merge_topk")  # device functions that kernels call; a template each
-GENERATOR = 1  # bumped when the text or the numbers of kernels change on purpose
+_HEADS = {"query_rows": "Hq", "query_scalars": "Hq", "key_rows": "Hkv", "cell_rows": "Hkv"}
+GENERATOR = 2  # bumped when the text or the numbers of kernels change on purpose
 
 
 def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> str:
@@ -31,7 +35,7 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
     inputs = [a.name for a in part.inputs]
     cotangents = [a.name for a in part.cotangents]
     residuals = [a.name for a in part.residuals]
-    kernels = [{"device": kernel_text(k), "host": launcher_text(k, constants)} for k in part.kernels]
+    kernels = [{"device": kernel_text(k), "host": _launcher(k, constants)} for k in part.kernels]
     host_lines, host_total = _host_count(walk)
     gradients = [n for n, _ in part.gradients]
     forward_out = [a.name for a in (*part.outputs, *part.saved)]
@@ -81,6 +85,36 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
             "registration": registration,
         },
     )
+
+
+def _launcher(kernel: Kernel, constants: dict[str, int]) -> str:
+    grid = kernel.grid
+    for name, value in constants.items():
+        grid = re.sub(rf"\b{name}\b", str(value), grid)
+    grid = re.sub(r"\b(B|L|Hq|Hkv|nT|nJ|nC)\b", r"n.\1", grid)
+    scalars = [f"work.{s.lower()}" if s.startswith("SEGMENT") else f"n.{s}" for s in kernel.scalars]
+    return launcher_text(kernel, grid, lambda a: _allocation(a, constants), scalars)
+
+
+def _allocation(a: Array, constants: dict[str, int]) -> str:
+    dtype = "n.dtype" if a.dtype == "input" else f"torch.{a.dtype}"
+    match a.layout:
+        case "query_rows" | "key_rows" | "query_scalars" | "cell_rows":
+            length = "n.nC" if a.layout == "cell_rows" else "n.L"
+            shape = ["n.B", length, f"n.{_HEADS[a.layout]}", *map(str, a.width)]
+        case "states":
+            shape = ["n.B", "n.Hkv", f"cdiv(n.L, {a.chunk}) + 1", *map(str, a.width)]
+        case "segments":
+            shape = ["n.B", "n.Hkv", "work.segments", str(constants["BLOCK"]), *map(str, a.width)]
+        case "partials":
+            shape = ["n.B * grid[0]", f"n.{a.features[-1]}", *map(str, a.width)]
+        case "indices":
+            shape = ["n.B", "n.Hkv", "n.nT", str(constants["BUDGET"])]
+        case "counts":
+            shape = ["n.B", "n.Hkv", "n.nT"]
+        case _:
+            raise PartitionError(f"{a.name}: nobody allocates {a.layout}")
+    return f"torch.empty({', '.join(shape)}, dtype={dtype}, device=n.device)"
 
 
 def _constants(geometry: Geometry, walk: Walk) -> dict[str, int]:

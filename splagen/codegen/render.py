@@ -16,7 +16,6 @@ from splagen.codegen.kernel import Array, Kernel
 from splagen.errors import PartitionError
 from splagen.ir.text import equation_text
 
-_HEADS = {"query_rows": "Hq", "query_scalars": "Hq", "key_rows": "Hkv", "cell_rows": "Hkv"}
 SCALARS = ("L", "Hkv", "SEGMENTS", "SEGMENT", "nC")
 
 
@@ -62,12 +61,13 @@ def _variables(template: str) -> frozenset[str]:
 @functools.lru_cache(maxsize=512)
 def kernel_text(kernel: Kernel) -> str:
     """Device code of one kernel."""
-    pointers = [name for a in unique(kernel.inputs, kernel.outputs) for name in a.arguments]
+    pointers = [name for a in kernel.arrays for name in a.pointers]
+    strides = [name for a in kernel.arrays for name in a.stride_names]
     holes = {
         "doc": "\n    ".join(equation_text(eq) for eq in kernel.covers) + "\n    ",
         **kernel.holes,
         "name": f"{kernel.name}_kernel",
-        "arguments": ",\n    ".join([*pointers, *kernel.scalars]),
+        "arguments": ",\n    ".join([*pointers, *strides, *kernel.scalars]),
     }
     scalars = ", ".join(f'"{s}"' for s in kernel.scalars)
     body = re.sub(r"\n{3,}", "\n\n", render(kernel.template, holes))
@@ -97,60 +97,6 @@ def _targets(node: ast.Assign | ast.AnnAssign) -> list[ast.expr]:
     return node.targets if isinstance(node, ast.Assign) else [node.target]
 
 
-def launcher_text(kernel: Kernel, constants: Mapping[str, int]) -> str:
-    """Host code of one kernel: allocate, launch, return the outputs."""
-    name = f"launch_{kernel.name}"
-    inputs = ", ".join(a.name for a in kernel.inputs)
-    lines = [f"def {name}(n, schedule, {inputs}):"]
-    lines += [f'    {t} = schedule["{t}"]' for t in kernel.tunable if re.search(rf"\b{t}\b", kernel.grid)]
-    grid = _host(kernel.grid, constants)
-    lines.append(f"    grid = {grid}")
-    for a in kernel.outputs:
-        lines.append(f"    {a.name} = {_allocation(a, constants)}")
-    arguments = [text for a in unique(kernel.inputs, kernel.outputs) for text in _actuals(a)]
-    arguments += [f"work.{s.lower()}" if s.startswith("SEGMENT") else f"n.{s}" for s in kernel.scalars]
-    lines.append(f"    {kernel.name}_kernel[grid](")
-    lines += [f"        {a}," for a in arguments]
-    lines += ["        **schedule,", "    )"]
-    if kernel.outputs:
-        lines.append(f"    return {', '.join(a.name for a in kernel.outputs)}")
-    return "\n".join(lines) + "\n"
-
-
 def unique(*groups: Sequence[Array]) -> list[Array]:
     """Arrays in order, each name once."""
     return list({a.name: a for group in groups for a in group}.values())
-
-
-def _host(source: str, constants: Mapping[str, int]) -> str:
-    for name, value in constants.items():
-        source = re.sub(rf"\b{name}\b", str(value), source)
-    return re.sub(r"\b(B|L|Hq|Hkv|nT|nJ|nC)\b", r"n.\1", source)
-
-
-def _allocation(a: Array, constants: Mapping[str, int]) -> str:
-    dtype = "n.dtype" if a.dtype == "input" else f"torch.{a.dtype}"
-    match a.layout:
-        case "query_rows" | "key_rows" | "query_scalars" | "cell_rows":
-            length = "n.nC" if a.layout == "cell_rows" else "n.L"
-            shape = ["n.B", length, f"n.{_HEADS[a.layout]}", *map(str, a.width)]
-        case "states":
-            shape = ["n.B", "n.Hkv", f"cdiv(n.L, {a.chunk}) + 1", *map(str, a.width)]
-        case "segments":
-            shape = ["n.B", "n.Hkv", "work.segments", str(constants["BLOCK"]), *map(str, a.width)]
-        case "partials":
-            shape = ["n.B * grid[0]", f"n.{a.features[-1]}", *map(str, a.width)]
-        case "indices":
-            shape = ["n.B", "n.Hkv", "n.nT", str(constants["BUDGET"])]
-        case "counts":
-            shape = ["n.B", "n.Hkv", "n.nT"]
-        case _:
-            raise PartitionError(f"{a.name}: nobody allocates {a.layout}")
-    return f"torch.empty({', '.join(shape)}, dtype={dtype}, device=n.device)"
-
-
-def _actuals(a: Array) -> list[str]:
-    if a.layout == "work":
-        return [f"work.{part}" for part in ("tiles", "offsets", "blocks", "firsts")]
-    strides = [f"{a.name}.stride({i})" for i in range(len(a.stride_names))]
-    return [", ".join([a.name, *strides])]

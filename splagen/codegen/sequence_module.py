@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from splagen.codegen.kernel import Array, Kernel
+from splagen.codegen.launchers import launcher_text
 from splagen.codegen.module import GENERATOR, schedule_text
 from splagen.codegen.render import kernel_text, render, unique
 from splagen.codegen.sequence_partition import Host, SequencePartition, Step
@@ -33,7 +34,7 @@ SCALARS = {
 
 def sequence_module_text(part: SequencePartition, spec: SSESpec, *, digest: str, spec_text: str) -> str:
     """The source of the generated module."""
-    kernels = [{"device": kernel_text(k), "host": launcher_text(k)} for k in part.kernels]
+    kernels = [{"device": kernel_text(k), "host": _launcher(k)} for k in part.kernels]
     schedules = default_schedules(part.kernels, spec)
     content = hashlib.sha256(repr((GENERATOR, kernels, schedules)).encode()).hexdigest()[:8]
     inputs = [a.name for a in part.inputs]
@@ -76,25 +77,11 @@ def sequence_module_text(part: SequencePartition, spec: SSESpec, *, digest: str,
     )
 
 
-def launcher_text(kernel: Kernel) -> str:
-    """Host code of one kernel: allocate, launch, return the outputs."""
-    inputs = list(dict.fromkeys(a.name for a in kernel.inputs))
+def _launcher(kernel: Kernel) -> str:
     plan = next((a.name for a in kernel.inputs if a.layout == "plan"), "")
-    lines = [f"def launch_{kernel.name}(n, schedule, {', '.join(inputs)}):"]
-    allocations = [f"    {a.name} = {_allocation(a, kernel, plan)}" for a in kernel.outputs]
     grid = re.sub(r"\b(T|HV|H|S)\b", r"n.\1", kernel.grid)
-    for t in kernel.tunable:
-        if re.search(rf"\b{t}\b", grid + "".join(allocations)):
-            lines.append(f'    {t} = schedule["{t}"]')
-    lines += [f"    grid = {grid}", *allocations]
-    lines.append(f"    {kernel.name}_kernel[grid](")
-    lines += [f"        {text}," for a in unique(kernel.inputs, kernel.outputs) for text in _actuals(a)]
-    for s in kernel.scalars:
-        lines.append(f"        {SCALARS.get(s, 'n.' + s).format(plan=plan)},")
-    lines += ["        **schedule,", "    )"]
-    if kernel.outputs:
-        lines.append(f"    return {', '.join(a.name for a in kernel.outputs)}")
-    return "\n".join(lines) + "\n"
+    scalars = [SCALARS.get(s, f"n.{s}").format(plan=plan) for s in kernel.scalars]
+    return launcher_text(kernel, grid, lambda a: _allocation(a, kernel, plan), scalars)
 
 
 def _allocation(a: Array, kernel: Kernel, plan: str) -> str:
@@ -141,13 +128,6 @@ def _routing(a: Array, kernel: Kernel) -> str:
         case _:
             raise PartitionError(f"nobody allocates {a.name}")
     return f"torch.empty({shape}, dtype=torch.{dtype}, device=n.device)"
-
-
-def _actuals(a: Array) -> Iterable[str]:
-    if a.layout == "plan":
-        return [f"{a.name}.{part}" for part in a.features]
-    strides = [f"{a.name}.stride({i})" for i in range(len(a.stride_names))]
-    return [", ".join([a.name, *strides])]
 
 
 def _calls(steps: Sequence[Step], keep: set[str]) -> str:

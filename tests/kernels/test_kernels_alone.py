@@ -224,6 +224,7 @@ def test_the_specs_have_every_kernel_family() -> None:
         "sequence_module",
         "device_choice",
         "op_library",
+        "launches",
         *FUNCTIONS,
         *sequence_module.FUNCTIONS,
     }
