@@ -57,7 +57,8 @@ def explain(
 
         made = read_spec_file(spec)
         device = device_called(gpu)
-        kernels = {k.name: k for k in pipeline.kernels(made).kernels}
+        part = pipeline.kernels(made)
+        kernels = {k.name: k for k in (*part.kernels, *part.strategies)}
         chosen = [pick("kernel", kernel, kernels)] if kernel else list(kernels.values())
         bucket = key.Bucket.of(made, read_shape(shape)) if shape else key.Bucket(1, 1)
         free = frozenset[str]() if shape else key.SIZES

@@ -28,9 +28,9 @@ def _surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fill(length: int = 1024, batch: int = 4) -> list[Key]:
-    """An entry for every kernel of SPEC."""
-    kernels = pipeline.kernels(SPEC).kernels
-    keys = [key_of(SPEC, k, "bf16", Bucket(length, batch), H200) for k in kernels]
+    """An entry for every kernel of SPEC, and for every choice among them."""
+    part = pipeline.kernels(SPEC)
+    keys = [key_of(SPEC, k, "bf16", Bucket(length, batch), H200) for k in (*part.kernels, *part.strategies)]
     for key in keys:
         tuned.put(key, ENTRY)
     return keys
@@ -138,8 +138,8 @@ def test_generate_does_not_look_at_the_cache(name: str, tmp_path: Path) -> None:
     part = pipeline.kernels(spec)
     for device in DEVICES.values():
         for name, space in spaces(spec, part, device, "bf16").items():
-            kernel = next(k for k in part.kernels if k.name == name)
+            kernel = next(k for k in (*part.kernels, *part.strategies) if k.name == name)
             other = next(s for s in space.all() if s != space.default)
             tuned.put(key_of(spec, kernel, "bf16", Bucket(1024, 4), device), replace(ENTRY, schedule=other))
-    assert len(tuned.entries()) == len(DEVICES) * len(part.kernels)
+    assert len(tuned.entries()) == len(DEVICES) * len((*part.kernels, *part.strategies))
     assert digest(tmp_path / "after") == before

@@ -24,7 +24,7 @@ from splagen.codegen.schedule import DTYPES, Schedule
 from splagen.codegen.selection import CELL, PLACES, QUERY, TILE, Selection
 from splagen.codegen.tile_code import Walk
 from splagen.expression import symbol
-from splagen.ir.program import Program, TopK, Var
+from splagen.ir.program import Equation, Program, TopK, Var
 
 BATCH, HEADS = symbol("B"), symbol("Hkv")
 TILES = frozenset({"T", "J"})
@@ -106,6 +106,7 @@ class Attention:
             "TILE": g.tile,
             "GROUP": g.group,
             "BLOCK": g.block,
+            "CHUNK": g.chunk,
             "work.segments": self.segments,
             **schedule,
         }
@@ -124,6 +125,8 @@ class Attention:
             axes = axes_of(eq)
             if not is_product(eq) or (merged and axes >= TILES):
                 continue
+            if _merges(kernel) and axes >= TILES and self._masked(eq):
+                continue
             pairs = self.tiles * self._visited(kernel, eq.out) if axes >= TILES else sp.S.One
             alone = axes - TILES if axes >= TILES else axes
             total += 2 * pairs * sp.Mul(*(self._extent(a) for a in alone))
@@ -140,17 +143,22 @@ class Attention:
                 return self.usable
             case "score_topk":
                 return self.far
-        masked = any(_depends_on_choice(self.program, x) for eq in kernel.covers if eq.out == v for x in eq.args)
+            case "block_sparse_parts":
+                return sp.Integer(self.budget)
+        if _merges(kernel):
+            return self.forced
+        masked = any(self._masked(eq) for eq in kernel.covers if eq.out == v)
         chosen = sp.Integer(self.budget)
         return chosen if masked or self._only_chosen(kernel, v.name) else self.forced + chosen
+
+    def _masked(self, eq: Equation) -> bool:
+        """True for a sum over chosen blocks."""
+        return any(_depends_on_choice(self.program, v) for v in eq.args)
 
     def _only_chosen(self, kernel: Kernel, name: str) -> bool:
         """True if all that a kernel makes of a variable is summed over chosen blocks alone."""
         readers = [eq for eq in kernel.covers if any(v.name == name for v in eq.args)]
-        return bool(readers) and all(
-            any(_depends_on_choice(self.program, v) for v in eq.args) or self._only_chosen(kernel, eq.out.name)
-            for eq in readers
-        )
+        return bool(readers) and all(self._masked(eq) or self._only_chosen(kernel, eq.out.name) for eq in readers)
 
     # -- memory ---------------------------------------------------------------------------------------------------
 
@@ -168,7 +176,9 @@ class Attention:
             case "block_sparse_dkv", "query_rows" | "query_scalars":  # by every slice of a block that they visit
                 rows = pairs * self.tiles * self._blocks_read(kernel, a) * g.tile * g.group
                 return rows * sp.Rational(g.block, schedule["BLOCK_N"])
-            case "block_sparse_dkv", "key_rows":
+            case "block_sparse_parts", "query_rows" | "query_scalars":
+                return pairs * self.tiles * self.budget * g.tile * g.group
+            case "block_sparse_dkv" | "block_sparse_parts", "key_rows":
                 return pairs * self.segments * g.block
             case "merge_segments", "work":
                 return pairs * self.blocks
@@ -188,6 +198,8 @@ class Attention:
         return once
 
     def _blocks_read(self, kernel: Kernel, a: Array) -> sp.Expr:
+        if _merges(kernel):
+            return self.forced
         chosen = sp.Integer(self.budget)
         return chosen if self._only_chosen(kernel, a.name) else self.forced + chosen
 
@@ -215,6 +227,8 @@ class Attention:
                 return pairs * (self.tiles * self.budget + self.segments + 2 * self.blocks)
             case "segments":
                 return pairs * self.segments * g.block
+            case "parts":
+                return pairs * self.tiles * self.budget * g.tile * g.group
             case "partials":
                 return count
         raise AssertionError(a.layout)
@@ -224,6 +238,11 @@ def _depends_on_choice(program: Program, v: Var) -> bool:
     """True for the result of a top-k."""
     eq = program.definitions.get(v)
     return eq is not None and isinstance(eq.op, TopK)
+
+
+def _merges(kernel: Kernel) -> bool:
+    """True for a kernel that adds what chosen blocks gave to a row elsewhere."""
+    return any(a.layout == "parts" for a in kernel.inputs)
 
 
 def _hole(kernel: Kernel, name: str) -> int:

@@ -22,6 +22,7 @@ RANGES: Mapping[str, tuple[int, int]] = {
     "num_warps": (1, 32),
     "num_stages": (1, 16),
     "maxnreg": (16, 255),
+    "strategy": (0, 15),
 }
 LONGEST_MS = 1e9
 ENTRY_BYTES = 1 << 16

@@ -12,7 +12,7 @@ from importlib import metadata
 
 from splagen.autotune.device import Device
 from splagen.codegen import module, sequence_module
-from splagen.codegen.kernel import Kernel
+from splagen.codegen.kernel import Choice, Kernel
 from splagen.codegen.render import kernel_text, template_directory
 from splagen.codegen.schedule import DTYPES
 from splagen.errors import InputError
@@ -123,8 +123,8 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 < value < 2**62
 
 
-def key_of(spec: Spec, kernel: Kernel, dtype: str, bucket: Bucket, device: Device) -> Key:
-    """The key of one kernel of a spec, for the triton and torch of this process.
+def key_of(spec: Spec, kernel: Kernel | Choice, dtype: str, bucket: Bucket, device: Device) -> Key:
+    """The key of one kernel of a spec, or of a choice among kernels, for the triton and torch of this process.
 
     Raises:
         InputError: `dtype` is not bf16, fp16 or fp32.
@@ -132,12 +132,13 @@ def key_of(spec: Spec, kernel: Kernel, dtype: str, bucket: Bucket, device: Devic
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}", f"one of {', '.join(DTYPES)}")
     versions = software()
+    kernels = kernel.kernels if isinstance(kernel, Choice) else (kernel,)
     return Key(
         module.GENERATOR,
         digest(spec)[:32],
         kernel.name,
-        _digest(kernel_text(kernel), kernel.grid),
-        template_digest(kernel),
+        _digest(*(x for k in kernels for x in (kernel_text(k), k.grid))),
+        template_digest(*kernels),
         dtype,
         bucket.length,
         bucket.batch,
@@ -148,10 +149,10 @@ def key_of(spec: Spec, kernel: Kernel, dtype: str, bucket: Bucket, device: Devic
     )
 
 
-def template_digest(kernel: Kernel) -> str:
-    """The digest of every template that makes a kernel: its own and, at any depth, those of functions it calls."""
-    texts = {kernel.template: _template(kernel.template)}
-    pending = [kernel_text(kernel)]
+def template_digest(*kernels: Kernel) -> str:
+    """The digest of every template that makes kernels: their own and, at any depth, those of functions they call."""
+    texts = {k.template: _template(k.template) for k in kernels}
+    pending = [kernel_text(k) for k in kernels]
     while pending:
         caller = pending.pop()
         for name in FUNCTIONS:

@@ -13,7 +13,7 @@ from splagen.autotune.footprint import carried, shared_floor
 from splagen.codegen import schedule as attention
 from splagen.codegen import sequence_schedule as recurrences
 from splagen.codegen.geometry import Geometry
-from splagen.codegen.kernel import Kernel
+from splagen.codegen.kernel import Choice, Kernel
 from splagen.codegen.partition import Partition
 from splagen.codegen.schedule import REGISTER_BOUND, Agreement, Constraint, Schedule, check_constraints
 from splagen.codegen.sequence_partition import SequencePartition
@@ -30,7 +30,7 @@ WARPS, STAGES = (1, 2, 4, 8, 16), (1, 2, 3, 4, 5)
 REGISTER_LIMITS = (64, 96, 128, 168, 255, UNLIMITED)
 # Their tiles are small for 16 warps: triton 3.6 then reads beyond its arrays on an H200, or computes wrong gradients
 # (block_sparse_dkv with tiles of 32 x 64), and of 1500 Schedules of such kernels none with 16 was the fastest.
-PRODUCTS = REGISTER_BOUND | {"score_lse", "score_topk"}
+PRODUCTS = REGISTER_BOUND | {"score_lse", "score_topk", "block_sparse_parts"}
 LOOPLESS = frozenset({"rows", "statistics", "step", "route", "route_gradient"})  # num_stages pipelines loops
 THREAD_REGISTERS = {True: 255, False: 512}  # of one thread; whether the device is NVIDIA's
 
@@ -148,7 +148,12 @@ def spaces(spec: Spec, part: Partition | SequencePartition, device: Device, dtyp
 
     What kernels must agree on is not in them: see `part.constraints` and `codegen.schedule.check_constraints`.
     """
-    return {k.name: _space(k, _rules(k, spec, part, device, dtype), part, device, dtype) for k in part.kernels}
+    found = {k.name: _space(k, _rules(k, spec, part, device, dtype), part, device, dtype) for k in part.kernels}
+    return found | {c.name: _strategies(c) for c in part.strategies}
+
+
+def _strategies(choice: Choice) -> Space:
+    return Space(choice.name, (Dimension("strategy", 0, tuple(range(len(choice.options)))),), lambda _: None)
 
 
 def check_together(
@@ -183,7 +188,7 @@ def _rules(kernel: Kernel, spec: Spec, part: Partition | SequencePartition, devi
     geometry = Geometry.of(part.program)
     default = attention.default_schedule(kernel, geometry, device.arch, dtype)
     by_list = kernel.template in ("block_sparse_forward", "block_sparse_dq")
-    rows = geometry.tile * geometry.group if by_list else None
+    rows = attention.rows_alike(kernel, geometry) if by_list else None
     return _Rules(default, partial(attention.check_schedule, kernel, geometry), rows)
 
 

@@ -44,7 +44,7 @@ def stored(spec: Spec, dtype: str, bucket: Bucket, folder: Path | None = None) -
     first = key_of(spec, part.kernels[0], dtype, bucket, device)
     if cache.get(first, folder=folder) is None:
         return {}  # the usual case; a key takes its kernel's text, and all of them most of a second
-    keys = {k.name: key_of(spec, k, dtype, bucket, device) for k in part.kernels}
+    keys = {k.name: key_of(spec, k, dtype, bucket, device) for k in (*part.kernels, *part.strategies)}
 
     def check(schedules: Mapping[str, Schedule]) -> None:
         check_together(spaces(spec, part, device, dtype), part.constraints, schedules)

@@ -32,7 +32,7 @@ from splagen.autotune.search import (
 )
 from splagen.autotune.space import Space, check_together, spaces
 from splagen.codegen.compile import Compiler
-from splagen.codegen.kernel import Kernel
+from splagen.codegen.kernel import Choice, Kernel
 from splagen.codegen.partition import Partition
 from splagen.codegen.schedule import Agreement, Divides, Schedule
 from splagen.codegen.sequence_partition import SequencePartition
@@ -109,7 +109,8 @@ def tune(
         WrongResult: the chosen Schedules do not agree with the oracle; nothing is stored.
     """
     bucket = Bucket.of(target.spec, target.shape)
-    keys = {k.name: key_of(target.spec, k, target.dtype, bucket, target.device) for k in target.part.kernels}
+    named = (*target.part.kernels, *target.part.strategies)
+    keys = {k.name: key_of(target.spec, k, target.dtype, bucket, target.device) for k in named}
     made = spaces(target.spec, target.part, target.device, target.dtype)
     found = Tuned({})
 
@@ -163,7 +164,19 @@ def _search(
         name: Entry(dict(r.schedule), r.measurement.ms, r.measurement.spread, effort.name, now())
         for name, r in results.items()
     }
+    for choice in target.part.strategies:
+        entries[choice.name] = _fastest(choice, entries, effort)
     return Tuned(entries, results, wrong, time.monotonic() - start)
+
+
+def _fastest(choice: Choice, entries: Mapping[str, Entry], effort: Effort) -> Entry:
+    """The option whose kernels take the least time together, each with its best Schedule; the first in doubt."""
+    totals = [sum(entries[k.name].ms for k in option) for option in choice.options]
+    best = totals.index(min(totals))
+    if totals[best] > (1 - effort.margin) * totals[0]:
+        best = 0
+    spread = sum(entries[k.name].spread for k in choice.options[best])
+    return Entry({"strategy": best}, totals[best], spread, effort.name, now())
 
 
 def _shares(target: Target, made: Mapping[str, Space], bench: Bench, effort: Effort) -> dict[str, float]:
@@ -202,7 +215,7 @@ class _Searches:
         found = [(self.share(*c.kernels), partial(self.together, c)) for c in agreed]
         found += [
             (self.share(name), partial(self.alone, name, self.made[name]))
-            for name in self.made
+            for name in (k.name for k in self.target.part.kernels)
             if name not in together | measured
         ]
         return [run for _, run in sorted(found, key=lambda x: -x[0])]

@@ -206,12 +206,17 @@ def _attention_run(
     inputs = verification.random_inputs(truth, shape, dtype, device, seed)
     arguments = [inputs[a.name] for a in part.inputs]
 
-    def run(schedules: Schedules) -> None:
+    def once(schedules: Schedules) -> None:
         results = module.forward(schedules, *arguments)
         results = results if isinstance(results, tuple) else (results,)
         outputs = dict(zip([a.name for a in (*part.outputs, *part.saved)], results, strict=True))
         residuals = [outputs[a.name] for a in part.residuals]
         module.backward(schedules, *arguments, *residuals, *(inputs[a.name] for a in part.cotangents))
+
+    def run(schedules: Schedules) -> None:
+        for strategy in range(max((len(c.options) for c in part.strategies), default=1)):
+            chosen = {c.name: {"strategy": min(strategy, len(c.options) - 1)} for c in part.strategies}
+            once({**schedules, **chosen})
 
     return run, arguments[0]
 

@@ -20,6 +20,7 @@ Layout: TypeAlias = Literal[
     "counts",  # [B, Hkv, nT]
     "work",  # the inverse index: which queries chose each key block, cut into segments
     "segments",  # [B, Hkv, segments, BLOCK, width]: partial sums of key rows
+    "parts",  # [B, Hkv, nT, budget, TILE * GROUP(, width)]: what each chosen block gives to a query row
     "partials",  # one partial sum per program, summed over programs by the launcher
     # arrays of recurrences (chunk_kernels.py); T counts the tokens of all samples
     "token_rows",  # [T, H(, width)]
@@ -35,7 +36,7 @@ Layout: TypeAlias = Literal[
 ]
 
 
-WORK_PARTS = ("tiles", "offsets", "blocks", "firsts")  # tensors of the inverse index
+WORK_PARTS = ("entries", "offsets", "blocks", "firsts")  # tensors of the inverse index
 
 
 @dataclass(frozen=True)
@@ -109,3 +110,19 @@ class Kernel:
     def arrays(self) -> list[Array]:
         """What it reads and writes, each array once."""
         return list({a.name: a for a in (*self.inputs, *self.outputs)}.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Several ways to compute the same: `strategy` in the Schedule under this name numbers one of them.
+
+    `options` has the kernels that each way launches and the others do not, in order.
+    """
+
+    name: str
+    options: tuple[tuple[Kernel, ...], ...]
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Those of all options."""
+        return tuple(k for option in self.options for k in option)

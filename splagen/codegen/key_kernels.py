@@ -40,8 +40,8 @@ def dkv_kernel(walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var]
             f"chosen_first = {first}\nchosen = tl.load(work_offsets_ptr + bh * (nJ + 1) + j + 1) - chosen_first"
         )
         chosen["count"] = "chosen"
-        at = "work_tiles_ptr + bh * nT * BUDGET + chosen_first + i - forced"
-        load = f"tl.load({at}, mask=row < last, other=0).to(tl.int64)"
+        at = "work_entries_ptr + bh * nT * BUDGET + chosen_first + i - forced"
+        load = f"tl.load({at}, mask=row < last, other=0).to(tl.int64) // BUDGET"
         kinds.append(("queries that chose the block", walk.chosen_facts, load, "tl.maximum(start, forced)", "stop"))
     lines: list[str] = []
     for title, facts, tile_source, start, stop in kinds:

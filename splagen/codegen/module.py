@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 
 import sympy as sp
 
 from splagen.codegen.affine import Interval
 from splagen.codegen.geometry import Geometry, is_parameter
-from splagen.codegen.kernel import Array, Kernel
+from splagen.codegen.kernel import Array, Choice, Kernel
 from splagen.codegen.launchers import launcher_text
 from splagen.codegen.partition import Partition
 from splagen.codegen.predicates import T
@@ -39,7 +40,7 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
     host_lines, host_total = _host_count(walk)
     gradients = [n for n, _ in part.gradients]
     forward_out = [a.name for a in (*part.outputs, *part.saved)]
-    schedules = default_schedules(part.kernels, geometry)
+    schedules = default_schedules(part.kernels, geometry, part.strategies)
     # a compiled graph on disk may hold the op by name: the name must change when the kernels do
     content = hashlib.sha256(repr((GENERATOR, kernels, schedules)).encode()).hexdigest()[:8]
     registration = render(
@@ -78,7 +79,9 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
             "inputs": ", ".join(inputs),
             "forward_doc": f"Launch the forward kernels: returns {', '.join(forward_out)}.",
             "first": inputs[0],
-            "forward": _calls(part.forward, {*inputs, *forward_out}, f"return {', '.join(forward_out)}"),
+            "forward": _chosen_calls(
+                part.forward, part.strategies, {*inputs, *forward_out}, f"return {', '.join(forward_out)}"
+            ),
             "backward_inputs": ", ".join([*inputs, *residuals, *cotangents]),
             "backward_doc": f"Launch the backward kernels: returns the gradients of {', '.join(gradients)}.",
             "backward": _backward(part, geometry, {*inputs, *residuals, *cotangents}),
@@ -106,6 +109,9 @@ def _allocation(a: Array, constants: dict[str, int]) -> str:
             shape = ["n.B", "n.Hkv", f"cdiv(n.L, {a.chunk}) + 1", *map(str, a.width)]
         case "segments":
             shape = ["n.B", "n.Hkv", "work.segments", str(constants["BLOCK"]), *map(str, a.width)]
+        case "parts":
+            shape = ["n.B", "n.Hkv", "n.nT", str(constants["BUDGET"]), str(constants["TILE"] * constants["GROUP"])]
+            shape += map(str, a.width)
         case "partials":
             shape = ["n.B * grid[0]", f"n.{a.features[-1]}", *map(str, a.width)]
         case "indices":
@@ -141,22 +147,56 @@ def _host_count(walk: Walk) -> tuple[str, str]:
     return "\n".join(lines), " + ".join(f"max(high_{k} - low_{k}, 0)" for k in range(len(found)))
 
 
-def _calls(kernels: list[Kernel], keep: set[str], last: str) -> str:
+def _chosen_calls(kernels: list[Kernel], choices: Sequence[Choice], keep: set[str], last: str) -> str:
+    """Launches in order; those in which the options of a choice differ stand under its Schedule."""
+    names = {k.name for k in kernels}
+    for c in choices:
+        if {k.name for k in c.options[0]} <= names:
+            return _branches(c, kernels, keep, last)
+    return "\n".join(_calls(kernels, keep, last))
+
+
+def _branches(choice: Choice, kernels: list[Kernel], keep: set[str], last: str) -> str:
+    first = {k.name for k in choice.options[0]}
+    at = next(i for i, k in enumerate(kernels) if k.name in first)
+    others = [k for k in kernels if k.name not in first]
+    texts = [_calls([*others[:at], *option, *others[at:]], keep, last) for option in choice.options]
+    same = 0
+    while len({text[same] for text in texts}) == 1:
+        same += 1
+    end = 1
+    while len({text[-end - 1] for text in texts}) == 1:
+        end += 1
+    lines = texts[0][:same]
+    for i, text in enumerate(texts):
+        lines.append(f'{"if" if i == 0 else "elif"} schedules["{choice.name}"]["strategy"] == {i}:')
+        lines += [f"    {line}" for line in text[same:-end]]
+    lines += [
+        "else:",
+        f'    raise ValueError(f"{choice.name} has strategies 0 to {len(texts) - 1}: {{schedules[{choice.name!r}]}}")',
+    ]
+    return "\n".join([*lines, *texts[0][-end:]])
+
+
+def _calls(kernels: list[Kernel], keep: set[str], last: str) -> list[str]:
     """Launches in order; an array is released after its last reader."""
     lines: list[str] = []
     for i, k in enumerate(kernels):
         later = {a.name for other in kernels[i + 1 :] for a in other.inputs} | keep
         arguments = ", ".join(["n", f'schedules["{k.name}"]', *(a.name for a in k.inputs)])
         call = f"launch_{k.name}({arguments})"
-        if any(a.layout == "work" for a in k.inputs) and not any("work =" in line for line in lines):
+        if any(a.layout == "work" for a in k.inputs):
             indices = "block_indices" if "block_indices" in keep else "None"
-            lines.append(f"work = inverse_index(n, {indices})")
+            chosen_only = ", by_position=False" if k.template == "block_sparse_parts" else ""
+            index = f"work = inverse_index(n, {indices}{chosen_only})"
+            if index not in lines:
+                lines.append(index)
         outputs = ", ".join(a.name for a in k.outputs)
         lines.append(f"{outputs} = {call}" if outputs else call)
         dead = [a.name for a in unique(k.inputs, k.outputs) if a.name not in later]
         if dead and i + 1 < len(kernels):
             lines.append(f"del {', '.join(dead)}")
-    return "\n".join([*lines, last])
+    return [*lines, *last.splitlines()]
 
 
 def _backward(part: Partition, geometry: Geometry, given: set[str]) -> str:
@@ -186,7 +226,8 @@ def _backward(part: Partition, geometry: Geometry, given: set[str]) -> str:
         else:
             results.append(v.name)
     keep = given | set(partials) | {v.name for _, v in part.gradients}
-    return _calls(part.backward, keep, "\n".join([*finish, f"return {', '.join(results)}"]))
+    last = "\n".join([*finish, f"return {', '.join(results)}"])
+    return _chosen_calls(part.backward, part.strategies, keep, last)
 
 
 def schedule_text(schedules: dict[str, dict[str, dict[str, dict[str, int]]]]) -> str:

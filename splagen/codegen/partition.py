@@ -19,8 +19,9 @@ from splagen.codegen.geometry import (
     is_state,
     is_tile_value,
 )
-from splagen.codegen.kernel import Array, Kernel
+from splagen.codegen.kernel import Array, Choice, Kernel
 from splagen.codegen.key_kernels import dkv_kernel, merge_kernel
+from splagen.codegen.part_kernels import dq_parts_kernel, parts_kernel
 from splagen.codegen.query_kernels import dq_kernel, forward_kernel
 from splagen.codegen.region import slice_back
 from splagen.codegen.row_kernels import partial_array, rows_kernel
@@ -38,11 +39,15 @@ from splagen.ir.text import equation_text
 
 @dataclass
 class Partition:
-    """The kernels of a spec in launch order, and the arrays between forward and backward."""
+    """The kernels of a spec in launch order, and the arrays between forward and backward.
+
+    Where there is a choice, `forward` and `backward` list the kernels of its first option.
+    """
 
     program: Program
     forward: list[Kernel] = field(default_factory=list)
     backward: list[Kernel] = field(default_factory=list)
+    strategies: list[Choice] = field(default_factory=list)
     inputs: list[Array] = field(default_factory=list)
     outputs: list[Array] = field(default_factory=list)
     saved: list[Array] = field(default_factory=list)
@@ -73,7 +78,8 @@ class Partition:
     @property
     def kernels(self) -> list[Kernel]:
         """Every kernel once, by name."""
-        return list({k.name: k for k in (*self.forward, *self.backward)}.values())
+        chosen = [k for c in self.strategies for k in c.kernels]
+        return list({k.name: k for k in (*self.forward, *self.backward, *chosen)}.values())
 
 
 def partition(program: Program) -> Partition:
@@ -115,7 +121,12 @@ class _Partitioner:
         self._states(kernels, available, self.forward_equations)
         outputs = [(v, array_of(v, self.geometry, internal=False)) for v in self.program.outputs]
         saved = [(v, self._saved_array(v)) for v in self._saved() if v not in self.program.outputs]
-        kernels.append(forward_kernel(self.walk, available, [*outputs, *saved]))
+        by_row = forward_kernel(self.walk, available, [*outputs, *saved])
+        kernels.append(by_row)
+        if self.walk.chosen:
+            kernel, parts = parts_kernel(self.walk, available, [v for v, _ in (*outputs, *saved)])
+            merging = forward_kernel(self.walk, available, [*outputs, *saved], parts)
+            self.result.strategies.append(Choice("forward_strategy", ((by_row,), (kernel, merging))))
         self.result.outputs = [a for _, a in outputs]
         self.result.saved += [a for _, a in saved]
         self.arrays.update(saved)
@@ -235,7 +246,12 @@ class _Partitioner:
             if is_query_row(x) and g not in available:
                 outputs.append((g, array_of(g, self.geometry, internal=False)))
         outputs += self._late_parameters(available, "query")
-        kernels.append(dq_kernel(self.walk, available, outputs))
+        by_row = dq_kernel(self.walk, available, outputs)
+        kernels.append(by_row)
+        if self.walk.chosen and (found := dq_parts_kernel(self.walk, available, [v for v, _ in outputs])):
+            kernel, parts = found
+            merging = dq_kernel(self.walk, available, outputs, parts)
+            self.result.strategies.append(Choice("backward_strategy", ((by_row,), (kernel, merging))))
         available.update(outputs)
 
     def _key_gradients(self, kernels: list[Kernel], available: dict[Var, Array], gradients: dict[Var, Var]) -> None:

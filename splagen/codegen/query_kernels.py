@@ -17,6 +17,7 @@ from splagen.codegen.tile_code import (
     Walk,
     accumulators,
     operands,
+    part_address,
     row_scalars,
     sums_of_tiles,
 )
@@ -38,13 +39,13 @@ class QuerySide:
         """Note arrays that the kernel reads."""
         self.arrays.update({a.name: a for a in arrays})
 
-    def loops(self) -> list[tuple[str, TileCode, dict[str, object]]]:
-        """Title, tile code and holes of each loop."""
+    def loops(self, *, merged: bool = False) -> list[tuple[str, TileCode, dict[str, object]]]:
+        """Title, tile code and holes of each loop; what is merged from parts has none."""
         setup, count, block = self.walk.forced("J", {"T": "tile", "L": "L"}, "nJ", "i")
         found = [
             ("blocks seen by position", TileCode(self.walk, self.walk.forced_facts, to_keys=False), setup, count, block)
         ]
-        if self.walk.chosen:
+        if self.walk.chosen and not merged:
             self.use([INDICES, COUNTS])
             at = "((b * Hkv + h) * ((L + TILE - 1) // TILE) + tile)"
             setup = [f"at = {at}", "chosen = tl.load(block_counts_ptr + at)"]
@@ -74,14 +75,17 @@ class QuerySide:
         self.covers.update(dict.fromkeys(piece.equations))
         return [*columns, *piece.lines]
 
-    def epilogue(self, outputs: Sequence[tuple[Var, Array]], held: Mapping[Var, str]) -> list[str]:
-        """Lines that finish the rows and store the outputs."""
+    def epilogue(
+        self, outputs: Sequence[tuple[Var, Array]], held: Mapping[Var, str], added: Mapping[Var, str] | None = None
+    ) -> list[str]:
+        """Lines that finish the rows and store the outputs, with what is `added` to them."""
         piece = self.rows.compute([v for v, _ in outputs], held)
         self.use(piece.arrays)
         self.covers.update(dict.fromkeys(piece.equations))
         lines = list(piece.lines)
         for v, array in outputs:
-            lines += self.rows.store(array, piece.names[v])
+            more = f" + {added[v]}" if added and v in added else ""
+            lines += self.rows.store(array, piece.names[v] + more)
         return lines
 
     def shape(self, v: Var) -> str:
@@ -92,12 +96,15 @@ class QuerySide:
     def kernel(
         self,
         name: str,
+        template: str,
         outputs: Sequence[tuple[Var, Array]],
         sums: Sequence[Sum],
         tiles: Sequence[Tile],
         loops: Sequence[dict[str, object]],
         prologue: Sequence[str],
         epilogue: Sequence[str],
+        more: Mapping[str, object] | None = None,
+        span: str = "TILE",
     ) -> Kernel:
         """The finished kernel: it also covers the sums and what the tiles form."""
         self.covers.update(dict.fromkeys(s.equation for s in sums))
@@ -109,13 +116,23 @@ class QuerySide:
             "accumulators": [{"name": v.name, "shape": self.shape(v)} for v in accumulators(sums)],
             "loops": loops,
             "epilogue": "\n".join(epilogue),
+            **(more or {}),
         }
-        grid = "(nT * cdiv(TILE * GROUP, BLOCK_M), B * Hkv)"
-        return Kernel(name, name, covers, tuple(self.arrays.values()), tuple(a for _, a in outputs), holes, grid)
+        tiles_of_span = "nT" if span == "TILE" else f"cdiv(L, {span})"
+        grid = f"({tiles_of_span} * cdiv({span} * GROUP, BLOCK_M), B * Hkv)"
+        return Kernel(name, template, covers, tuple(self.arrays.values()), tuple(a for _, a in outputs), holes, grid)
 
 
-def forward_kernel(walk: Walk, available: Mapping[Var, Array], outputs: Sequence[tuple[Var, Array]]) -> Kernel:
-    """Block-sparse softmax with every other sum on the same tiles, and the row equations that follow."""
+def forward_kernel(
+    walk: Walk,
+    available: Mapping[Var, Array],
+    outputs: Sequence[tuple[Var, Array]],
+    parts: Mapping[Var, Array] | None = None,
+) -> Kernel:
+    """Block-sparse softmax with every other sum on the same tiles, and the row equations that follow.
+
+    `parts` holds what the chosen blocks give to each row (part_kernels.py); without it they are visited here.
+    """
     program, definitions = walk.program, walk.program.definitions
     side = QuerySide(walk, available)
     (lse,) = [eq for eq in program.equations if isinstance(eq.op, Lse) and "n" in eq.op.axes]
@@ -124,7 +141,7 @@ def forward_kernel(walk: Walk, available: Mapping[Var, Array], outputs: Sequence
     softmax = [s for s in sums if any(lse.out in definitions[v].args for v in s.factors if v in definitions)]
     linear = [s for s in sums if s not in softmax]
     loops, tiles, keys_used = [], [], {}
-    for _, code, holes in side.loops():
+    for _, code, holes in side.loops(merged=bool(parts)):
         active = [s for s in linear if s.in_loop(code.facts)]
         tile = code.body([*lse.args, *code.wanted(active)])
         keys = operands(tile.products, [*softmax, *active], of_queries=False)
@@ -143,7 +160,7 @@ def forward_kernel(walk: Walk, available: Mapping[Var, Array], outputs: Sequence
         })  # fmt: skip
         tiles.append(tile)
     rows = operands([eq for t in tiles for eq in t.products], [], of_queries=True)
-    prologue = side.prologue([*rows, *row_scalars(tiles, linear)], list(keys_used))
+    prologue = side.prologue([*rows, *row_scalars(tiles, linear)], [*keys_used, *(parts or ())])
     held = {s.into: s.into.name for s in sums} | {lse.out: lse.out.name}
     finish = [f"{s.into.name} = {s.into.name} / row_sum[:, None]" for s in softmax]
     finish.append(f"{lse.out.name} = row_max + tl.log(row_sum)")
@@ -160,17 +177,38 @@ def forward_kernel(walk: Walk, available: Mapping[Var, Array], outputs: Sequence
                 side.covers[eq] = None
     epilogue = finish + side.epilogue(outputs, held)
     side.covers.update(dict.fromkeys([lse, *(definitions[v] for s in softmax for v in s.factors)]))
-    return side.kernel("block_sparse_forward", outputs, sums, tiles, loops, prologue, epilogue)
+    merged, span = None, "TILE"
+    if parts:
+        side.use([COUNTS, *parts.values()])
+        merged = {
+            "lse": parts[lse.out].name,
+            "softmax": [_merged_part(s.into, parts[s.into]) for s in softmax],
+            "linear": [_merged_part(s.into, parts[s.into]) for s in linear if s.into in parts],
+        }
+        span = "CHUNK"
+    more = {"merged": merged, "span": span}
+    name = "block_sparse_merge" if parts else "block_sparse_forward"
+    return side.kernel(name, "block_sparse_forward", outputs, sums, tiles, loops, prologue, epilogue, more, span)
 
 
-def dq_kernel(walk: Walk, available: Mapping[Var, Array], outputs: Sequence[tuple[Var, Array]]) -> Kernel:
-    """Gradients of query rows: the same walk as forward with the scores formed again."""
+def _merged_part(v: Var, array: Array) -> dict[str, str]:
+    mask = "part_ok[:, None]" if array.features else "part_ok"
+    return {"name": v.name, "load": f"tl.load({part_address(array)}, mask={mask}, other=0.0)"}
+
+
+def dq_kernel(
+    walk: Walk,
+    available: Mapping[Var, Array],
+    outputs: Sequence[tuple[Var, Array]],
+    parts: Mapping[Var, Array] | None = None,
+) -> Kernel:
+    """Gradients of query rows: the same walk as forward with the scores formed again; `parts` as there."""
     program = walk.program
     side = QuerySide(walk, available)
     backward = slice_back(program, [v for v, _ in outputs], [*program.inputs, *available])
     sums = sums_of_tiles(program, backward, to_keys=False)
     loops, tiles, keys_used = [], [], {}
-    for _, code, holes in side.loops():
+    for _, code, holes in side.loops(merged=bool(parts)):
         active = [s for s in sums if s.in_loop(code.facts)]
         tile = code.body(code.wanted(active))
         keys = operands(tile.products, active, of_queries=False)
@@ -182,6 +220,14 @@ def dq_kernel(walk: Walk, available: Mapping[Var, Array], outputs: Sequence[tupl
         })  # fmt: skip
         tiles.append(tile)
     rows = operands([eq for t in tiles for eq in t.products], [], of_queries=True)
-    prologue = side.prologue([*rows, *row_scalars(tiles, sums)], list(keys_used))
-    epilogue = side.epilogue(outputs, {s.into: s.into.name for s in sums})
-    return side.kernel("block_sparse_dq", outputs, sums, tiles, loops, prologue, epilogue)
+    prologue = side.prologue([*rows, *row_scalars(tiles, sums)], [*keys_used, *(parts or ())])
+    merged, span, added = [], "TILE", {}
+    if parts:
+        side.use([COUNTS, *parts.values()])
+        added = {v: f"{v.name}_chosen" for v in parts}
+        merged = [_merged_part(v, a) | {"name": added[v], "shape": side.shape(v)} for v, a in parts.items()]
+        span = "CHUNK"
+    epilogue = side.epilogue(outputs, {s.into: s.into.name for s in sums}, added)
+    more = {"merged": merged, "span": span}
+    name = "block_sparse_dq_merge" if parts else "block_sparse_dq"
+    return side.kernel(name, "block_sparse_dq", outputs, sums, tiles, loops, prologue, epilogue, more, span)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from splagen.codegen.geometry import Geometry
-from splagen.codegen.kernel import Kernel
+from splagen.codegen.kernel import Choice, Kernel
 from splagen.codegen.pretuned import ARCH, pretuned
 from splagen.errors import ScheduleError
 
@@ -77,6 +77,9 @@ def rule_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> 
             schedule = _query_schedule(kernel, geometry, size, shared)
         case "block_sparse_dkv":
             schedule = _key_schedule(kernel, geometry, size, shared)
+        case "block_sparse_parts":
+            warps, stages = (4, 1) if size == 4 else (4, 2) if kernel.holes["score"] else (8, 1)
+            schedule = {"BLOCK_M": 32 if size == 2 else 16, "num_warps": warps, "num_stages": stages}
         case "merge_segments":
             schedule = {"BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
         case "rows":
@@ -125,14 +128,19 @@ def _width(kernel: Kernel, layout: str) -> int:
     return sum(a.width[-1] for a in kernel.inputs if a.layout == layout and a.width)
 
 
+def rows_alike(kernel: Kernel, geometry: Geometry) -> int:
+    """Query rows for which a kernel by query visits the same blocks."""
+    return (geometry.chunk if kernel.holes["span"] == "CHUNK" else geometry.tile) * geometry.group
+
+
 def _query_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) -> dict[str, int]:
     """Few rows share a list of blocks: small tiles and few warps, so that many programs hide the latency of loads."""
-    rows = geometry.tile * geometry.group
+    rows = rows_alike(kernel, geometry)
     block_m = max(16, min(64, 1 << (rows - 1).bit_length()))
     few = block_m < 64
     block_n, stages = min(geometry.block, 32 if few else 64), 2
     keys, queries = _width(kernel, "key_rows"), _width(kernel, "query_rows")
-    warps = 2 if few else 4
+    warps = 2 if few else 8 if kernel.holes["span"] == "CHUNK" else 4
     if size == 4:  # products of float32 are unrolled into single multiplications: only small tiles fit registers
         block_m, block_n, stages, warps = min(block_m, 32), 16, 1, 4
 
@@ -248,8 +256,12 @@ def check_constraints(constraints: Sequence[Constraint], schedules: Mapping[str,
                 raise ScheduleError(f"{least} is no multiple of that of the kernels that rely on it: {values}")
 
 
-def default_schedules(kernels: list[Kernel], geometry: Geometry) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
-    """Schedules of every kernel by architecture and dtype."""
+def default_schedules(
+    kernels: Sequence[Kernel], geometry: Geometry, choices: Sequence[Choice] = ()
+) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    """Schedules of every kernel, and of every choice, by architecture and dtype."""
+    chosen = {c.name: {"strategy": 0} for c in choices}
     return {
-        arch: {d: {k.name: default_schedule(k, geometry, arch, d) for k in kernels} for d in DTYPES} for arch in TARGETS
+        arch: {d: chosen | {k.name: default_schedule(k, geometry, arch, d) for k in kernels} for d in DTYPES}
+        for arch in TARGETS
     }

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from splagen.codegen.chunk_code import too_large
 from splagen.codegen.chunk_kernels import Loop
 from splagen.codegen.group_kernels import scan_kernel, sum_kernel
-from splagen.codegen.kernel import Array, Kernel
+from splagen.codegen.kernel import Array, Choice, Kernel
 from splagen.codegen.recurrences import (
     Recurrence,
     chunk_states,
@@ -78,6 +78,11 @@ class SequencePartition:
     choices: int
     by_head: bool
     balanced: bool
+
+    @property
+    def strategies(self) -> tuple[Choice, ...]:
+        """Ways to compute the same, of which a Schedule chooses one: none."""
+        return ()
 
     @property
     def kernels(self) -> list[Kernel]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from splagen.codegen.geometry import (
     Geometry,
+    column_name,
     features_of,
     is_key_row,
     is_query_row,
@@ -242,3 +243,10 @@ def row_scalars(tiles: Iterable[Tile], sums: Iterable[Sum]) -> list[Var]:
     """Numbers per query row (lse, delta) that tiles and sums read."""
     used = [v for t in tiles for eq in t.equations for v in eq.args] + [v for s in sums for v in s.factors]
     return list(dict.fromkeys(v for v in used if is_query_row(v) and v.kind == "real"))
+
+
+def part_address(array: Array) -> str:
+    """Source of where the parts of rows lie: `part` numbers them."""
+    if not array.features:
+        return f"{array.name}_ptr + part"
+    return f"{array.name}_ptr + part[:, None] * {array.width[0]} + {column_name(array.features)}[None, :]"

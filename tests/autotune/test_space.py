@@ -49,7 +49,7 @@ def identities(schedules: object) -> set[frozenset[tuple[str, int]]]:
 def test_laws(spec: Spec, device: Device, dtype: str) -> None:
     part = pipeline.kernels(spec)
     made = spaces(spec, part, device, dtype)
-    assert list(made) == [k.name for k in part.kernels]
+    assert list(made) == [k.name for k in (*part.kernels, *part.strategies)]
     assert {k: s.dimensions for k, s in made.items()} == {
         k: s.dimensions for k, s in spaces(spec, part, device, dtype).items()
     }

@@ -83,7 +83,7 @@ def target(name: str, folder: Path) -> Target:
 def test_every_kernel_has_a_schedule_that_goes_with_the_others_and_is_kept(name: str, tmp_path: Path) -> None:
     wanted = target(name, tmp_path)
     found = tune(wanted, SimpleNamespace(), effort=EFFORT)  # type: ignore[arg-type]
-    assert found.entries.keys() == {k.name for k in wanted.part.kernels}
+    assert found.entries.keys() == {k.name for k in (*wanted.part.kernels, *wanted.part.strategies)}
     check_constraints(wanted.part.constraints, found.schedules)
     for kernel, result in found.results.items():
         assert result.measurement.ms <= milliseconds(kernel, result.trials[0].schedule)
@@ -96,6 +96,21 @@ def test_every_kernel_has_a_schedule_that_goes_with_the_others_and_is_kept(name:
     assert taken.get(("bf16", sizes.length, sizes.batch), {}) == found.schedules
     assert taken.get(("bf16", 2 * sizes.length, sizes.batch), {"x": {}}) == {"x": {}}
     assert taken.get(("fp16", sizes.length, sizes.batch), {}) == {}
+
+
+@pytest.mark.usefixtures("faked")
+@pytest.mark.parametrize(("slow", "strategy"), [("block_sparse_parts", 0), ("block_sparse_forward", 1)])
+def test_the_strategy_whose_kernels_take_least_together_is_chosen(
+    slow: str, strategy: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(self: FakeBench, kernel: Kernel, schedule: Schedule, *_: object, **__: object) -> Outcome:
+        return Measurement(20.0 if kernel.name == slow else 8.0)
+
+    monkeypatch.setattr(FakeBench, "measure", measure)
+    found = tune(target("spla", tmp_path), SimpleNamespace(), effort=EFFORT)  # type: ignore[arg-type]
+    assert found.schedules["forward_strategy"] == {"strategy": strategy}
+    assert found.entries["forward_strategy"].ms == (16 if strategy else 8)
+    assert found.schedules["backward_strategy"] == {"strategy": 0}, "8 against 16"
 
 
 @pytest.mark.usefixtures("faked")

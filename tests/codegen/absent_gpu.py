@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,7 +87,7 @@ def watch(arch: int) -> None:
     torch.empty = torch.zeros  # type: ignore[assignment]  # outputs that nothing wrote are read as indices
 
 
-def launch_all(module: Any, arch: str, dtype: str, length: int, heads: int) -> None:
+def launch_all(module: Any, arch: str, dtype: str, length: int, heads: int, strategies: Sequence[int] = (0, 1)) -> None:
     """Every launcher of a module, forward and backward (and step), for so many positions and key heads."""
     from splagen import sequence_verification, verification
     from splagen.kinds import oracle
@@ -109,11 +110,13 @@ def launch_all(module: Any, arch: str, dtype: str, length: int, heads: int) -> N
     given = verification.random_inputs(truth, shape, kind, "cpu", 0)
     inputs = [given[a.name] for a in part.inputs]
     names = [a.name for a in (*part.outputs, *part.saved)]
-    found = dict(
-        zip([a.name for a in part.inputs] + names, [*inputs, *module.forward(schedules, *inputs)], strict=True)
-    )
-    kept = [found[a.name] for a in part.residuals]
-    module.backward(schedules, *inputs, *kept, *(given[a.name] for a in part.cotangents))
+    for strategy in strategies if part.strategies else (0,):
+        chosen = {**schedules, **{c.name: {"strategy": strategy} for c in part.strategies}}
+        found = dict(
+            zip([a.name for a in part.inputs] + names, [*inputs, *module.forward(chosen, *inputs)], strict=True)
+        )
+        kept = [found[a.name] for a in part.residuals]
+        module.backward(chosen, *inputs, *kept, *(given[a.name] for a in part.cotangents))
 
 
 def valid_routes(module: Any) -> None:

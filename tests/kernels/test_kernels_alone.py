@@ -183,6 +183,8 @@ def check(call: Call) -> None:
     limit = TOLERANCE[call.dtype]
     wrong = []
     for kernel in call.part.kernels:
+        if any(a.layout == "parts" for a in (*kernel.inputs, *kernel.outputs)):
+            continue  # a part is no variable of the oracle: test_parts.py compares what they are merged to
         for name, error in call.errors(kernel).items():
             bound = limit[2] if name == "selection" else limit[1]
             if not error <= bound:

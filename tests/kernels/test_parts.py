@@ -1,0 +1,76 @@
+"""Chosen blocks visited by key: what each gives to a row is merged to the same results and gradients."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from splagen import library as lib
+from splagen import pipeline
+from splagen.kinds import oracle
+from splagen.spec import Residual, Select, SPLASpec, to_toml
+from splagen.verification import Shape, compare, random_inputs
+
+TOKEN = Select(block_size=16, budget=2, sinks=1, local=1)
+CASES: dict[str, tuple[SPLASpec, Shape]] = {
+    "residual, four heads": (SPLASpec(head_dim=16, group_size=4, select=TOKEN), (2, 8, 150)),
+    "one head": (SPLASpec(head_dim=24, value_dim=40, group_size=1, select=TOKEN, linear=None), (1, 2, 131)),
+    "temperature": (
+        SPLASpec(head_dim=16, group_size=2, select=TOKEN, linear=Residual(temperature=True)),
+        (1, 2, 100),
+    ),
+    "tiles longer than blocks": (
+        SPLASpec(
+            head_dim=16,
+            group_size=2,
+            select=Select(block_size=16, budget=1, sinks=0, local=0, granularity="tile", tile=32),
+            linear=Residual(lib.elu1, normaliser=True),
+            combine="gate",
+        ),
+        (1, 4, 170),
+    ),
+    "not causal": (
+        SPLASpec(head_dim=16, group_size=3, causal=False, select=TOKEN, linear=Residual(lib.elu1), combine="add"),
+        (1, 6, 150),
+    ),
+    "fewer blocks than the budget": (
+        SPLASpec(head_dim=16, group_size=2, select=Select(block_size=16, budget=9, sinks=0, local=0)),
+        (1, 2, 60),
+    ),
+}
+
+
+BY_KEY = {"forward_strategy": {"strategy": 1}, "backward_strategy": {"strategy": 1}}
+
+
+def check(spec: SPLASpec, shape: Shape, dtype: torch.dtype, device: torch.device, folder: Path) -> None:
+    module = pipeline.generate(spec, folder).module
+    launched: list[str] = []
+    for name, launch in list(vars(module).items()):
+        if name.startswith("launch_"):
+            setattr(module, name, lambda *a, name=name, launch=launch: (launched.append(name), launch(*a))[1])
+    truth = oracle(to_toml(spec))
+    rows = compare(module, truth, random_inputs(truth, shape, dtype, device, 0), shape, schedules=BY_KEY)
+    assert {"launch_block_sparse_parts", "launch_block_sparse_merge"} <= set(launched)
+    assert "launch_block_sparse_forward" not in launched
+    assert not [f"{r.quantity}: {r.error:.1e}" for r in rows if not r.ok]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parts_by_key_merge_to_the_oracle(case: str, tmp_path: Path) -> None:
+    spec, shape = CASES[case]
+    check(spec, shape, torch.float32, torch.device("cpu"), tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("group", "head_dim"), [(1, 64), (4, 128), (16, 128), (3, 80)])
+def test_parts_by_key_on_the_gpu(group: int, head_dim: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    spec = SPLASpec(head_dim=head_dim, group_size=group, select=Select(block_size=64, budget=5))
+    check(spec, (2, 2 * group, 1000), dtype, torch.device("cuda"), tmp_path)
+
+
+def test_gradients_of_parameters_behind_the_tiles_are_summed_by_row() -> None:
+    """A learned temperature takes sums over rows of what the tiles give: no part of a row can hold them."""
+    found = [{c.name for c in pipeline.kernels(CASES[case][0]).strategies} for case in ("temperature", "one head")]
+    assert found == [{"forward_strategy"}, {"forward_strategy", "backward_strategy"}]
