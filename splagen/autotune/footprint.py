@@ -41,7 +41,7 @@ def carried(kernel: Kernel, schedule: Schedule) -> int:
         case "block_sparse_forward" | "block_sparse_dq":
             return schedule["BLOCK_M"] * max((a.width[-1] for a in kernel.outputs if a.width), default=0)
         case "block_sparse_dkv":
-            return schedule["BLOCK_N"] * _columns(kernel.outputs)
+            return schedule["BLOCK_N"] * _columns(a for a in kernel.outputs if a.layout == "segments")
         case "block_states":
             return schedule["BLOCK_E"] * _hole(kernel, "left_size")
         case "chunk_loop" if "carried" in str(kernel.holes["begin"]):

@@ -149,11 +149,16 @@ def spaces(spec: Spec, part: Partition | SequencePartition, device: Device, dtyp
     What kernels must agree on is not in them: see `part.constraints` and `codegen.schedule.check_constraints`.
     """
     found = {k.name: _space(k, _rules(k, spec, part, device, dtype), part, device, dtype) for k in part.kernels}
-    return found | {c.name: _strategies(c) for c in part.strategies}
+    if isinstance(part, SequencePartition):
+        return found
+    geometry = Geometry.of(part.program)
+    return found | {
+        c.name: _strategies(c, attention.default_strategy(c, geometry, dtype)["strategy"]) for c in part.strategies
+    }
 
 
-def _strategies(choice: Choice) -> Space:
-    return Space(choice.name, (Dimension("strategy", 0, tuple(range(len(choice.options)))),), lambda _: None)
+def _strategies(choice: Choice, default: int) -> Space:
+    return Space(choice.name, (Dimension("strategy", default, tuple(range(len(choice.options)))),), lambda _: None)
 
 
 def check_together(

@@ -165,16 +165,16 @@ def _search(
         for name, r in results.items()
     }
     for choice in target.part.strategies:
-        entries[choice.name] = _fastest(choice, entries, effort)
+        entries[choice.name] = _fastest(choice, made[choice.name].default["strategy"], entries, effort)
     return Tuned(entries, results, wrong, time.monotonic() - start)
 
 
-def _fastest(choice: Choice, entries: Mapping[str, Entry], effort: Effort) -> Entry:
-    """The option whose kernels take the least time together, each with its best Schedule; the first in doubt."""
+def _fastest(choice: Choice, default: int, entries: Mapping[str, Entry], effort: Effort) -> Entry:
+    """The option whose kernels take the least time together, each with its best Schedule; the default in doubt."""
     totals = [sum(entries[k.name].ms for k in option) for option in choice.options]
     best = totals.index(min(totals))
-    if totals[best] > (1 - effort.margin) * totals[0]:
-        best = 0
+    if totals[best] > (1 - effort.margin) * totals[default]:
+        best = default
     spread = sum(entries[k.name].spread for k in choice.options[best])
     return Entry({"strategy": best}, totals[best], spread, effort.name, now())
 

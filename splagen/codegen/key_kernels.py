@@ -1,8 +1,12 @@
-"""The tile kernels that give each program the keys of one block: dk with dv, and the merge of their partial sums."""
+"""The tile kernels that give each program the keys of one block: dk with dv, and the merge of their partial sums.
+
+They can also give what each chosen block adds to the gradients of query rows: the scores are formed once for both.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from splagen.codegen.geometry import Rows, features_of
 from splagen.codegen.kernel import Array, Kernel
@@ -10,98 +14,177 @@ from splagen.codegen.region import slice_back
 from splagen.codegen.row_code import RowCode
 from splagen.codegen.tile_code import (
     WORK,
+    Group,
+    Sum,
     TileCode,
     Walk,
     accumulators,
+    apart,
     operands,
+    part_array,
     row_scalars,
+    store_part,
     sums_of_tiles,
 )
 from splagen.ir.program import Equation, Var
 
+PART = "part = (bh * nT * BUDGET + entry) * ROWS + row % ROWS"  # the i-th chosen block of a query row
 
-def dkv_kernel(walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var]) -> tuple[Kernel, dict[Var, Array]]:
-    """Gradients of key rows from tiles, as partial sums per segment of the inverse index."""
-    program, geometry = walk.program, walk.geometry
-    backward = slice_back(program, wanted, [*program.inputs, *available])
-    sums = sums_of_tiles(program, backward, to_keys=True)
-    key_rows = RowCode(program, geometry, "key", "BLOCK_N", available)
-    arrays: dict[str, Array] = {"work": WORK}
-    covers: dict[Equation, None] = {}
-    loops, keys_used = [], {}
-    setup, count, forced_tile = walk.forced("T", {"J": "j", "L": "L"}, "nT", "i")
-    kinds = [
-        ("queries that see the block by position", walk.forced_facts, forced_tile, "start", "tl.minimum(stop, forced)")
-    ]
-    chosen = {"setup": "", "count": "0"}
-    if walk.chosen:
-        first = "tl.load(work_offsets_ptr + bh * (nJ + 1) + j)"
-        chosen["setup"] = (
-            f"chosen_first = {first}\nchosen = tl.load(work_offsets_ptr + bh * (nJ + 1) + j + 1) - chosen_first"
+
+@dataclass(frozen=True)
+class KeyGradients:
+    """Kernels with the partial sums of key rows that they store, and the parts of query rows where they give them."""
+
+    kernels: list[Kernel]
+    sums: dict[Var, Array]
+    parts: dict[Var, Array]
+
+
+def dkv_kernels(walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var]) -> KeyGradients:
+    """Gradients of key rows from tiles, as partial sums per segment of the inverse index.
+
+    Sums that read no query row in common have kernels of their own: the accumulators of all do not fit registers.
+    """
+    return _kernels("dkv", walk, available, wanted, [])
+
+
+def dqkv_kernels(
+    walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var], rows: Sequence[Var]
+) -> KeyGradients:
+    """As `dkv_kernels`, with what each chosen block adds to the sums that `rows`, gradients of query rows, take."""
+    return _kernels("dqkv", walk, available, wanted, rows)
+
+
+def _kernels(
+    suffix: str, walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var], rows: Sequence[Var]
+) -> KeyGradients:
+    to_keys, to_rows = (
+        sums_of_tiles(walk.program, slice_back(walk.program, asked, [*walk.program.inputs, *available]), to_keys=side)
+        for asked, side in ((wanted, True), (rows, False))
+    )
+    code = TileCode(walk, walk.chosen_facts if walk.chosen else walk.forced_facts, to_keys=True)
+    groups = apart(code, to_keys, to_rows)
+    groups.sort(key=lambda g: not any(s.in_loop(walk.forced_facts) for s in g.to_keys))
+    found = KeyGradients([], {}, {})
+    for group in groups:
+        name = ("block_sparse_" if any(s.in_loop(walk.forced_facts) for s in group.to_keys) else "linear_") + suffix
+        name += f"_{len(found.kernels)}" if any(k.name == name for k in found.kernels) else ""
+        made = _KeyKernel(walk, available, group)
+        found.kernels.append(made.kernel(name, wanted))
+        found.sums.update(made.sums)
+        found.parts.update(made.parts)
+    return found
+
+
+class _KeyKernel:
+    """Puts one of these kernels together."""
+
+    def __init__(self, walk: Walk, available: Mapping[Var, Array], group: Group) -> None:
+        self.walk, self.available, self.group = walk, available, group
+        self.program, self.geometry = walk.program, walk.geometry
+        self.key_rows = RowCode(self.program, self.geometry, "key", "BLOCK_N", available)
+        self.arrays: dict[str, Array] = {"work": WORK}
+        self.covers: dict[Equation, None] = {}
+        self.sums: dict[Var, Array] = {}
+        self.parts: dict[Var, Array] = {}
+        self.loads: list[str] = []
+        self.keys_used: dict[Var, None] = {}
+
+    def kernel(self, name: str, wanted: Sequence[Var]) -> Kernel:
+        """The finished kernel."""
+        walk, program, geometry = self.walk, self.program, self.geometry
+        setup, count, forced_tile = walk.forced("T", {"J": "j", "L": "L"}, "nT", "i")
+        by_position = "queries that see the block by position"
+        loops = self._loop(
+            by_position, walk.forced_facts, f"tile = {forced_tile}", "start", "tl.minimum(stop, forced)", []
         )
-        chosen["count"] = "chosen"
-        at = "work_entries_ptr + bh * nT * BUDGET + chosen_first + i - forced"
-        load = f"tl.load({at}, mask=row < last, other=0).to(tl.int64) // BUDGET"
-        kinds.append(("queries that chose the block", walk.chosen_facts, load, "tl.maximum(start, forced)", "stop"))
-    lines: list[str] = []
-    for title, facts, tile_source, start, stop in kinds:
-        code = TileCode(walk, facts, to_keys=True)
-        active = [s for s in sums if s.in_loop(facts)]
-        tile = code.body(code.wanted(active))
-        query_rows = RowCode(program, geometry, "query", "BLOCK_M", available)
-        query_rows.defined_columns = key_rows.defined_columns
+        chosen = {"setup": "", "count": "0"}
+        if walk.chosen:
+            first = "tl.load(work_offsets_ptr + bh * (nJ + 1) + j)"
+            chosen["setup"] = (
+                f"chosen_first = {first}\nchosen = tl.load(work_offsets_ptr + bh * (nJ + 1) + j + 1) - chosen_first"
+            )
+            chosen["count"] = "chosen"
+            at = "work_entries_ptr + bh * nT * BUDGET + chosen_first + i - forced"
+            tile = f"entry = tl.load({at}, mask=row < last, other=0).to(tl.int64)\ntile = entry // BUDGET"
+            title, first = "queries that chose the block", "tl.maximum(start, forced)"
+            loops += self._loop(title, walk.chosen_facts, tile, first, "stop", self.group.to_rows)
+        key_side = Rows(geometry, "key", False)
+        for v in self.keys_used:
+            array = self.available[v]
+            self.arrays[array.name] = array
+            self.loads.append(f"{v.name} = {key_side.load(array)}  # [BLOCK_N, {array.width[0]}]")
+        stores = ["at = (bh * SEGMENTS + segment) * BLOCK + tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)"]
+        totals = accumulators(self.group.to_keys)
+        backward = slice_back(program, wanted, [*program.inputs, *self.available])
+        self.covers.update(dict.fromkeys(eq for eq in backward if eq.out in totals))
+        for v in totals:
+            features = features_of(v)
+            width = geometry.width(features, pad=True) if features else 1
+            self.sums[v] = Array(f"{v.name}_parts", "segments", features, (width,), "float32", True)
+            stores += self.key_rows.columns(features)
+            column = "".join(features)
+            stores.append(f"tl.store({v.name}_parts_ptr + at[:, None] * {width} + {column}[None, :], {v.name})")
+        order = {eq.out: i for i, eq in enumerate(program.equations)}
+        holes = {
+            "forced": {"setup": "\n".join(setup), "count": count},
+            "chosen": chosen,
+            "loads": "\n".join(self.loads),
+            "accumulators": [{"name": v.name, "shape": f"(BLOCK_N, {self.sums[v].width[0]})"} for v in totals],
+            "loops": loops,
+            "stores": "\n".join(stores),
+        }
+        return Kernel(
+            name,
+            "block_sparse_dkv",
+            tuple(sorted(self.covers, key=lambda eq: order[eq.out])),
+            tuple(self.arrays.values()),
+            (*self.sums.values(), *self.parts.values()),
+            holes,
+            "(work.segments, B * Hkv, BLOCK // BLOCK_N)",
+            ("L", "Hkv", "SEGMENTS", "SEGMENT"),
+        )
+
+    def _loop(
+        self, title: str, facts: Mapping[Var, bool], tile_source: str, first: str, last: str, to_rows: Sequence[Sum]
+    ) -> list[dict[str, str]]:
+        """The loop over the queries for which `facts` hold; none where no sum takes them."""
+        code = TileCode(self.walk, facts, to_keys=True)
+        active = [s for s in self.group.to_keys if s.in_loop(facts)]
+        if not active and not to_rows:
+            return []
+        tile = code.body(code.wanted([*active, *to_rows]))
+        rows = RowCode(self.program, self.geometry, "query", "BLOCK_M", self.available)
+        rows.defined_columns = self.key_rows.defined_columns
         used = operands(tile.products, active, of_queries=True)
-        scalars = row_scalars([tile], active)
-        keys_used.update(dict.fromkeys(operands(tile.products, [], of_queries=False)))
-        lines += key_rows.columns_of([*used, *keys_used])
-        piece = query_rows.operands([*used, *scalars])
-        arrays.update({a.name: a for a in piece.arrays})
-        loops.append({
+        self.keys_used.update(dict.fromkeys(operands(tile.products, to_rows, of_queries=False)))
+        self.loads += self.key_rows.columns_of([*used, *self.keys_used, *(s.into for s in to_rows)])
+        piece = rows.operands([*used, *row_scalars([tile], [*active, *to_rows])])
+        share = self._share(code, tile.names, to_rows) if to_rows else []
+        self.arrays.update({a.name: a for a in piece.arrays})
+        formed = (*piece.equations, *tile.products, *tile.equations, *(s.equation for s in (*active, *to_rows)))
+        self.covers.update(dict.fromkeys(formed))
+        products = [code.product_line(eq) for eq in tile.products]
+        return [{
             "title": title,
-            "first": start,
-            "last": stop,
+            "first": first,
+            "last": last,
             "tile": tile_source,
             "prologue": "\n".join(piece.lines),
-            "tiles": "\n".join([*(code.product_line(eq) for eq in tile.products), *tile.lines]),
-            "sums": "\n".join(code.sum_line(s, tile.names) for s in active),
-        })  # fmt: skip
-        covers.update(dict.fromkeys([*piece.equations, *tile.products, *tile.equations, *(s.equation for s in active)]))
-    key_side = Rows(geometry, "key", False)
-    for v in keys_used:
-        array = available[v]
-        arrays[array.name] = array
-        lines.append(f"{v.name} = {key_side.load(array)}  # [BLOCK_N, {array.width[0]}]")
-    outputs: dict[Var, Array] = {}
-    stores = ["at = (bh * SEGMENTS + segment) * BLOCK + tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)"]
-    totals = accumulators(sums)
-    covers.update(dict.fromkeys(eq for eq in backward if eq.out in totals))
-    for v in totals:
-        features = features_of(v)
-        width = geometry.width(features, pad=True) if features else 1
-        outputs[v] = Array(f"{v.name}_parts", "segments", features, (width,), "float32", True)
-        stores += key_rows.columns(features)
-        column = "".join(features)
-        stores.append(f"tl.store({v.name}_parts_ptr + at[:, None] * {width} + {column}[None, :], {v.name})")
-    order = {eq.out: i for i, eq in enumerate(program.equations)}
-    holes = {
-        "forced": {"setup": "\n".join(setup), "count": count},
-        "chosen": chosen,
-        "loads": "\n".join(lines),
-        "accumulators": [{"name": v.name, "shape": f"(BLOCK_N, {outputs[v].width[0]})"} for v in totals],
-        "loops": loops,
-        "stores": "\n".join(stores),
-    }
-    kernel = Kernel(
-        "block_sparse_dkv",
-        "block_sparse_dkv",
-        tuple(sorted(covers, key=lambda eq: order[eq.out])),
-        tuple(arrays.values()),
-        tuple(outputs.values()),
-        holes,
-        "(work.segments, B * Hkv, BLOCK // BLOCK_N)",
-        ("L", "Hkv", "SEGMENTS", "SEGMENT"),
-    )
-    return kernel, outputs
+            "tiles": "\n".join([*products, *tile.lines]),
+            "sums": "\n".join([*(code.sum_line(s, tile.names) for s in active), *share]),
+        }]  # fmt: skip
+
+    def _share(self, code: TileCode, names: Mapping[Var, str], to_rows: Sequence[Sum]) -> list[str]:
+        """Lines that store what the block adds to the sums of query rows."""
+        totals = accumulators(to_rows)
+        self.parts.update({v: part_array(v, self.geometry) for v in totals})
+        lines = []
+        for v in totals:
+            shape = f"(BLOCK_M, {self.parts[v].width[0]})" if features_of(v) else "(BLOCK_M,)"
+            lines.append(f"{v.name} = tl.zeros({shape}, tl.float32)")
+        lines += [code.sum_line(s, names, across=True) for s in to_rows]
+        return [*lines, PART, *(store_part(self.parts[v], v.name) for v in totals)]
 
 
 def merge_kernel(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 
@@ -167,15 +168,25 @@ def _branches(choice: Choice, kernels: list[Kernel], keep: set[str], last: str) 
     end = 1
     while len({text[-end - 1] for text in texts}) == 1:
         end += 1
-    lines = texts[0][:same]
+    given = f'schedules["{choice.name}"]["strategy"]'
+    lines = [*texts[0][:same], f"strategy = fitting(n, {given}, {_part_bytes(choice)})"]
     for i, text in enumerate(texts):
-        lines.append(f'{"if" if i == 0 else "elif"} schedules["{choice.name}"]["strategy"] == {i}:')
+        lines.append(f"{'if' if i == 0 else 'elif'} strategy == {i}:")
         lines += [f"    {line}" for line in text[same:-end]]
     lines += [
         "else:",
-        f'    raise ValueError(f"{choice.name} has strategies 0 to {len(texts) - 1}: {{schedules[{choice.name!r}]}}")',
+        f'    raise ValueError(f"{choice.name} has strategies 0 to {len(texts) - 1}, not {{strategy}}")',
     ]
     return "\n".join([*lines, *texts[0][-end:]])
+
+
+def _part_bytes(choice: Choice) -> str:
+    """Host source for what a query row's parts take, one chosen block of it."""
+    parts = {a.name: a for k in choice.kernels for a in k.outputs if a.layout == "parts"}
+    columns = {
+        dtype: sum(math.prod(a.width) for a in parts.values() if a.dtype == dtype) for dtype in ("input", "float32")
+    }
+    return f"{columns['input']} * n.dtype.itemsize + {4 * columns['float32']}"
 
 
 def _calls(kernels: list[Kernel], keep: set[str], last: str) -> list[str]:
@@ -187,8 +198,7 @@ def _calls(kernels: list[Kernel], keep: set[str], last: str) -> list[str]:
         call = f"launch_{k.name}({arguments})"
         if any(a.layout == "work" for a in k.inputs):
             indices = "block_indices" if "block_indices" in keep else "None"
-            chosen_only = ", by_position=False" if k.template == "block_sparse_parts" else ""
-            index = f"work = inverse_index(n, {indices}{chosen_only})"
+            index = f"work = inverse_index(n, {indices})"
             if index not in lines:
                 lines.append(index)
         outputs = ", ".join(a.name for a in k.outputs)

@@ -20,8 +20,8 @@ from splagen.codegen.geometry import (
     is_tile_value,
 )
 from splagen.codegen.kernel import Array, Choice, Kernel
-from splagen.codegen.key_kernels import dkv_kernel, merge_kernel
-from splagen.codegen.part_kernels import dq_parts_kernel, parts_kernel
+from splagen.codegen.key_kernels import dkv_kernels, dqkv_kernels, merge_kernel
+from splagen.codegen.part_kernels import parts_kernels
 from splagen.codegen.query_kernels import dq_kernel, forward_kernel
 from splagen.codegen.region import slice_back
 from splagen.codegen.row_kernels import partial_array, rows_kernel
@@ -118,15 +118,16 @@ class _Partitioner:
             kernels += selection_kernels(selection, available)
             self.result.saved += [INDICES, COUNTS]
         self._key_features(kernels, available)
+        self._query_features(kernels, available)
         self._states(kernels, available, self.forward_equations)
         outputs = [(v, array_of(v, self.geometry, internal=False)) for v in self.program.outputs]
         saved = [(v, self._saved_array(v)) for v in self._saved() if v not in self.program.outputs]
         by_row = forward_kernel(self.walk, available, [*outputs, *saved])
         kernels.append(by_row)
         if self.walk.chosen:
-            kernel, parts = parts_kernel(self.walk, available, [v for v, _ in (*outputs, *saved)])
+            by_key, parts = parts_kernels(self.walk, available, [v for v, _ in (*outputs, *saved)])
             merging = forward_kernel(self.walk, available, [*outputs, *saved], parts)
-            self.result.strategies.append(Choice("forward_strategy", ((by_row,), (kernel, merging))))
+            self.result.strategies.append(Choice("forward_strategy", ((by_row,), (*by_key, merging))))
         self.result.outputs = [a for _, a in outputs]
         self.result.saved += [a for _, a in saved]
         self.arrays.update(saved)
@@ -167,10 +168,10 @@ class _Partitioner:
         available = dict(self.arrays)
         gradients = dict(self.program.gradients)
         self._key_features(kernels, available)
+        self._query_features(kernels, available)
         self._row_cotangents(kernels, available)
         self._states(kernels, available, self.backward_equations)
-        self._query_gradients(kernels, available, gradients)
-        self._key_gradients(kernels, available, gradients)
+        self._tile_gradients(kernels, available, gradients)
         for x, g in self.program.gradients:
             self.result.gradients.append((x.name, g))
 
@@ -185,6 +186,18 @@ class _Partitioner:
         outputs = [(v, array_of(v, self.geometry, internal=True)) for v in dict.fromkeys(wanted)]
         if outputs:
             kernels.append(rows_kernel("key_features", self.program, "key", available, outputs))
+            available.update(outputs)
+
+    def _query_features(self, kernels: list[Kernel], available: dict[Var, Array]) -> None:
+        """Feature maps of queries are formed once: a row is read with its state and by every block that it chose."""
+        wanted: dict[Var, None] = {}
+        for eq in self.forward_equations:
+            if isinstance(eq.op, Contract) and (is_tile_value(eq.out) or any(is_state(v) for v in eq.args)):
+                wanted.update(dict.fromkeys(v for v in eq.args if is_query_row(v) and not is_state(v)))
+        rows = [v for v in wanted if features_of(v) and v not in available and self._again(v, [])]
+        outputs = [(v, array_of(v, self.geometry, internal=True)) for v in rows]
+        if outputs:
+            kernels.append(rows_kernel("query_features", self.program, "query", available, outputs))
             available.update(outputs)
 
     def _states(self, kernels: list[Kernel], available: dict[Var, Array], equations: Sequence[Equation]) -> None:
@@ -205,8 +218,7 @@ class _Partitioner:
     def _row_cotangents(self, kernels: list[Kernel], available: dict[Var, Array]) -> None:
         """Rows that backward's tiles and states read and that follow from rows in memory.
 
-        These are the cotangents of the branches, and the feature maps of queries: a query row is read by every block
-        that it chose, so that forming its features once is cheaper than in each.
+        These are the cotangents of the branches.
         """
         cross = self._cross_row(self.backward_equations)
         wanted: dict[Var, None] = {}
@@ -215,12 +227,7 @@ class _Partitioner:
                 wanted.update(dict.fromkeys(v for v in eq.args if is_query_row(v) and v not in available))
         late = self._after(cross)
         rows = [v for v in wanted if v not in late and not is_state(v) and v.kind == "real"]
-        cotangents = _descendants(self.program, {dy for _, dy in self.program.cotangents})
-        features = [(v, array_of(v, self.geometry, internal=True)) for v in rows if v not in cotangents]
-        if features:
-            kernels.append(rows_kernel("query_features", self.program, "query", available, features))
-            available.update(features)
-        outputs = [(v, array_of(v, self.geometry, internal=True)) for v in rows if v in cotangents]
+        outputs = [(v, array_of(v, self.geometry, internal=True)) for v in rows]
         for x, g in self.program.gradients:
             if g in late or g in available:
                 continue
@@ -240,29 +247,23 @@ class _Partitioner:
         """Variables that depend on the result of one of the equations, and these results."""
         return _descendants(self.program, {eq.out for eq in equations})
 
-    def _query_gradients(self, kernels: list[Kernel], available: dict[Var, Array], gradients: dict[Var, Var]) -> None:
-        outputs = []
-        for x, g in gradients.items():
-            if is_query_row(x) and g not in available:
-                outputs.append((g, array_of(g, self.geometry, internal=False)))
-        outputs += self._late_parameters(available, "query")
-        by_row = dq_kernel(self.walk, available, outputs)
-        kernels.append(by_row)
-        if self.walk.chosen and (found := dq_parts_kernel(self.walk, available, [v for v, _ in outputs])):
-            kernel, parts = found
-            merging = dq_kernel(self.walk, available, outputs, parts)
-            self.result.strategies.append(Choice("backward_strategy", ((by_row,), (kernel, merging))))
-        available.update(outputs)
-
-    def _key_gradients(self, kernels: list[Kernel], available: dict[Var, Array], gradients: dict[Var, Var]) -> None:
-        wanted = [g for x, g in gradients.items() if is_key_row(x)]
-        late = self._late_parameters(available, "key")
-        kernel, parts = dkv_kernel(self.walk, available, [*wanted, *(v for v, _ in late)])
-        outputs = [(g, array_of(g, self.geometry, internal=False)) for g in wanted]
-        kernels.append(kernel)
-        kernels.append(merge_kernel(self.walk, available, parts, [*outputs, *late]))
-        available.update(outputs)
-        available.update(late)
+    def _tile_gradients(self, kernels: list[Kernel], available: dict[Var, Array], gradients: dict[Var, Var]) -> None:
+        """Gradients of query rows by query tile and of key rows by key block; or, as a choice, both by key block."""
+        rows = [(g, array_of(g, self.geometry, internal=False)) for x, g in gradients.items() if is_query_row(x)]
+        rows = [(g, a) for g, a in rows if g not in available] + self._late_parameters(available, "query")
+        keys = [(g, array_of(g, self.geometry, internal=False)) for x, g in gradients.items() if is_key_row(x)]
+        by_row = dq_kernel(self.walk, available, rows)
+        later = dict([*available.items(), *rows])
+        keys += self._late_parameters(later, "key")
+        wanted = [v for v, _ in keys]
+        by_key = dkv_kernels(self.walk, available, wanted)
+        kernels += [by_row, *by_key.kernels, merge_kernel(self.walk, available, by_key.sums, keys)]
+        if self.walk.chosen:
+            both = dqkv_kernels(self.walk, available, wanted, [v for v, _ in rows])
+            merging = dq_kernel(self.walk, available, rows, both.parts)
+            options = ((by_row, *by_key.kernels), (*both.kernels, merging))
+            self.result.strategies.append(Choice("backward_strategy", options))
+        available.update([*rows, *keys])
 
     def _late_parameters(self, available: dict[Var, Array], side: str) -> list[tuple[Var, Array]]:
         """Sums over rows of one side that reach a parameter's gradient only after the tiles."""

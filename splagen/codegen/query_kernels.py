@@ -75,17 +75,14 @@ class QuerySide:
         self.covers.update(dict.fromkeys(piece.equations))
         return [*columns, *piece.lines]
 
-    def epilogue(
-        self, outputs: Sequence[tuple[Var, Array]], held: Mapping[Var, str], added: Mapping[Var, str] | None = None
-    ) -> list[str]:
-        """Lines that finish the rows and store the outputs, with what is `added` to them."""
+    def epilogue(self, outputs: Sequence[tuple[Var, Array]], held: Mapping[Var, str]) -> list[str]:
+        """Lines that finish the rows and store the outputs."""
         piece = self.rows.compute([v for v, _ in outputs], held)
         self.use(piece.arrays)
         self.covers.update(dict.fromkeys(piece.equations))
         lines = list(piece.lines)
         for v, array in outputs:
-            more = f" + {added[v]}" if added and v in added else ""
-            lines += self.rows.store(array, piece.names[v] + more)
+            lines += self.rows.store(array, piece.names[v])
         return lines
 
     def shape(self, v: Var) -> str:
@@ -202,7 +199,10 @@ def dq_kernel(
     outputs: Sequence[tuple[Var, Array]],
     parts: Mapping[Var, Array] | None = None,
 ) -> Kernel:
-    """Gradients of query rows: the same walk as forward with the scores formed again; `parts` as there."""
+    """Gradients of query rows: the same walk as forward with the scores formed again.
+
+    `parts` holds what the chosen blocks give to each row (key_kernels.py); without it they are visited here.
+    """
     program = walk.program
     side = QuerySide(walk, available)
     backward = slice_back(program, [v for v, _ in outputs], [*program.inputs, *available])
@@ -221,13 +221,12 @@ def dq_kernel(
         tiles.append(tile)
     rows = operands([eq for t in tiles for eq in t.products], [], of_queries=True)
     prologue = side.prologue([*rows, *row_scalars(tiles, sums)], [*keys_used, *(parts or ())])
-    merged, span, added = [], "TILE", {}
+    merged, span = [], "TILE"
     if parts:
         side.use([COUNTS, *parts.values()])
-        added = {v: f"{v.name}_chosen" for v in parts}
-        merged = [_merged_part(v, a) | {"name": added[v], "shape": side.shape(v)} for v, a in parts.items()]
+        merged = [_merged_part(v, array) for v, array in parts.items()]
         span = "CHUNK"
-    epilogue = side.epilogue(outputs, {s.into: s.into.name for s in sums}, added)
+    epilogue = side.epilogue(outputs, {s.into: s.into.name for s in sums})
     more = {"merged": merged, "span": span}
     name = "block_sparse_dq_merge" if parts else "block_sparse_dq"
     return side.kernel(name, "block_sparse_dq", outputs, sums, tiles, loops, prologue, epilogue, more, span)

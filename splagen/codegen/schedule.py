@@ -78,8 +78,10 @@ def rule_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> 
         case "block_sparse_dkv":
             schedule = _key_schedule(kernel, geometry, size, shared)
         case "block_sparse_parts":
-            warps, stages = (4, 1) if size == 4 else (4, 2) if kernel.holes["score"] else (8, 1)
-            schedule = {"BLOCK_M": 32 if size == 2 else 16, "num_warps": warps, "num_stages": stages}
+            block_m, columns = 64 if size == 2 else 16, _width(kernel, "query_rows")
+            # a buffer ahead where several programs still share a multiprocessor
+            buffers = size * (2 * block_m * columns + geometry.block * _width(kernel, "key_rows"))
+            schedule = {"BLOCK_M": block_m, "num_warps": 4, "num_stages": 2 if buffers <= 64 << 10 else 1}
         case "merge_segments":
             schedule = {"BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
         case "rows":
@@ -100,7 +102,8 @@ def rule_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> 
             schedule = {"BLOCK_E": 256, "num_warps": 4, "num_stages": 4}
         case "read_out":
             summed, kept = (int(str(kernel.holes[x])) for x in ("summed_size", "kept_size"))
-            block_m, block_e = 64 if size == 2 else 32, min(32, kept)
+            rows = int(str(kernel.holes["chunk"])) * (geometry.group if "GROUP" in str(kernel.holes) else 1)
+            block_m, block_e = max(16, min(128, 1 << (rows.bit_length() - 1))) if size == 2 else 32, min(32, kept)
             while (block_m + block_e) * summed * 4 > shared and (block_m > 16 or block_e > 16):
                 block_m, block_e = (block_m // 2, block_e) if block_m > block_e else (block_m, block_e // 2)
             schedule = {"BLOCK_M": block_m, "BLOCK_E": block_e, "num_warps": 4, "num_stages": 1}
@@ -136,11 +139,14 @@ def rows_alike(kernel: Kernel, geometry: Geometry) -> int:
 def _query_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) -> dict[str, int]:
     """Few rows share a list of blocks: small tiles and few warps, so that many programs hide the latency of loads."""
     rows = rows_alike(kernel, geometry)
-    block_m = max(16, min(64, 1 << (rows - 1).bit_length()))
+    merged = sum(a.width[-1] for a in kernel.inputs if a.layout == "parts" and a.width)
+    block_m = max(16, min(16 if merged > 128 else 64, 1 << (rows - 1).bit_length()))
     few = block_m < 64
-    block_n, stages = min(geometry.block, 32 if few else 64), 2
+    block_n, stages = min(geometry.block, 32 if few or merged else 64), 2
     keys, queries = _width(kernel, "key_rows"), _width(kernel, "query_rows")
-    warps = 2 if few else 8 if kernel.holes["span"] == "CHUNK" else 4
+    warps = 2 if few else 4
+    if few and not merged and kernel.template == "block_sparse_forward":
+        block_n, warps = 16, 1
     if size == 4:  # products of float32 are unrolled into single multiplications: only small tiles fit registers
         block_m, block_n, stages, warps = min(block_m, 32), 16, 1, 4
 
@@ -161,15 +167,37 @@ def _query_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) 
 
 def _key_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) -> dict[str, int]:
     """The accumulators of a key tile stay in registers: narrow tiles where the rows are wide."""
-    accumulators = sum(a.width[-1] for a in kernel.outputs)
+    accumulators = _accumulators(kernel)
     keys, queries = _width(kernel, "key_rows"), _width(kernel, "query_rows")
-    block_m, block_n = (32, min(geometry.block, 64)) if size == 2 else (16, 16)
-    while block_n > 16 and block_n * accumulators > 16384:
+    wide, whole = accumulators > 256, _gives_parts(kernel)
+    block_m, block_n, stages = (16, 16, 1) if size == 4 else (32, 64, 2 if whole else 1)
+    if wide and size == 2:
+        block_m, stages = 64 if whole else 16, 2
+    block_n = geometry.block if whole else min(geometry.block, block_n)
+    while not whole and block_n > 16 and block_n * accumulators > 24576:
         block_n //= 2
-    while size * (block_n * keys + block_m * queries) + 4 * block_m * block_n > shared and block_m + block_n > 32:
-        block_m, block_n = (16, block_n) if block_m > 16 else (16, block_n // 2)
-    warps = 8 if block_n * accumulators > 16384 else 4
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": 1}
+
+    def used() -> int:
+        return size * (block_n * keys + stages * block_m * queries) + 4 * block_m * block_n
+
+    while used() > shared and (stages > 1 or block_m > 16 or (block_n > 16 and not whole)):
+        if stages > 1:
+            stages -= 1
+        elif block_m > 16:
+            block_m //= 2
+        else:
+            block_n //= 2
+    warps = 8 if (wide and whole) or block_n * accumulators > 24576 else 4
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+
+
+def _accumulators(kernel: Kernel) -> int:
+    """Columns of the sums that a program carries for each of its keys."""
+    return sum(a.width[-1] for a in kernel.outputs if a.layout == "segments")
+
+
+def _gives_parts(kernel: Kernel) -> bool:
+    return any(a.layout == "parts" for a in kernel.outputs)
 
 
 def _score_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) -> dict[str, int]:
@@ -212,6 +240,9 @@ def check_schedule(kernel: Kernel, geometry: Geometry, schedule: Schedule) -> No
     block_n = schedule.get("BLOCK_N", 16)
     if geometry.block % block_n:
         raise ScheduleError(f"BLOCK_N={block_n} does not divide the block of {geometry.block} in {kernel.name}")
+    if kernel.template == "block_sparse_dkv" and _gives_parts(kernel) and block_n != geometry.block:
+        what = f"BLOCK_N={block_n} of {kernel.name} is not the block of {geometry.block}"
+        raise ScheduleError(what, "what a block gives to a row is one sum over all of its keys")
     if kernel.template == "statistics" and block_n % geometry.cell:
         what = f"BLOCK_N={block_n} of {kernel.name} is not a multiple of the cell of {geometry.cell}"
         raise ScheduleError(what)
@@ -256,12 +287,27 @@ def check_constraints(constraints: Sequence[Constraint], schedules: Mapping[str,
                 raise ScheduleError(f"{least} is no multiple of that of the kernels that rely on it: {values}")
 
 
+def default_strategy(choice: Choice, geometry: Geometry, dtype: str) -> dict[str, int]:
+    """By key where few rows share a list of blocks and the sums of keys fit registers.
+
+    By row, a block is read for these rows alone; by key, its parts are written and read again.  On an H200 the two
+    take the same time at about 16 rows where the tiles serve the softmax alone, below it where they serve more.
+    """
+    by_key = [k for k in choice.options[1] if _gives_parts(k)]
+    few = geometry.tile * geometry.group < (32 if len(by_key) == 1 else 16) and DTYPES[dtype] == 2
+    fit = all(geometry.block * _accumulators(k) <= 32768 for k in by_key)
+    return {"strategy": int(few and fit)}
+
+
 def default_schedules(
     kernels: Sequence[Kernel], geometry: Geometry, choices: Sequence[Choice] = ()
 ) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
     """Schedules of every kernel, and of every choice, by architecture and dtype."""
-    chosen = {c.name: {"strategy": 0} for c in choices}
     return {
-        arch: {d: chosen | {k.name: default_schedule(k, geometry, arch, d) for k in kernels} for d in DTYPES}
+        arch: {
+            d: {c.name: default_strategy(c, geometry, d) for c in choices}
+            | {k.name: default_schedule(k, geometry, arch, d) for k in kernels}
+            for d in DTYPES
+        }
         for arch in TARGETS
     }

@@ -207,8 +207,8 @@ class TileCode:
         shape = "[BLOCK_N, BLOCK_M]" if self.to_keys else "[BLOCK_M, BLOCK_N]"
         return f'{eq.out.name} = tl.dot({left.name}, tl.trans({right.name}), input_precision="ieee")  # {shape}'
 
-    def sum_line(self, s: Sum, names: Mapping[Var, str]) -> str:
-        """Line that adds this loop's tile to the sum."""
+    def sum_line(self, s: Sum, names: Mapping[Var, str], *, across: bool = False) -> str:
+        """Line that adds this loop's tile to the sum; `across` where the sum goes to the tile's second side."""
         factors = [names.get(v, f"{v.name}{self.row_view}") for v in s.factors]
         masks = [names[v] for v in s.masks if names[v] != "True"]
         value = " * ".join(factors) or "1.0"
@@ -218,9 +218,10 @@ class TileCode:
         if not masks and not any(is_tile_value(v) for v in s.factors):
             value = f"tl.broadcast_to({value}, {'(BLOCK_N, BLOCK_M)' if self.to_keys else '(BLOCK_M, BLOCK_N)'})"
         if s.operand is None:
-            return f"{s.into.name} += tl.sum({value}, axis=1)"
+            return f"{s.into.name} += tl.sum({value}, axis={0 if across else 1})"
         operand = s.operand.name
         tile = f"({value}).to({operand}.dtype)" if not value.isidentifier() else f"{value}.to({operand}.dtype)"
+        tile = f"tl.trans({tile})" if across else tile
         return f'{s.into.name} = tl.dot({tile}, {operand}, {s.into.name}, input_precision="ieee")'
 
     def wanted(self, sums: Iterable[Sum]) -> list[Var]:
@@ -239,10 +240,51 @@ def operands(products: Iterable[Equation], sums: Iterable[Sum], of_queries: bool
     return list(dict.fromkeys(v for v in used if side(v)))
 
 
+@dataclass(frozen=True)
+class Group:
+    """Sums that read query rows in common, by the side they go to."""
+
+    to_keys: list[Sum]
+    to_rows: list[Sum]
+
+
+def apart(code: TileCode, to_keys: Sequence[Sum], to_rows: Sequence[Sum]) -> list[Group]:
+    """The sums in groups that read no query row in common; where totals would be of several groups, their terms."""
+    every = (*to_keys, *to_rows)
+    met: list[tuple[set[Var], list[Equation]]] = []
+    for s in every:
+        products = code.body(code.wanted([s])).products
+        read = set(operands(products, [s] if s in to_keys else [], of_queries=True))
+        members = [s.equation]
+        for other in [m for m in met if m[0] & read]:
+            met.remove(other)
+            read, members = read | other[0], [*members, *other[1]]
+        met.append((read, members))
+    spread = [{s.into for s in every if s.equation in members} for _, members in met]
+    shared = {v for i, here in enumerate(spread) for there in spread[:i] for v in here & there}
+    alone = [
+        [replace(s, into=s.equation.out, sign=1) if s.into in shared else s for s in sums]
+        for sums in (to_keys, to_rows)
+    ]
+    return [Group(*([s for s in sums if s.equation in members] for sums in alone)) for _, members in met]
+
+
 def row_scalars(tiles: Iterable[Tile], sums: Iterable[Sum]) -> list[Var]:
     """Numbers per query row (lse, delta) that tiles and sums read."""
     used = [v for t in tiles for eq in t.equations for v in eq.args] + [v for s in sums for v in s.factors]
     return list(dict.fromkeys(v for v in used if is_query_row(v) and v.kind == "real"))
+
+
+def part_array(v: Var, geometry: Geometry) -> Array:
+    """What chosen blocks give to a row variable, block by block: matrices in the input type, numbers in float32."""
+    features = features_of(v)
+    width = (geometry.width(features, pad=True),) if features else ()
+    return Array(f"{v.name}_parts", "parts", features, width, "input" if features else "float32", bool(features))
+
+
+def store_part(array: Array, source: str) -> str:
+    """Line that stores a part of rows."""
+    return f"tl.store({part_address(array)}, {source}, mask={'row_ok[:, None]' if array.features else 'row_ok'})"
 
 
 def part_address(array: Array) -> str:

@@ -125,7 +125,7 @@ def test_selected_blocks() -> None:
     assert flops == queries * (softmax + chosen)
     assert count == length * kv_heads  # a tile is one query with its 16 heads
     keys = 2 * block * ((forced + budget) * 2 * d + budget * 2 * d)  # k and v of all blocks, features of the chosen
-    rows = 2 * (4 * d) + 4 * d + 2 * 4  # q, o, o_s, o_r; the read-out in float32; lse and the number of far blocks
+    rows = 2 * (4 * d + 2 * d) + 4 * d + 2 * 4  # q, o, o_s, o_r, features; the read-out in float32; lse and far blocks
     indices = 4 * (budget + 1)
     assert moved == length * kv_heads * (keys + indices) + queries * rows + 2 * 2 * d * group * kv_heads
 

@@ -104,13 +104,13 @@ def test_the_strategy_whose_kernels_take_least_together_is_chosen(
     slow: str, strategy: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measure(self: FakeBench, kernel: Kernel, schedule: Schedule, *_: object, **__: object) -> Outcome:
-        return Measurement(20.0 if kernel.name == slow else 8.0)
+        return Measurement(40.0 if kernel.name == slow else 8.0)
 
     monkeypatch.setattr(FakeBench, "measure", measure)
     found = tune(target("spla", tmp_path), SimpleNamespace(), effort=EFFORT)  # type: ignore[arg-type]
     assert found.schedules["forward_strategy"] == {"strategy": strategy}
-    assert found.entries["forward_strategy"].ms == (16 if strategy else 8)
-    assert found.schedules["backward_strategy"] == {"strategy": 0}, "8 against 16"
+    assert found.entries["forward_strategy"].ms == (24 if strategy else 8)
+    assert found.schedules["backward_strategy"] == {"strategy": 0}, "24 against 24"
 
 
 @pytest.mark.usefixtures("faked")
