@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import write
-from benchmarks.whole_op import HQ, D, spec_of
+from benchmarks.works import HEADS, D, whole_spec
 from splagen import pipeline
 from splagen.kinds import oracle
 from splagen.ops import Oracle
@@ -29,7 +29,7 @@ LENGTH = 640 * 1024
 
 def samples(length: int, count: int) -> list[int]:
     """Query positions spread over the sequence, its first and last rows and both sides of 2^31 / (Hq D) among them."""
-    edge = 2**31 // (HQ * D)
+    edge = 2**31 // (HEADS * D)
     fixed = [0, 63, 64, 257, edge - 1, edge, edge + 1, length - 1]
     spread = [(2 * i + 1) * length // (2 * count) for i in range(count)]
     return sorted({p for p in (*fixed, *spread) if p < length})
@@ -54,10 +54,10 @@ def at_rows(
 
 def run(length: int, count: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
     """Errors at the sampled rows, times and peak memory."""
-    spec = spec_of(2)
+    spec = whole_spec(HEADS // 2)
     module, found = pipeline.generate(spec, "build").module, oracle(to_toml(spec))
     part = found.partition
-    inputs = random_inputs(found, (1, HQ, length), dtype, "cuda", 0)
+    inputs = random_inputs(found, (1, HEADS, length), dtype, "cuda", 0)
     do = part.cotangents[0].name
     rows = samples(length, count)
     arguments = [inputs[a.name] for a in part.inputs]
@@ -93,7 +93,7 @@ def run(length: int, count: int, dtype: torch.dtype = torch.bfloat16) -> dict[st
     ok = finite and all(e <= (limits[0] if n == "o" else limits[1]) for n, e in errors.items())
     return {
         "length": length,
-        "elements_of_q": length * HQ * D,
+        "elements_of_q": length * HEADS * D,
         "sampled_rows": len(rows),
         "errors": errors,
         "finite": finite,

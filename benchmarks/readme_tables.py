@@ -1,9 +1,10 @@
 """Write the tables of README.md from the records of measurements.
 
 Between `<!-- results:begin NAME: COLUMN ... -->` and `<!-- results:end -->` stand the rows of
-benchmarks/results/NAME.json, or its figures where it has no rows; without columns all of them.  A number in
-a dict of a row is the column errors.o or forward.ms, and errors.max is the largest.  A missing record is named
-there.  NAME byte_lm stands for the models in examples/results/.  From the repository root:
+benchmarks/results/NAME.json, or its figures where it has no rows; without columns all of them.  NAME/LIST has those of
+another list in it.  A number in a dict of a row is the column errors.o or forward.ms, and errors.max is the largest.
+A missing record is named there.  NAME byte_lm stands for the models in examples/results/, NAME pictures for what
+benchmarks.plots draws.  From the repository root:
 
     python -m benchmarks.readme_tables            # rewrites README.md
     python -m benchmarks.readme_tables --check    # exit status 1 if that would change it
@@ -20,9 +21,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTION = re.compile(r"(<!-- results:begin (\w+)(?:: ([\w. ]+?))? -->\n).*?(<!-- results:end -->)", re.DOTALL)
+SECTION = re.compile(r"(<!-- results:begin (\w+(?:/\w+)?)(?:: ([\w. ]+?))? -->\n).*?(<!-- results:end -->)", re.DOTALL)
 UNITS = ("ms", "us", "s", "gib", "mib", "kib", "tflops")
 SPELLED = {"us": "µs", "gib": "GiB", "mib": "MiB", "kib": "KiB", "tflops": "TFLOP/s"}
+PICTURES = {
+    "docs/time_by_length.png": "Time against length",
+    "docs/roofline.png": "Kernels under the roofs of an H200",
+}  # benchmarks/plots.py
 KINDS = ("dense", "sparse", "spla", "spla_residual")  # examples/byte_lm.py
 
 
@@ -40,13 +45,16 @@ def section(name: str, columns: Sequence[str], root: Path) -> str:
     """Return the markdown of one section."""
     if name == "byte_lm":
         return byte_lm(root)
+    if name == "pictures":
+        return pictures(root)
+    name, _, listed = name.partition("/")
     path = root / "benchmarks/results" / f"{name}.json"
     record = _read(path)
     if record is None:
         return f"*No record `{path.relative_to(root).as_posix()}` yet.*"
     figures = _flat(record.get("figures", record))
-    rows = [_flat(row) for row in figures.pop("rows", [])]
-    if not rows:
+    rows = [_flat(row) for row in figures.pop(listed or "rows", [])]
+    if not rows and not listed:
         kept = {k: v for k, v in figures.items() if k in columns or not columns}
         rows, columns = [{"quantity": _heading(k), "value": v} for k, v in kept.items()], []
     return f"{table(rows, columns)}\n\n{_source([path], [record], root)}"
@@ -63,6 +71,13 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[key] = value
     return flat
+
+
+def pictures(root: Path) -> str:
+    """Return what benchmarks.plots has drawn."""
+    found = {path: title for path, title in PICTURES.items() if (root / path).exists()}
+    lines = [f"![{title}]({path})" for path, title in found.items()]
+    return "\n\n".join(lines) or "*No pictures yet: python -m benchmarks.plots.*"
 
 
 def byte_lm(root: Path) -> str:

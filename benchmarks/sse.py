@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import multiprocessing
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,14 +20,16 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from triton.runtime.autotuner import Autotuner
 
+from benchmarks.breakdown import breakdown
+from benchmarks.floors import Floor, recurrence_flops
+from benchmarks.peers import PEERS, Task, measure, text_of, unchecked
 from benchmarks.record import write
-from benchmarks.timing import time_ms
-from benchmarks.whole_op import PEAK_BYTES, PEAK_FLOPS, dense_ms
+from benchmarks.timing import peak_bytes, time_ms
+from benchmarks.triton_autotuner import CONFIGURATIONS, compile_ahead, fewer_configurations, tune_briefly
 from splagen import pipeline
 from splagen.codegen.sequence_partition import parts_of
 from splagen.sequence import SSEOracle, input_names
@@ -37,7 +38,7 @@ from splagen.sse_spec import Router, SSESpec
 from splagen.verification import relative_error
 
 DEVICE = "cuda"
-H, D, CHUNK = 32, 128, 64
+H, D = 32, 128
 CASES = [  # backbone, N, k, the longest sequence
     *((b, n, k, 1 << 30) for b in ("scalar", "vector") for n, k in ((4, 1), (4, 2), (16, 1))),
     ("delta", 4, 1, 32768),
@@ -54,7 +55,6 @@ FLA = {
     "delta": ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
 }
 SHARDS = {"scalar": 2, "vector": 4, "delta": 2}  # processes that compile its kernels
-CONFIGURATIONS = 24
 
 
 def spec_of(backbone: str, partitions: int, choices: int) -> SSESpec:
@@ -156,11 +156,6 @@ def check(
     return found
 
 
-def text_of(error: BaseException) -> str:
-    """Type and message, short."""
-    return f"{type(error).__name__}: {error}"[:500]
-
-
 # -- figures -------------------------------------------------------------------------------------------------------
 
 
@@ -173,12 +168,12 @@ def floor_ms(backbone: str, choices: int, length: int) -> dict[str, float]:
     products that solve a chunk of the delta rule are not counted.
     """
     row, gate = 2 * D, 4 * D if backbone == "vector" else 8 if backbone == "delta" else 4  # delta: g and beta
-    operations = (1 + choices) * (4 * CHUNK * D + 4 * D * D)
+    operations = recurrence_flops(1 + choices, D)
     costs = {
         "forward": (operations, 5 * row + 2 * gate + row),
         "backward": (2.5 * operations, (5 * row + 2 * gate + row) + (5 * row + 2 * gate)),
     }
-    return {n: 1e3 * length * H * max(f / PEAK_FLOPS, b / PEAK_BYTES) for n, (f, b) in costs.items()}
+    return {n: Floor(length * H * f, length * H * b).ms for n, (f, b) in costs.items()}
 
 
 def pass_ms(run: Callable[[], object], repeats: int) -> dict[str, float]:
@@ -189,55 +184,6 @@ def pass_ms(run: Callable[[], object], repeats: int) -> dict[str, float]:
         "spread_ms": seen.spread,
         "device_ms": time_ms(run, repeats, 1, asleep=True).median,
     }
-
-
-def kernel_ms(module: ModuleType, run: Callable[[], object], repeats: int = 5) -> dict[str, float]:
-    """What each launcher and each plan of rows takes in one run on the GPU, medians."""
-    names = [n for n, f in vars(module).items() if callable(f) and (n.startswith("launch_") or n.endswith("_plan"))]
-    kept = {n: getattr(module, n) for n in names}
-    runs: list[list[tuple[str, torch.cuda.Event, torch.cuda.Event]]] = []
-
-    def timed(name: str) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            result = kept[name](*args)
-            end.record()
-            runs[-1].append((name.removeprefix("launch_"), start, end))
-            return result
-
-        return call
-
-    def one() -> None:
-        runs.append([])
-        run()
-
-    for n in names:
-        setattr(module, n, timed(n))
-    try:
-        time_ms(one, repeats, 1, asleep=True)
-    finally:
-        for n, launch in kept.items():
-            setattr(module, n, launch)
-    totals: dict[str, list[float]] = {}
-    for events in runs[1:]:  # the first one warms up
-        found: dict[str, float] = {}
-        for name, start, end in events:
-            found[name] = found.get(name, 0.0) + start.elapsed_time(end)
-        for name, ms in found.items():
-            totals.setdefault(name, []).append(ms)
-    return {n: statistics.median(ms) for n, ms in totals.items()}
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The most that `run` holds beyond what is held before."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
-    result = run()
-    torch.cuda.synchronize()
-    del result
-    return torch.cuda.max_memory_allocated() - held
 
 
 def same_bits(run: Callable[[], tuple[Tensor, ...]]) -> bool:
@@ -278,7 +224,7 @@ def sse_rows(
             if length not in lengths:
                 continue
             row[name] = {**pass_ms(run, repeats_of(length)), "peak_gib_beyond_inputs": peak / 2**30}
-            row[name]["kernels_ms"] = kernel_ms(module, run)
+            row[name]["kernels_ms"] = {n: k.ms for n, k in breakdown(module, run).items()}
             if length <= 32768:
                 row[name]["same_bits"] = same_bits(run)
         del x
@@ -320,18 +266,6 @@ def fla_op(backbone: str) -> Callable[..., Tensor]:
 def fla_leaves(backbone: str, x: dict[str, Tensor]) -> list[Tensor]:
     """Rows as leaves [1, T, H, ...]."""
     return [x[n].unsqueeze(0).requires_grad_() for n in input_names(plain_spec(backbone))]
-
-
-@contextmanager
-def unchecked() -> Iterator[None]:
-    """Lift `fla`'s refusal to run a gated gradient, which Triton before 3.7.1 miscompiles on Hopper."""
-    checked = importlib.import_module("fla.ops.common.chunk_o")
-    kept = getattr(checked, "TRITON_ABOVE_3_7_1", None)
-    checked.TRITON_ABOVE_3_7_1 = True  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        checked.TRITON_ABOVE_3_7_1 = kept  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -391,27 +325,6 @@ def fla_rows(backbone: str, length: int, refusal: str | None) -> Iterator[dict[s
     yield row
 
 
-def fewer_configurations() -> None:
-    """Let Triton's autotuner see at most CONFIGURATIONS of a kernel, evenly spaced: `fla` has up to 48 of each."""
-    prune = Autotuner.prune_configs
-
-    def some(tuner: Autotuner, kwargs: dict[str, Any]) -> Any:
-        found = prune(tuner, kwargs)
-        return found[:: -(-len(found) // CONFIGURATIONS)]
-
-    Autotuner.prune_configs = some
-
-
-def tune_briefly() -> None:
-    """Let Triton's autotuner measure each configuration for 20 ms."""
-
-    def do_bench(call: Callable[[], object], quantiles: Sequence[float]) -> Any:
-        return triton.testing.do_bench(call, warmup=3, rep=20, quantiles=quantiles)
-
-    fewer_configurations()
-    Autotuner.do_bench = staticmethod(do_bench)
-
-
 # -- compilation ahead of time, in processes of their own that fill Triton's cache -----------------------------------
 
 
@@ -433,10 +346,7 @@ def compile_fla(backbone: str, shard: int) -> str | None:
     pool = ThreadPoolExecutor(2)
 
     def run(tuner: Autotuner, *args: Any, **kwargs: Any) -> None:
-        tuner.nargs = dict(zip(tuner.arg_names, args, strict=False))
-        with triton.AsyncCompileMode(pool, ignore_errors=True):
-            for config in tuner.prune_configs(kwargs)[shard :: SHARDS[backbone]]:
-                tuner.fn.run(*args, **{**kwargs, "warmup": True}, **config.all_kwargs())
+        compile_ahead(tuner, args, kwargs, pool, slice(shard, None, SHARDS[backbone]))
 
     fewer_configurations()
     Autotuner.run = run
@@ -593,7 +503,7 @@ class Run:
 
 def dense_rows(length: int) -> Iterator[dict[str, Any]]:
     """Times of dense causal attention."""
-    ms = dense_ms(length, H)
+    ms = measure(PEERS["dense cuDNN"](Task((1, H, length), H, D)), list(PASSES))
     yield {"system": "dense cuDNN", "length": length, **{p: {"ms": ms[f"{p}_ms"]} for p in PASSES}}
 
 

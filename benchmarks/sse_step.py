@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.floors import PEAK_BYTES
 from benchmarks.record import write
 from benchmarks.timing import time_ms
-from benchmarks.whole_op import PEAK_BYTES
 from splagen import pipeline
 from splagen.codegen.sequence_partition import parts_of
 from splagen.sequence import SSEOracle, input_names

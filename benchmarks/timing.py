@@ -1,4 +1,4 @@
-"""Timing on a GPU: CUDA events, L2 flushed before each run, the median of several with its spread."""
+"""Time and memory on a GPU: CUDA events, L2 flushed before each run, the median of several with its spread."""
 
 from __future__ import annotations
 
@@ -42,3 +42,20 @@ def time_ms(run: Callable[[], object], repeats: int = 20, warmup: int = 3, *, as
         end.synchronize()
         samples.append(start.elapsed_time(end))
     return Timing(statistics.median(samples), max(samples) - min(samples))
+
+
+def repeats_for(run: Callable[[], object], seconds: float = 1.5) -> int:
+    """How often to repeat `run` so that it takes about so many seconds, from 3 to 20 times; runs it twice."""
+    run()
+    return max(3, min(20, int(1e3 * seconds / max(time_ms(run, 1, 0).median, 1e-3))))
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most that `run` holds beyond what is held before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    result = run()
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - held

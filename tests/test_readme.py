@@ -190,6 +190,21 @@ def test_figures_of_a_pass_are_columns_with_units(tmp_path: Path) -> None:
     ]
 
 
+def test_another_list_of_a_record_is_a_table_and_pictures_are_shown_once_drawn(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    figures = {"rows": [{"system": "a"}], "crossover": [{"kv_heads": 2, "length": 13000, "ratio": {"forward": 1.5}}]}
+    (tmp_path / "benchmarks/results/whole.json").write_text(json.dumps({"figures": figures}))
+    text = "<!-- results:begin whole/crossover: kv_heads length ratio.forward -->\n<!-- results:end -->\n"
+    assert "| 2 | 13 000 | 1.5 |" in readme_tables.updated(text, tmp_path)
+    text = "<!-- results:begin pictures -->\n<!-- results:end -->\n"
+    assert "benchmarks.plots" in readme_tables.updated(text, tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/roofline.png").write_bytes(b"")
+    assert readme_tables.updated(text, tmp_path).splitlines()[1] == (
+        "![Kernels under the roofs of an H200](docs/roofline.png)"
+    )
+
+
 def test_figures_without_rows_become_a_list_and_a_damaged_record_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "benchmarks/results").mkdir(parents=True)
     path = tmp_path / "benchmarks/results/gpu_tests.json"

@@ -1,0 +1,66 @@
+"""What follows from the rows of a record: where an op becomes faster than dense attention, and what odd groups cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+Rows: TypeAlias = Sequence[dict[str, Any]]
+
+OURS, DENSE = "splagen", "dense cuDNN"
+ODD_GROUP_LIMIT = 1.4  # time of a group size over that of the next power of two, at equal KV heads
+TOTALS = {"forward": ("forward_ms",), "forward and backward": ("forward_ms", "backward_ms")}
+
+
+def crossovers(rows: Rows) -> list[dict[str, Any]]:
+    """For every number of KV heads the length from which the op takes no longer than dense attention does.
+
+    Between two measured lengths times are taken to be powers of the length.  A text where it lies outside of them.
+    """
+    found = []
+    plain = [r for r in rows if "strategy" not in r and "forward_ms" in r]
+    for kv_heads in sorted({r["kv_heads"] for r in plain if r["system"] == OURS}):
+        for name, columns in TOTALS.items():
+            times: dict[str, dict[int, float]] = {OURS: {}, DENSE: {}}
+            for r in plain:
+                if r["system"] in times and r["kv_heads"] == kv_heads and all(c in r for c in columns):
+                    times[r["system"]][r["length"]] = sum(r[c] for c in columns)
+            lengths = sorted(times[OURS].keys() & times[DENSE].keys())
+            if len(lengths) > 1:
+                ratios = [times[OURS][length] / times[DENSE][length] for length in lengths]
+                row = {"kv_heads": kv_heads, "pass": name, "length": _crossing(lengths, ratios)}
+                found.append(row | {"times_faster_at_the_longest": 1 / ratios[-1]})
+    return found
+
+
+def _crossing(lengths: Sequence[int], ratios: Sequence[float]) -> int | str:
+    """Where the ratio falls to 1 for good."""
+    slow = [i for i, ratio in enumerate(ratios) if ratio > 1]
+    if not slow:
+        return f"at most {lengths[0]}"
+    if slow[-1] == len(lengths) - 1:
+        return f"beyond {lengths[-1]}"
+    (a, b), (x, y) = (lengths[slow[-1] : slow[-1] + 2], ratios[slow[-1] : slow[-1] + 2])
+    share = math.log(x) / (math.log(x) - math.log(y))
+    return round(math.exp(math.log(a) + share * (math.log(b) - math.log(a))))
+
+
+def odd_groups(rows: Rows) -> list[dict[str, Any]]:
+    """Time at a group size over that at the next power of two, at equal KV heads and length."""
+    found = []
+    ours = {
+        (r["kv_heads"], r["length"], r["group_size"]): r
+        for r in rows
+        if r["system"] == OURS and "strategy" not in r and "forward_ms" in r
+    }
+    for (kv_heads, length, group), row in sorted(ours.items()):
+        power = 1 << (group - 1).bit_length()
+        beside = ours.get((kv_heads, length, power))
+        if power == group or beside is None:
+            continue
+        ratios = {n: row[f"{n}_ms"] / beside[f"{n}_ms"] for n in ("forward", "backward") if f"{n}_ms" in row}
+        within = all(ratio <= ODD_GROUP_LIMIT for ratio in ratios.values())
+        sizes = {"kv_heads": kv_heads, "length": length, "group_size": group, "beside": power}
+        found.append({**sizes, "ratio": ratios, "within_limit": within})
+    return found
