@@ -191,10 +191,10 @@ class Attention:
                 return once * sp.Rational(_hole(kernel, "right_size"), schedule["BLOCK_E"])
             case "state_scan", "states":  # in place
                 return 2 * once
-            case "read_out", "states":  # both ends of every interval, by every program
+            case "read_out", "states":  # the ends of every interval that are not 0, by every program
                 ends = kernel.holes["intervals"]
                 assert isinstance(ends, Sequence)
-                return 2 * count * len(ends)
+                return count * sum(1 + bool(e["low"]) for e in ends)
         return once
 
     def _blocks_read(self, kernel: Kernel, a: Array) -> sp.Expr:

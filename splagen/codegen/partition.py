@@ -209,7 +209,7 @@ class _Partitioner:
                 continue
             kernels.append(states_kernel(chain, self.program, available))
             available[chain.states.out] = state_array(chain.states.out, self.geometry)
-            kernels.append(scan_kernel(chain, self.program))
+            kernels.append(scan_kernel(chain, self.program, self.walk))
             for eq in reads:
                 output = array_of(eq.out, self.geometry, internal=True, dtype="float32")
                 kernels.append(read_kernel(chain, eq, self.walk, available, output))

@@ -142,7 +142,7 @@ def _query_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) 
     merged = sum(a.width[-1] for a in kernel.inputs if a.layout == "parts" and a.width)
     block_m = max(16, min(16 if merged > 128 else 64, 1 << (rows - 1).bit_length()))
     few = block_m < 64
-    block_n, stages = min(geometry.block, 32 if few or merged else 64), 2
+    block_n, stages = min(geometry.block, 32 if few or merged else 64), 3 if merged else 2
     keys, queries = _width(kernel, "key_rows"), _width(kernel, "query_rows")
     warps = 2 if few else 4
     if few and not merged and kernel.template == "block_sparse_forward":

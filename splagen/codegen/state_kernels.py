@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import sympy as sp
+
 from splagen.codegen.geometry import Geometry, Rows, features_of, is_key_row, is_query_row, is_state
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.predicates import J, T
@@ -141,8 +143,28 @@ def states_kernel(chain: StateChain, program: Program, available: Mapping[Var, A
     )
 
 
-def scan_kernel(chain: StateChain, program: Program) -> Kernel:
-    """States -> prefix sums over chunks, in place: entry c is the sum of the chunks before c."""
+def origin(chain: StateChain, walk: Walk) -> int:
+    """The chunk at which every interval of the reads begins; 0 where they begin at several or move with the row.
+
+    Prefixes that count from there are 0 at the lower end of an interval, which is not read then.
+    """
+    begins = set()
+    for eq in chain.summed:
+        found = walk.predicates.intervals(_mask(eq), J, {}) if not chain.from_queries else []
+        for interval in found:
+            begins.add(tuple((b.numerator, b.divisor) for b in interval.lows))
+        if len(found) != 1 or len(begins) != 1:
+            return 0
+    ((numerator, divisor),) = lows = begins.pop() if begins else ((sp.Integer(0), 1),)
+    return int(numerator) if len(lows) == 1 and numerator.is_Integer and divisor == 1 else 0
+
+
+def _mask(summed: Equation) -> Var:
+    return next(v for v in summed.args if v.kind == "bool")
+
+
+def scan_kernel(chain: StateChain, program: Program, walk: Walk) -> Kernel:
+    """States -> prefix sums over chunks, in place: entry c is the sum of the chunks from the origin to before c."""
     geometry = Geometry.of(program)
     array = state_array(chain.states.out, geometry)
     size = array.width[0] * array.width[1]
@@ -153,7 +175,7 @@ def scan_kernel(chain: StateChain, program: Program) -> Kernel:
         chain.summed,
         (array,),
         (),
-        {"state": array.name, "size": size, "chunk": chunk},
+        {"state": array.name, "size": size, "chunk": chunk, "origin": origin(chain, walk)},
         f"(cdiv({size}, BLOCK_E), B * Hkv)",
         tunable=("BLOCK_E",),
     )
@@ -183,8 +205,7 @@ def read_kernel(chain: StateChain, eq: Equation, walk: Walk, available: Mapping[
         operand = "column"
     product = [f"out = dot_split({operand}, state)  # [BLOCK_M, BLOCK_E]"]
     store = _read_store(output, Rows(geometry, index.side, False))
-    mask_var = next(v for v in summed.args if v.kind == "bool")
-    bounds, intervals = _bounds(walk, mask_var, to_queries)
+    bounds, intervals = _bounds(walk, _mask(summed), to_queries, origin(chain, walk))
     address = "kept[None, :] + summed[:, None] * RIGHT" if over_left else "summed[:, None] + kept[None, :] * RIGHT"
     holes = {
         "chunk": index.chunk,
@@ -201,6 +222,7 @@ def read_kernel(chain: StateChain, eq: Equation, walk: Walk, available: Mapping[
         "kept_size": right if over_left else left,
         "address": address,
         "intervals": intervals,
+        "origin": origin(chain, walk),
         "product": "\n".join(product),
         "store": "\n".join(store),
     }
@@ -217,8 +239,11 @@ def read_kernel(chain: StateChain, eq: Equation, walk: Walk, available: Mapping[
     )
 
 
-def _bounds(walk: Walk, mask: Var, to_queries: bool) -> tuple[list[str], list[dict[str, str]]]:
-    """Lines that define the ends of every interval in units of state chunks, and the names of the ends."""
+def _bounds(walk: Walk, mask: Var, to_queries: bool, origin: int) -> tuple[list[str], list[dict[str, str]]]:
+    """Lines that define the ends of every interval in units of state chunks, and the names of the ends.
+
+    A lower end where prefixes are 0 has no name: the origin, where they count from one.
+    """
     variable, names = (J, {"T": "tile", "L": "L"}) if to_queries else (T, {"J": "chunk", "L": "L"})
     lines = ["tile = chunk * CHUNK // TILE"] if to_queries else []
     ends = []
@@ -227,7 +252,7 @@ def _bounds(walk: Walk, mask: Var, to_queries: bool) -> tuple[list[str], list[di
         if not to_queries:
             low, high = (f"(({x}) * TILE + SOURCE_CHUNK - 1) // SOURCE_CHUNK" for x in (low, high))
         lines += [f"low_{k} = {low}", f"high_{k} = tl.maximum({high}, low_{k})"]
-        ends.append({"low": f"low_{k}", "high": f"high_{k}"})
+        ends.append({"low": "" if origin or low == "0" else f"low_{k}", "high": f"high_{k}"})
     return lines, ends
 
 

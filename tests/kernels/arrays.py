@@ -95,9 +95,10 @@ class Memory:
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, chunks * tiles - x.shape[1]))
         return x.unflatten(1, (chunks, tiles)).sum(2)
 
-    def store_states(self, v: Var, value: Tensor) -> Tensor:
-        """The array of states: entry c holds the sum of the chunks before c."""
+    def store_states(self, v: Var, value: Tensor, origin: int) -> Tensor:
+        """The array of states: entry c holds the sum of the chunks from the origin to before c."""
         one = self.chunk_states(v, value)
+        one[:, :origin] = 0
         return torch.cat([torch.zeros_like(one[:, :1]), one.cumsum(1)], dim=1).to(torch.float32).contiguous()
 
     def unscanned(self, v: Var, value: Tensor) -> Tensor:

@@ -107,8 +107,10 @@ class Call:
                 passed.append(self.memory.segments(a, v, value, self.work))
             elif a.layout == "states":
                 given[v.name] = value
-                scan = kernel.template == "state_scan"
-                passed.append((self.memory.unscanned if scan else self.memory.store_states)(v, value))
+                if kernel.template == "state_scan":
+                    passed.append(self.memory.unscanned(v, value))
+                else:
+                    passed.append(self.memory.store_states(v, value, int(str(kernel.holes["origin"]))))
             else:
                 stored = self.memory.store(a, v, value)
                 given[v.name] = self.memory.given(a, v, stored)
@@ -123,7 +125,7 @@ class Call:
         found = launch(self.n, self.schedules[kernel.name], *passed)
         if kernel.template == "state_scan":
             (v,) = (self.variable(a) for a in kernel.inputs)
-            want = self.memory.store_states(v, given[v.name])
+            want = self.memory.store_states(v, given[v.name], int(str(kernel.holes["origin"])))
             return {v.name: relative_error(passed[0], want)}  # type: ignore[arg-type]
         results = found if isinstance(found, tuple) else (found,)
         outputs = dict(zip([a.name for a in kernel.outputs], results, strict=True))
