@@ -78,10 +78,9 @@ def rule_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> 
         case "block_sparse_dkv":
             schedule = _key_schedule(kernel, geometry, size, shared)
         case "block_sparse_parts":
-            block_m, columns = 64 if size == 2 else 16, _width(kernel, "query_rows")
-            # a buffer ahead where several programs still share a multiprocessor
-            buffers = size * (2 * block_m * columns + geometry.block * _width(kernel, "key_rows"))
-            schedule = {"BLOCK_M": block_m, "num_warps": 4, "num_stages": 2 if buffers <= 64 << 10 else 1}
+            block_m = 16 if size == 4 else 32 if _width(kernel, "query_rows") > 128 else 64
+            buffers = size * (2 * block_m * _width(kernel, "query_rows") + geometry.block * _width(kernel, "key_rows"))
+            schedule = {"BLOCK_M": block_m, "num_warps": 4, "num_stages": 2 if buffers <= shared // 2 else 1}
         case "merge_segments":
             schedule = {"BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
         case "rows":
@@ -142,11 +141,16 @@ def _query_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) 
     merged = sum(a.width[-1] for a in kernel.inputs if a.layout == "parts" and a.width)
     block_m = max(16, min(16 if merged > 128 else 64, 1 << (rows - 1).bit_length()))
     few = block_m < 64
-    block_n, stages = min(geometry.block, 32 if few or merged else 64), 3 if merged else 2
+    block_n, stages = min(geometry.block, 32 if few or merged else 64), 3 if merged > 128 else 2
     keys, queries = _width(kernel, "key_rows"), _width(kernel, "query_rows")
     warps = 2 if few else 4
-    if few and not merged and kernel.template == "block_sparse_forward":
-        block_n, warps = 16, 1
+    if not merged and size == 2:
+        wide = keys > 2 * geometry.head_dim  # features beside k and v
+        if kernel.template == "block_sparse_forward":
+            block_n, warps = (16, 1) if few else (32, 4) if wide else (block_n, 4)
+        elif wide and not few:
+            warps = 8
+        stages = 2 if few or wide else 3
     if size == 4:  # products of float32 are unrolled into single multiplications: only small tiles fit registers
         block_m, block_n, stages, warps = min(block_m, 32), 16, 1, 4
 
@@ -172,7 +176,7 @@ def _key_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) ->
     wide, whole = accumulators > 256, _gives_parts(kernel)
     block_m, block_n, stages = (16, 16, 1) if size == 4 else (32, 64, 2 if whole else 1)
     if wide and size == 2:
-        block_m, stages = 64 if whole else 16, 2
+        block_m, stages = 64 if whole else 32, 2
     block_n = geometry.block if whole else min(geometry.block, block_n)
     while not whole and block_n > 16 and block_n * accumulators > 24576:
         block_n //= 2
