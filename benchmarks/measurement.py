@@ -18,7 +18,7 @@ from benchmarks.floors import Floor, Stage, floors, kernel_flops
 from benchmarks.given import Selection, chosen_by_metric, overlap, random_selection, read_qk
 from benchmarks.op import BUILD, DEFAULT, BlockSparse, Op, Strategies, op_of
 from benchmarks.peers import PEERS, SAME_FOR_ALL_KV_HEADS, Task, measure, text_of
-from benchmarks.timing import peak_bytes, repeats_for, time_ms
+from benchmarks.timing import host_us, peak_bytes, repeats_for, time_ms
 from benchmarks.works import Case, Pass, Timed, Work
 from splagen.spec import SPLASpec
 
@@ -140,6 +140,7 @@ class Run:
         row["kernels_floor_ms"] = {n: Floor(flops.get(n, 0.0), k.bytes).ms for n, k in kernels.items()}
         row["kernels_flops"] = {n: flops.get(n, 0.0) for n in kernels}
         row["kernels_bytes"] = {n: k.bytes for n, k in kernels.items()}
+        row["host_us"] = {name: host_us(runs[name]) for name in work.passes} if options.device == "cuda" else {}
         results.clear()
         peak = peak_bytes(both if "backward" in work.passes else forward)
         row["peak_gib_beyond_inputs"] = peak / 2**30

@@ -123,15 +123,16 @@ def flex(task: Task) -> Runs:
 
 def flex_chosen(task: Task) -> Runs:
     """The chosen blocks of tiles as a block mask, compiled: the same work where a tile has the size of a block."""
-    return _flex(task, chosen_mask(task))
+    tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
+    return _flex(task, chosen_mask(task), tiles)  # its own choice is larger than the blocks
 
 
-def _flex(task: Task, mask: BlockMask | None) -> Runs:
+def _flex(task: Task, mask: BlockMask | None, tiles: dict[str, int] | None = None) -> Runs:
     q, k, v = task.rows(heads_first=True)
     torch.compiler.reset()  # after eight shapes it would run uncompiled, in memory for length² scores
     run = torch.compile(flex_attention, dynamic=False) if task.device == "cuda" else flex_attention
     grouped = task.shape[1] != task.kv_heads
-    return Runs(lambda: run(q, k, v, block_mask=mask, enable_gqa=grouped), (q, k, v))
+    return Runs(lambda: run(q, k, v, block_mask=mask, enable_gqa=grouped, kernel_options=tiles), (q, k, v))
 
 
 def causal_mask(length: int, device: str) -> BlockMask:

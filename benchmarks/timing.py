@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,20 @@ class Timing:
 
 
 SLEEP_CYCLES = 20_000_000  # about 10 ms
+
+
+def host_us(run: Callable[[], object], calls: int = 10, rounds: int = 11) -> float:
+    """Microseconds that the host takes for a call, launches included, while the GPU sleeps: the median of rounds."""
+    samples = []
+    for _ in range(rounds + 1):
+        torch.cuda.synchronize()
+        torch.cuda._sleep(SLEEP_CYCLES)
+        begun = time.perf_counter()
+        for _ in range(calls):
+            run()
+        samples.append((time.perf_counter() - begun) / calls * 1e6)
+    torch.cuda.synchronize()
+    return statistics.median(samples[1:])
 
 
 def time_ms(run: Callable[[], object], repeats: int = 20, warmup: int = 3, *, asleep: bool = False) -> Timing:

@@ -71,7 +71,7 @@ class Work:
     """Specs by the name of a variant, as functions of the group size, at sizes and lengths.
 
     `targets` has the variant, the length and the KV heads of what is asked for; only groups that make HEADS query
-    heads have one.
+    heads have one.  Of the systems beside it, the `slow` ones are measured at 64k alone.
     """
 
     name: str
@@ -82,6 +82,7 @@ class Work:
     lengths: tuple[int, ...]
     passes: tuple[Pass, ...] = PASSES
     targets: Mapping[tuple[str, int, int], Target] = field(default_factory=dict)
+    slow: tuple[str, ...] = ()
 
     def cases(self, lengths: Sequence[int] = (), kv_heads: Sequence[int] = ()) -> list[Case]:
         """All cases, or those of other lengths or KV heads: sizes that are not listed take the systems of the first."""
@@ -96,7 +97,9 @@ class Work:
                 for length in lengths or self.lengths:
                     key = variant, length, size.kv_heads
                     target = self.targets.get(key) if size.kv_heads * size.group == HEADS else None
-                    found.append(Case(self.name, variant, spec_of(size.group), size, length, target))
+                    beside = tuple(s for s in size.beside if s not in self.slow or length == 64 * K)
+                    there = replace(size, beside=beside)
+                    found.append(Case(self.name, variant, spec_of(size.group), there, length, target))
             sizes = [replace(s, beside=()) for s in sizes]  # the systems beside it are the same for every variant
         return found
 
@@ -193,6 +196,7 @@ WORKS: dict[str, Work] = {
                 ("", 64 * K, 8): Target((28, 65), (18, 40)),
                 ("", 128 * K, 2): Target((42, 100), (29, 62)),
             },
+            slow=("dense flash", "FlexAttention"),
         ),
         Work(
             "whole_softmax",
@@ -208,7 +212,7 @@ WORKS: dict[str, Work] = {
             "InfLLM-v2's preset, selection included: 1 sink, 33 local, 62 free blocks, no residual",
             {"": infllm_spec},
             "op",
-            (Size(2, 16, DENSE),),
+            (Size(2, 16, ("dense cuDNN",)),),
             (128 * K,),
             passes=("forward",),
             targets={("", 128 * K, 2): Target((100,), (70,))},

@@ -147,7 +147,7 @@ def _query_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) 
     if not merged and size == 2:
         wide = keys > 2 * geometry.head_dim  # features beside k and v
         if kernel.template == "block_sparse_forward":
-            block_n, warps = (16, 1) if few else (32, 4) if wide else (block_n, 4)
+            block_n, warps = (16, 1) if few else (min(block_n, 32), 4) if wide else (block_n, 4)
         elif wide and not few:
             warps = 8
         stages = 2 if few or wide else 3
