@@ -93,8 +93,8 @@ def measure(runs: Runs, passes: Sequence[str]) -> dict[str, Any]:
 
 
 def text_of(error: BaseException) -> str:
-    """Type and message, short."""
-    return f"{type(error).__name__}: {error}"[:500]
+    """Type and the first line of the message, short."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
 
 
 # -- dense ---------------------------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def _number(value: object) -> str:
             return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
         case int():
             return f"{value:,}".replace(",", " ")
-    return str(value)
+    return str(value).partition("\n")[0].replace("|", "\\|")
 
 
 def _source(paths: Sequence[Path], records: Sequence[Mapping[str, Any]], root: Path) -> str:

@@ -146,8 +146,10 @@ def _query_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) 
     warps = 2 if few else 4
     if not merged and size == 2:
         wide = keys > 2 * geometry.head_dim  # features beside k and v
-        if kernel.template == "block_sparse_forward":
-            block_n, warps = (16, 1) if few else (min(block_n, 32), 4) if wide else (block_n, 4)
+        if kernel.template == "block_sparse_forward" and few and geometry.head_dim <= 128:
+            block_n, warps = 16, 1
+        elif kernel.template == "block_sparse_forward" and wide:
+            block_n = min(block_n, 32)
         elif wide and not few:
             warps = 8
         stages = 2 if few or wide else 3

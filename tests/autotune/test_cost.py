@@ -359,7 +359,7 @@ def correlation(pairs: list[tuple[float, float]]) -> float:
 def test_recorded_times_of_attention() -> None:
     """Measured: 0.973 over the kernels of two shapes."""
     pairs = []
-    for row in json.loads((RESULTS / "whole_op.json").read_text())["figures"]["rows"]:
+    for row in json.loads((RESULTS / "whole.json").read_text())["figures"]["rows"]:
         if "kernels_ms" in row:
             select = Select(block_size=64, budget=13, sinks=1, local=1)
             group = 32 // row["kv_heads"]
