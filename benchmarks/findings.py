@@ -13,17 +13,23 @@ ODD_GROUP_LIMIT = 1.4  # time of a group size over that of the next power of two
 TOTALS = {"forward": ("forward_ms",), "forward and backward": ("forward_ms", "backward_ms")}
 
 
+def plain(rows: Rows) -> list[dict[str, Any]]:
+    """The timed rows of the works as they are listed: the op's own choice of strategy, blocks that nothing relates."""
+    listed = ("random", "by metric")
+    return [r for r in rows if "forward_ms" in r and "strategy" not in r and r.get("selection", "random") in listed]
+
+
 def crossovers(rows: Rows) -> list[dict[str, Any]]:
     """For every number of KV heads the length from which the op takes no longer than dense attention does.
 
     Between two measured lengths times are taken to be powers of the length.  A text where it lies outside of them.
     """
     found = []
-    plain = [r for r in rows if "strategy" not in r and "forward_ms" in r]
-    for kv_heads in sorted({r["kv_heads"] for r in plain if r["system"] == OURS}):
+    timed = plain(rows)
+    for kv_heads in sorted({r["kv_heads"] for r in timed if r["system"] == OURS}):
         for name, columns in TOTALS.items():
             times: dict[str, dict[int, float]] = {OURS: {}, DENSE: {}}
-            for r in plain:
+            for r in timed:
                 if r["system"] in times and r["kv_heads"] == kv_heads and all(c in r for c in columns):
                     times[r["system"]][r["length"]] = sum(r[c] for c in columns)
             lengths = sorted(times[OURS].keys() & times[DENSE].keys())
@@ -49,11 +55,7 @@ def _crossing(lengths: Sequence[int], ratios: Sequence[float]) -> int | str:
 def odd_groups(rows: Rows) -> list[dict[str, Any]]:
     """Time at a group size over that at the next power of two, at equal KV heads and length."""
     found = []
-    ours = {
-        (r["kv_heads"], r["length"], r["group_size"]): r
-        for r in rows
-        if r["system"] == OURS and "strategy" not in r and "forward_ms" in r
-    }
+    ours = {(r["kv_heads"], r["length"], r["group_size"]): r for r in plain(rows) if r["system"] == OURS}
     for (kv_heads, length, group), row in sorted(ours.items()):
         power = 1 << (group - 1).bit_length()
         beside = ours.get((kv_heads, length, power))

@@ -24,6 +24,7 @@ from splagen.spec import SPLASpec
 
 ROWS = 8192  # tiles whose random scores are in memory at once
 NEIGHBOURS = (4, 8, 16)
+ALIKE = 16  # neighbouring tiles whose random choices may be alike
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,13 @@ def far(spec: SPLASpec, length: int, tiles: Tensor) -> Tensor:
     return (block >= select.sinks) & (before if spec.causal else before | after)
 
 
-def random_selection(spec: SPLASpec, length: int, kv_heads: int, device: str, seed: int = 0) -> Selection:
-    """Blocks drawn without replacement for every tile and KV head of one sequence; all where the budget covers all."""
+def random_selection(
+    spec: SPLASpec, length: int, kv_heads: int, device: str, seed: int = 0, alike: float = 0.0
+) -> Selection:
+    """Blocks drawn without replacement for every tile and KV head of one sequence; all where the budget covers all.
+
+    `alike`: 0 draws for each tile alone, 1 for ALIKE neighbouring tiles together.
+    """
     assert spec.select is not None
     draw = torch.Generator(device).manual_seed(seed)
     budget, blocks = spec.select.budget, -(-length // spec.select.block_size)
@@ -59,7 +65,11 @@ def random_selection(spec: SPLASpec, length: int, kv_heads: int, device: str, se
         allowed = far(spec, length, tiles)
         of_heads = []
         for _ in range(kv_heads):
-            score = torch.rand(allowed.shape, generator=draw, device=device).masked_fill_(~allowed, -1)
+            score = torch.rand(allowed.shape, generator=draw, device=device)
+            if alike:
+                shared = torch.rand(-(-len(tiles) // ALIKE), blocks, generator=draw, device=device)
+                score = (1 - alike) * score + alike * shared.repeat_interleave(ALIKE, dim=0)[: len(tiles)]
+            score.masked_fill_(~allowed, -1)
             best, chosen = score.topk(min(budget, blocks), dim=1)
             of_heads.append(torch.where(best < 0, blocks, chosen))
         parts.append(torch.stack(of_heads))

@@ -28,7 +28,7 @@ STAGES: dict[Timed, tuple[Stage, ...]] = {
     "selection": ("selection",),
 }
 FINDINGS = ("crossover", "group_sizes", "left_out")
-STRATEGIES = ("by row", "by key")  # as a Choice numbers them
+STRATEGIES = ("by row", "by key", "by union")  # as a Choice numbers them
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Options:
     repeats: int | None = None
     strategies: bool = False
     qk: Path | None = None
+    alike: tuple[float, ...] = ()
     build: Path = BUILD
 
 
@@ -47,8 +48,9 @@ def strategies_of(op: Op, options: Options) -> list[tuple[str, Strategies]]:
     """The module's own choice, without a name, and every strategy where they are asked for."""
     found: list[tuple[str, Strategies]] = [("", DEFAULT)]
     if options.strategies and isinstance(op, BlockSparse):
-        for i, name in enumerate(STRATEGIES):
-            found.append((name, {c.name: {"strategy": i} for c in op.part.strategies}))
+        most = max((len(c.options) for c in op.part.strategies), default=0)
+        for i, name in enumerate(STRATEGIES[:most]):
+            found.append((name, {c.name: {"strategy": min(i, len(c.options) - 1)} for c in op.part.strategies}))
     return found
 
 
@@ -95,6 +97,7 @@ class Run:
                     continue
                 yield row | self._op_row(work, case, op, strategies)
             yield from self._text_row(work, case, op)
+            yield from self._alike_rows(work, case, op)
         except Exception as error:
             self.wrong.append(f"{work.name} {case.label}")
             yield head | {"reason": text_of(error)}
@@ -164,8 +167,25 @@ class Run:
             return
         case = replace(case, length=q.shape[1], target=case.target if q.shape[1] == case.length else None)
         given = chosen_by_metric(op.spec, q, k, self.options.device)
-        text = _Chosen(op.spec, op.timed, op.module, op.truth, chosen=given)
-        yield {"system": OURS, **case.label, **self._op_row(work, case, text, DEFAULT), "selection": "text"}
+        yield from self._chosen_rows(work, case, op, given, "text")
+
+    def _alike_rows(self, work: Work, case: Case, op: Op) -> Iterator[dict[str, Any]]:
+        """With random blocks that neighbouring tiles choose more or less alike."""
+        if work.timed != "given" or not isinstance(op, BlockSparse):
+            return
+        for alike in self.options.alike:
+            length, kv_heads = case.length, case.size.kv_heads
+            given = random_selection(op.spec, length, kv_heads, self.options.device, alike=alike)
+            yield from self._chosen_rows(work, case, op, given, f"alike {alike:g}")
+
+    def _chosen_rows(
+        self, work: Work, case: Case, op: BlockSparse, given: Selection, name: str
+    ) -> Iterator[dict[str, Any]]:
+        """By the module's own choice and, where they are asked for, by every strategy."""
+        chosen = _Chosen(op.spec, op.timed, op.module, op.truth, chosen=given)
+        for strategy, schedules in strategies_of(op, self.options):
+            head: dict[str, Any] = {"system": OURS, **case.label} | ({"strategy": strategy} if strategy else {})
+            yield head | self._op_row(work, case, chosen, schedules) | {"selection": name}
 
     def _peer_row(self, work: Work, case: Case, system: str) -> dict[str, Any]:
         spec = case.spec if isinstance(case.spec, SPLASpec) else None

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.findings import OURS
+from benchmarks.findings import OURS, plain
 from benchmarks.floors import PEAK_BYTES, PEAK_FLOPS
 from benchmarks.record import ROOT
 from benchmarks.works import PASSES
@@ -31,7 +31,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         raise FileNotFoundError(f"no {path}: run python -m benchmarks.run {RECORD} first")
     rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["figures"]["rows"]
-    return [r for r in rows if "forward_ms" in r and "strategy" not in r]
+    return plain(rows)
 
 
 def lines_of(rows: Sequence[dict[str, Any]], name: str) -> dict[str, list[tuple[int, float]]]:

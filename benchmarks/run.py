@@ -6,6 +6,7 @@ benchmarks/results/WORK.json: runs of different works may share a folder, and a 
 
     python -m benchmarks.run --list
     python -m benchmarks.run sparse selection --kv-heads 2
+    python -m benchmarks.run sparse --alike 0.5 0.9 --strategies  # random blocks that neighbours choose alike too
     python -m benchmarks.run sparse --qk qk.pt    # chosen blocks of a model's q [1, L, Hq, D] and k [1, L, Hkv, D] too
     python -m benchmarks.run whole --strategies --out /tmp/strategies    # README's tables are of the default choices
 """
@@ -64,7 +65,8 @@ def compile_all(cases: Sequence[tuple[Spec, Timed, int]], options: Options) -> l
 def line_of(work: str, row: dict[str, Any]) -> str:
     """A row as a line of the table."""
     name = " ".join(str(row[n]) for n in ("system", "variant", "strategy") if n in row)
-    name += " (text)" if row.get("selection") == "text" else ""
+    chosen = row.get("selection", "")
+    name += f" ({chosen})" if chosen == "text" or chosen.startswith("alike") else ""
     text = f"{work:14} {name:34} L={row['length']:7} Hkv={row['kv_heads']:2} G={row['group_size']:2}"
     for n in ("forward", "backward"):
         if f"{n}_ms" in row:
@@ -103,6 +105,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, help="default: as often as takes about a second and a half, 3 to 20")
     parser.add_argument("--strategies", action="store_true", help="time every strategy beside the module's own choice")
     parser.add_argument("--qk", type=Path, metavar="FILE.pt", help="q and k of a model, to choose blocks from")
+    parser.add_argument(
+        "--alike",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="X",
+        help="random blocks that neighbours choose alike: 0 to 1",
+    )
     parser.add_argument("--seconds", type=float, default=540, help="no case is started later than this")
     parser.add_argument("--list", action="store_true", help="print works, sizes and what is asked for; measure nothing")
     given = parser.parse_args(arguments)
@@ -114,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(listing(work) for work in works))
         return 0
     cases = {work.name: work.cases(given.lengths, given.kv_heads) for work in works}
-    options = Options(repeats=given.repeats, strategies=given.strategies, qk=given.qk)
+    options = Options(repeats=given.repeats, strategies=given.strategies, qk=given.qk, alike=tuple(given.alike))
     run = Run(options, given.seconds)
     for text in compile_all([(c.spec, w.timed, c.shape[1]) for w in works for c in cases[w.name]], options):
         run.report(f"failed ahead of time: {text}")

@@ -80,6 +80,21 @@ def test_overlap_counts_the_union_of_neighbours() -> None:
     assert given.overlap(given.Selection(alone, counts))["16"] == 16.0
 
 
+def test_random_choices_of_neighbours_are_as_alike_as_asked() -> None:
+    spec = SPLASpec(head_dim=16, group_size=1, select=Select(block_size=16, budget=4), linear=None)
+    unions = [
+        given.overlap(given.random_selection(spec, 2048, 1, "cpu", alike=alike))["16"] for alike in (0.0, 0.5, 1.0)
+    ]
+    assert unions[0] > unions[1] > unions[2]
+    assert unions[2] < 1.2, "one choice for 16 neighbours, but for those before which a block ends"
+
+
+def test_findings_leave_out_strategies_and_choices_that_are_related() -> None:
+    row = {"system": findings.OURS, "kv_heads": 2, "length": 64, "forward_ms": 1.0}
+    related = [row | {"strategy": "by key"}, row | {"selection": "text"}, row | {"selection": "alike 0.5"}]
+    assert findings.plain([row, *related, row | {"selection": "random"}]) == [row, row | {"selection": "random"}]
+
+
 def test_stages_of_a_module(tmp_path: Path) -> None:
     module, part = pipeline.generate(TOKEN, tmp_path).module, pipeline.kernels(TOKEN)
     assert isinstance(part, Partition)
