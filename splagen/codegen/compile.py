@@ -74,7 +74,7 @@ def compile_module(
     jobs: int | None = None,
     progress: bool | None = None,
 ) -> list[Built]:
-    """Compile the kernels of a generated module with the Schedules that stand in it: one row per job.
+    """Compile the kernels that a generated module launches with the Schedules that stand in it: one row per job.
 
     Args:
         path: the module that was generated from `part`.
@@ -127,7 +127,23 @@ def _wanted(
     _known("target", targets, TARGETS)
     _known("dtype", dtypes, DTYPES)
     schedules = _schedules(Path(path))
-    return [(k, arch, d, schedules[arch][d][k.name]) for arch in targets for d in dtypes for k in part.kernels]
+    return [
+        (k, arch, d, schedules[arch][d][k.name])
+        for arch in targets
+        for d in dtypes
+        for k in launched(part, schedules[arch][d])
+    ]
+
+
+def launched(part: Partition | SequencePartition, schedules: Mapping[str, Schedule]) -> list[Kernel]:
+    """The kernels that a module launches with these Schedules, by name: the chosen strategies', and the first ones'.
+
+    A call falls back to the first strategy where another's parts would not fit into memory.
+    """
+    options = [(c, i, k) for c in part.strategies for i, option in enumerate(c.options) for k in option]
+    taken = {k.name for c, i, k in options if i in (0, schedules[c.name]["strategy"])}
+    idle = {k.name for _, _, k in options} - taken
+    return [k for k in part.kernels if k.name not in idle]
 
 
 class Compiler:

@@ -7,7 +7,7 @@ import pytest
 
 from splagen import pipeline
 from splagen.codegen import compile as ahead_of_time
-from splagen.codegen.compile import Built, compile_module, raise_if_failed
+from splagen.codegen.compile import Built, compile_module, launched, raise_if_failed
 from splagen.codegen.compile_worker import register_a_wgmmas, resources
 from splagen.codegen.schedule import DTYPES, TARGETS
 from splagen.errors import CompileError, InputError
@@ -156,3 +156,12 @@ def test_the_examples_compile_for_every_target_and_dtype(path: Path, tmp_path: P
     raise_if_failed(found)
     assert {(r.arch, r.dtype) for r in found} == {(a, d) for a in TARGETS for d in DTYPES}
     assert digest(spec)[:8] in pipeline.generate(spec, tmp_path).path.stem
+
+
+@pytest.mark.parametrize("strategy", [0, 1])
+def test_kernels_of_strategies_that_no_schedule_chooses_are_not_compiled(strategy: int) -> None:
+    """By row always is: calls whose parts do not fit into memory run so."""
+    part = pipeline.kernels(SMALL)
+    names = {k.name for k in launched(part, {c.name: {"strategy": strategy} for c in part.strategies})}
+    assert {"block_sparse_forward", "block_sparse_dq", "block_sparse_dkv", "statistics", "merge_segments"} <= names
+    assert ({"block_sparse_parts", "block_sparse_merge", "linear_dqkv"} <= names) == bool(strategy)
