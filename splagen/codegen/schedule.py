@@ -87,8 +87,7 @@ def rule_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> 
             schedule = {"BLOCK_M": 16, "num_warps": 4 if _columns(kernel) > 1024 else 2, "num_stages": 1}
         case "block_states":
             left, right = kernel.outputs[0].width
-            rows_of_chunk = int(str(kernel.holes["chunk"])) * (geometry.group if "GROUP" in str(kernel.holes) else 1)
-            block_m = max(16, min(64, 1 << (rows_of_chunk.bit_length() - 1)))
+            block_m = max(16, min(64, 1 << (_rows_of_chunk(kernel, geometry).bit_length() - 1)))
             block_e, stages = (right, 3) if size == 2 else (min(right, 32), 1)
             block_m = block_m if size == 2 else 16
             while block_e > 16 and left * block_e > 32768:
@@ -101,8 +100,8 @@ def rule_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> 
             schedule = {"BLOCK_E": 256, "num_warps": 4, "num_stages": 4}
         case "read_out":
             summed, kept = (int(str(kernel.holes[x])) for x in ("summed_size", "kept_size"))
-            rows = int(str(kernel.holes["chunk"])) * (geometry.group if "GROUP" in str(kernel.holes) else 1)
-            block_m, block_e = max(16, min(128, 1 << (rows.bit_length() - 1))) if size == 2 else 32, min(32, kept)
+            filled = max(16, min(128, 1 << (_rows_of_chunk(kernel, geometry).bit_length() - 1)))
+            block_m, block_e = filled if size == 2 else 32, min(32, kept)
             while (block_m + block_e) * summed * 4 > shared and (block_m > 16 or block_e > 16):
                 block_m, block_e = (block_m // 2, block_e) if block_m > block_e else (block_m, block_e // 2)
             schedule = {"BLOCK_M": block_m, "BLOCK_E": block_e, "num_warps": 4, "num_stages": 1}
@@ -119,6 +118,11 @@ def rule_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> 
             raise ScheduleError(f"no default Schedule for template {kernel.template}")
     check_schedule(kernel, geometry, schedule)
     return schedule
+
+
+def _rows_of_chunk(kernel: Kernel, geometry: Geometry) -> int:
+    """Rows that sum to one state, or that read one."""
+    return int(str(kernel.holes["chunk"])) * (geometry.group if "GROUP" in str(kernel.holes) else 1)
 
 
 def _columns(kernel: Kernel) -> int:

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import sympy as sp
-
 from splagen.codegen.geometry import Geometry, Rows, features_of, is_key_row, is_query_row, is_state
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.predicates import J, T
@@ -155,8 +153,11 @@ def origin(chain: StateChain, walk: Walk) -> int:
             begins.add(tuple((b.numerator, b.divisor) for b in interval.lows))
         if len(found) != 1 or len(begins) != 1:
             return 0
-    ((numerator, divisor),) = lows = begins.pop() if begins else ((sp.Integer(0), 1),)
-    return int(numerator) if len(lows) == 1 and numerator.is_Integer and divisor == 1 else 0
+    lows = begins.pop() if begins else ()
+    if len(lows) != 1:
+        return 0
+    ((numerator, divisor),) = lows
+    return int(numerator) if numerator.is_Integer and divisor == 1 else 0
 
 
 def _mask(summed: Equation) -> Var:
@@ -205,7 +206,8 @@ def read_kernel(chain: StateChain, eq: Equation, walk: Walk, available: Mapping[
         operand = "column"
     product = [f"out = dot_split({operand}, state)  # [BLOCK_M, BLOCK_E]"]
     store = _read_store(output, Rows(geometry, index.side, False))
-    bounds, intervals = _bounds(walk, _mask(summed), to_queries, origin(chain, walk))
+    begin = origin(chain, walk)
+    bounds, intervals = _bounds(walk, _mask(summed), to_queries, begin)
     address = "kept[None, :] + summed[:, None] * RIGHT" if over_left else "summed[:, None] + kept[None, :] * RIGHT"
     holes = {
         "chunk": index.chunk,
@@ -222,7 +224,7 @@ def read_kernel(chain: StateChain, eq: Equation, walk: Walk, available: Mapping[
         "kept_size": right if over_left else left,
         "address": address,
         "intervals": intervals,
-        "origin": origin(chain, walk),
+        "origin": begin,
         "product": "\n".join(product),
         "store": "\n".join(store),
     }
