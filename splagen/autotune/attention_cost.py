@@ -186,7 +186,7 @@ class Attention:
                 return count * g.cells * (self.usable if kernel.template == "score_lse" else self.far)
             case "score_topk", "query_rows" | "query_scalars" if _hole(kernel, "rows_of_tile") > schedule["BLOCK_M"]:
                 # a tile of more rows than fit passes by piece by piece, for every tile of blocks
-                return once * self.far * _hole(kernel, "span") / schedule["BLOCK_C"]
+                return once * self.far * g.cells / schedule["BLOCK_C"]
             case "block_states", "query_rows" | "key_rows" | "query_scalars" if "e" not in a.features:
                 return once * sp.Rational(_hole(kernel, "right_size"), schedule["BLOCK_E"])
             case "state_scan", "states":  # in place

@@ -223,12 +223,13 @@ def _score_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) 
             block_m, block_c, warps, stages = min(block_m, 64), 32, 4, 2
         least = 16
     else:
-        rows_of_tile, kept, span = (int(str(kernel.holes[x])) for x in ("rows_of_tile", "kept", "span"))
-        block_m, block_j = (64, 32) if rows_of_tile > 1 else (32, 64)
+        rows_of_tile, kept = (int(str(kernel.holes[x])) for x in ("rows_of_tile", "kept"))
+        block_m, block_j = (128 if rows_of_tile >= 16 else 64, 32) if rows_of_tile > 1 else (32, 64)
         while block_m > 16 and block_m // rows_of_tile * max(kept, block_j) > 2048:
             block_m //= 2
-        least = max(16, 2 * span)
-        block_c, warps, stages = max(least, min(block_j * span, 64 if rows <= 256 else 32)), 4, 2
+        least = max(16, 2 * geometry.cells)
+        most = 128 if rows <= 128 else 64 if rows <= 256 else 32
+        block_c, warps, stages = max(least, min(block_j * geometry.cells, most)), 4, 2
     if size == 4:  # products without tensor cores
         most = 32 if rows <= 256 else 16
         block_m, block_c = min(block_m, most), max(least, min(block_c, most))
@@ -256,8 +257,6 @@ def check_schedule(kernel: Kernel, geometry: Geometry, schedule: Schedule) -> No
     if kernel.template == "statistics" and block_n % geometry.cell:
         what = f"BLOCK_N={block_n} of {kernel.name} is not a multiple of the cell of {geometry.cell}"
         raise ScheduleError(what)
-    if kernel.template == "score_topk" and schedule["BLOCK_C"] < 2 * int(str(kernel.holes["span"])):
-        raise ScheduleError(f"BLOCK_C={schedule['BLOCK_C']} of {kernel.name} holds fewer than two blocks")
     if kernel.template in ("block_states", "read_out"):
         columns = int(str(kernel.holes["right_size" if kernel.template == "block_states" else "kept_size"]))
         if columns % schedule["BLOCK_E"]:

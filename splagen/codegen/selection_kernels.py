@@ -19,7 +19,9 @@ from splagen.codegen.row_code import RowCode
 from splagen.codegen.selection import CELL, QUERY, TILE, Selection
 from splagen.codegen.tile_code import COUNTS, INDICES
 from splagen.codegen.triton_expr import triton_text
+from splagen.errors import PartitionError
 from splagen.ir.program import Equation, Iota, TopK, Var
+from splagen.ir.text import equation_text
 
 
 class CellRows(Rows):
@@ -143,7 +145,7 @@ class _Code:
         share = _times(f"tl.exp2({triton_text(exponent, names)} - norm[:, None])", weight, names)
         lines.append(f"share = {share if usable == 'True' else f'tl.where({usable}, {share}, 0.0)'}")
         heads = 1 << (geometry.group - 1).bit_length()
-        first, count = selection.band()
+        carried, pool = self._pool()
         op = selection.topk.op
         assert isinstance(op, TopK)
         holes = {
@@ -151,14 +153,13 @@ class _Code:
             "rows_of_tile": geometry.tile * heads,
             "kept": max(2, 1 << (op.k - 1).bit_length()),
             "cells": geometry.cells,
-            "span": 1 << (count - 1).bit_length(),
-            "offset": first,
             "columns": "\n".join(geometry.columns(("d",))),
             "rows": "\n".join(rows),
             "bounds": "\n".join(selection.bounds(selection.far, BLOCK, TILE, ("first_tile", "last_tile"), "nJ")),
             "loads": "\n".join(self._loads()),
             "share": "\n".join(lines),
-            "pool": "\n".join(self._pool()),
+            "carried": "\n".join(carried),
+            "pool": "\n".join(pool),
             "far": "\n".join(self._far()),
             "any_array": self.lse_array.name,
         }
@@ -225,18 +226,31 @@ class _Code:
             far = "(block < nJ)[None, :]" if far == "True" else f"{far} & (block < nJ)[None, :]"
         return [*lines, f"far = {far}"] if far != "far" else lines
 
-    def _pool(self) -> list[str]:
-        """Lines that turn the mass of cells [TILES, BLOCK_C] into that of blocks [TILES, BLOCK_J]."""
-        pooled, cells = self.selection.pooled, "tl.reshape(mass, (TILES, BLOCK_J, SPAN))"
-        if pooled is None:
-            return [f"mass = tl.sum({cells}, axis=2)"] if self.geometry.cells > 1 else []
-        dims = (Dim(frozenset("T")), Dim(frozenset(("J", "Jw", "Cw"))))
-        lines, names = self._emit([pooled], dims, {("J",): "owner[None, :]", ("Jw", "Cw"): "cell[None, :]"})
-        return [
-            *lines,
-            f'mass = tl.where({names[pooled.name]} & cell_ok[None, :], mass, -float("inf"))',
-            f"mass = tl.max({cells}, axis=2)",
-            'mass = tl.where(mass == -float("inf"), 0.0, mass)  # no window',
+    def _pool(self) -> tuple[list[str], list[str]]:
+        """Lines before the loop, and lines that turn the mass of cells [TILES, BLOCK_C] into that of blocks.
+
+        Windows of the block before may reach into a block: the largest of them is handed on, from the last block of a
+        step to the first of the next.  A mass is an exponential: 0 stands for no window.
+        """
+        cells = self.geometry.cells
+        split = f"tl.reshape(mass, (TILES, BLOCK_J, {cells}))"
+        if self.selection.pooled is None:
+            return [], [f"mass = tl.sum({split}, axis=2)"] if cells > 1 else []
+        first, count = self.selection.band()
+        if not 0 < -first <= cells or first + count != cells:
+            eq = self.program.definitions[self.selection.pooled]
+            raise PartitionError(f"`{equation_text(eq)}` takes windows beyond its block and the one before")
+        start = [
+            "low = tl.maximum(low - 1, 0)  # its windows reach into the first block",
+            "before = tl.zeros((TILES,), tl.float32)",
+        ]
+        return start, [
+            f"split = {split}",
+            f"last = tl.max(tl.where(tl.arange(0, {cells})[None, None, :] >= {cells + first}, split, 0.0), axis=2)",
+            "lane = tl.arange(0, BLOCK_J)[None, :]",
+            "left = tl.gather(last, tl.broadcast_to(tl.maximum(lane - 1, 0), (TILES, BLOCK_J)), axis=1)",
+            "mass = tl.maximum(tl.max(split, axis=2), tl.where(lane == 0, before[:, None], left))",
+            "before = tl.sum(tl.where(lane == BLOCK_J - 1, last, 0.0), axis=1)",
         ]
 
     def _emit(

@@ -94,12 +94,3 @@ def test_a_statistic_needs_whole_cells() -> None:
     schedule = {**default_schedule(kernel, geometry, "sm_90", "bf16"), "BLOCK_N": 32}
     with pytest.raises(ScheduleError, match=r"BLOCK_N=32 of statistics is no\w* .*multiple of the cell of 64"):
         check_schedule(kernel, geometry, schedule)
-
-
-def test_a_top_k_needs_two_blocks_in_a_tile() -> None:
-    """Windows of 32 every 16: nine touch a block of 128 keys, which takes 16 lanes."""
-    spec = SPLASpec(head_dim=64, select=Select(block_size=128, statistics=windows()))
-    kernel, geometry = kernel_of("score_topk", spec)
-    schedule = {**default_schedule(kernel, geometry, "sm_90", "bf16"), "BLOCK_C": 16}
-    with pytest.raises(ScheduleError, match="BLOCK_C=16 of score_topk holds fewer than two blocks"):
-        check_schedule(kernel, geometry, schedule)
