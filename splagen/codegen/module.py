@@ -119,6 +119,9 @@ def _allocation(a: Array, constants: dict[str, int]) -> str:
             shape = ["n.B", "n.Hkv", "n.nT", str(constants["BUDGET"])]
         case "counts":
             shape = ["n.B", "n.Hkv", "n.nT"]
+        case "masses":
+            rows = constants["TILE"] << (constants["GROUP"] - 1).bit_length()
+            shape = ["grid[0] * grid[1]", f"max(BLOCK_M // {rows}, 1)", "n.nC"]
         case _:
             raise PartitionError(f"{a.name}: nobody allocates {a.layout}")
     return f"torch.empty({', '.join(shape)}, dtype={dtype}, device=n.device)"
