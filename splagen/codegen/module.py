@@ -11,6 +11,7 @@ import sympy as sp
 
 from splagen.codegen.affine import Interval
 from splagen.codegen.geometry import Geometry, is_parameter
+from splagen.codegen.index_kernels import SCHEDULE, index_kernels
 from splagen.codegen.kernel import Array, Choice, Kernel
 from splagen.codegen.launchers import launcher_text
 from splagen.codegen.partition import Partition
@@ -74,7 +75,14 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
             "constants": constants,
             "cells": geometry.cells,
             "inverse_index": render(
-                "inverse_index", {"constants": constants, "host_count": host_lines, "host_total": host_total}
+                "inverse_index",
+                {
+                    "constants": constants,
+                    "host_count": host_lines,
+                    "host_total": host_total,
+                    "kernels": [kernel_text(k) for k in index_kernels(part.kernels)],
+                    "schedule": SCHEDULE,
+                },
             ),
             "functions": [render(f, {}) for f in FUNCTIONS if any(f"{f}(" in k["device"] for k in kernels)],
             "kernels": kernels,
