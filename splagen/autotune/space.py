@@ -236,7 +236,7 @@ def _space(kernel: Kernel, rules: _Rules, part: Partition | SequencePartition, d
 def _values(kernel: Kernel, device: Device) -> dict[str, Sequence[int]]:
     """Values of every number, before anything is ruled out."""
     scan = kernel.template in ("state_scan", "group_scan")
-    found: dict[str, Sequence[int]] = {name: CELLS if scan else TILES for name in kernel.tunable}
+    found: dict[str, Sequence[int]] = {n: CELLS if scan and n == "BLOCK_E" else TILES for n in kernel.tunable}
     found["num_warps"] = WARPS[:-1] if kernel.template in PRODUCTS else WARPS
     found["num_stages"] = (1,) if kernel.template in LOOPLESS else STAGES if device.nvidia else STAGES[:2]
     if kernel.template in REGISTER_BOUND and device.nvidia:

@@ -32,6 +32,8 @@ from splagen.verification import DTYPES, Shape
 FLUSH_BYTES = 256 << 20  # several times an H200's L2
 SLEEP_CYCLES = 4_000_000  # about 2 ms: the host launches a measurement meanwhile
 MOST_RUNS = 3  # whose arrays are kept: that of the defaults, and one for each of two groups of kernels that agree
+KEPT_BYTES = 8 << 30  # of a launcher's arguments: larger ones (parts of rows) are not kept beside those of others
+COPIED_BYTES = 12 << 30  # of one argument: what kernels change, states of long sequences, is smaller
 STEP_SEQUENCES = 64  # of a decoding step
 LIMIT = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}  # between two Schedules, relative RMS
 
@@ -60,9 +62,21 @@ class Kernels:
         find = _sequence_run if isinstance(truth, SSEOracle) else _attention_run
         self.run, self.first = find(module, truth, shape, dtype, device, seed)
         self.kept: dict[str, dict[str, Launch]] = {}
+        self.large: tuple[tuple[str, str], Launch] | None = None  # the last one of those that are not kept
+
+    def launch(self, kernel: str, shared: Mapping[str, int]) -> Launch:
+        """What a launcher gets where the kernels of `shared` have these chunks (CHUNK by kernel)."""
+        key = json.dumps(shared, sort_keys=True)
+        found = self.launches(shared)
+        if kernel in found:
+            return found[kernel]
+        if self.large is None or self.large[0] != (key, kernel):
+            self.large = None
+            self.large = (key, kernel), self.record(shared, only=kernel)[kernel]
+        return self.large[1]
 
     def launches(self, shared: Mapping[str, int]) -> dict[str, Launch]:
-        """What every launcher gets where the kernels of `shared` have these chunks (CHUNK by kernel)."""
+        """What every launcher gets whose arguments are kept."""
         key = json.dumps(shared, sort_keys=True)
         found = self.kept.pop(key, None) or self.record(shared)
         self.kept[key] = found  # the last one used stands last
@@ -70,8 +84,8 @@ class Kernels:
             del self.kept[next(iter(self.kept))]
         return found
 
-    def record(self, shared: Mapping[str, int]) -> dict[str, Launch]:
-        """Run the op once with the default Schedules and these chunks."""
+    def record(self, shared: Mapping[str, int], only: str | None = None) -> dict[str, Launch]:
+        """Run the op once with the default Schedules and these chunks; what `only` one launcher gets, or the small."""
         schedules = {n: dict(s) for n, s in self.module.schedules_for(self.first).items()}
         for kernel, chunk in shared.items():
             schedules[kernel]["CHUNK"] = chunk
@@ -79,8 +93,12 @@ class Kernels:
         launchers = {n: f for n, f in vars(self.module).items() if n.startswith("launch_")}
 
         def recorded(name: str, launch: Callable[..., Any]) -> Callable[..., Any]:
+            kernel = name.removeprefix("launch_")
+
             def call(n: Any, schedule: Any, *arguments: Any) -> Any:
-                found.setdefault(name.removeprefix("launch_"), (schedule, (n, *arguments)))
+                size = sum(x.nbytes for x in arguments if isinstance(x, Tensor))
+                if kernel == only if only else size <= KEPT_BYTES:
+                    found.setdefault(kernel, (schedule, (n, *arguments)))
                 return launch(n, schedule, *arguments)
 
             return call
@@ -100,7 +118,7 @@ class Kernels:
         self, kernel: str, schedule: dict[str, int], shared: Mapping[str, int], repetitions: int
     ) -> dict[str, Any]:
         """Median and spread in milliseconds, and by how much the result differs from the default's."""
-        default, (n, *arguments) = self.launches(shared)[kernel]
+        default, (n, *arguments) = self.launch(kernel, shared)
         launch = getattr(self.module, f"launch_{kernel}")
         n = n._replace(kept=None)  # copies may have other strides
         wanted = self.written(launch, n, default, arguments)
@@ -120,15 +138,19 @@ class Kernels:
         return {"ms": statistics.median(samples), "spread": max(samples) - min(samples)}
 
     def written(self, launch: Callable[..., Any], n: Any, schedule: Any, arguments: list[Any]) -> dict[Place, Tensor]:
-        """What a launcher returns, and what it changes of copies of its arguments, by place."""
-        given = [x.clone() if isinstance(x, Tensor) else x for x in arguments]
+        """What a launcher returns, and what it changes of copies of its arguments, by place.
+
+        Larger arguments than COPIED_BYTES are given as they are: parts of rows, which no kernel changes.
+        """
+        given = [x.clone() if isinstance(x, Tensor) and x.nbytes <= COPIED_BYTES else x for x in arguments]
         vars(self.module)["torch"] = _Zeroed()
         try:
             result = launch(n, schedule, *given)
         finally:
             vars(self.module)["torch"] = torch
         found = dict(enumerate(result if isinstance(result, tuple) else () if result is None else (result,)))
-        changed = [i for i, x in enumerate(arguments) if isinstance(x, Tensor) and not torch.equal(x, given[i])]
+        pairs = [(i, x) for i, x in enumerate(arguments) if isinstance(x, Tensor) and x is not given[i]]
+        changed = [i for i, x in pairs if not torch.equal(x, given[i])]
         return {("output", i): x for i, x in found.items()} | {("argument", i): given[i] for i in changed}
 
     def samples(self, run: Callable[[], object], restore: Callable[[], None], repetitions: int) -> list[float]:
@@ -171,11 +193,19 @@ def _difference(got: Tensor | None, want: Tensor) -> float:
         return math.inf
     if got.shape != want.shape or not got.is_floating_point() or not got.numel():
         return 0.0
-    same = (got == want) | (got.isnan() & want.isnan())
-    a, b = (torch.where(same, 0.0, x.double()) for x in (got, want))
-    size = want.double().nan_to_num(0.0, 0.0, 0.0).norm()
-    error = float((a - b).norm() / size) if size > 0 else float((a - b).norm())
-    return error if math.isfinite(error) else math.inf
+    error = size = 0.0
+    for a, b in zip(_pieces(got), _pieces(want), strict=True):
+        same = (a == b) | (a.isnan() & b.isnan())
+        apart = torch.where(same, 0.0, a.double() - b.double())
+        error += float(apart.square().sum())
+        size += float(b.double().nan_to_num(0.0, 0.0, 0.0).square().sum())
+    found = math.sqrt(error / size) if size > 0 and math.isfinite(error) else math.sqrt(error)
+    return found if math.isfinite(found) else math.inf
+
+
+def _pieces(x: Tensor) -> tuple[Tensor, ...]:
+    """Parts of a tensor that are small beside the GPU's memory also as float64."""
+    return torch.split(x.flatten(), 1 << 26)
 
 
 def _sequence_run(

@@ -178,7 +178,7 @@ def scan_kernel(chain: StateChain, program: Program, walk: Walk) -> Kernel:
         (),
         {"state": array.name, "size": size, "chunk": chunk, "origin": origin(chain, walk)},
         f"(cdiv({size}, BLOCK_E), B * Hkv)",
-        tunable=("BLOCK_E",),
+        tunable=("BLOCK_M", "BLOCK_E"),
     )
 
 

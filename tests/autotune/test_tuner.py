@@ -196,6 +196,18 @@ def test_the_worker_times_every_launcher_and_finds_a_wrong_result(tmp_path: Path
         found = answer(kernels, {"kernel": name, "schedule": default[name], "shared": {}, "repetitions": 3})
         assert found["ms"] > 0, found
         assert all(torch.equal(x, y) for x, y in zip(arrays, before, strict=True)), name
+    kept = kernels.launch("output1", {})
+    with pytest.MonkeyPatch.context() as patch:  # as if the arguments were too large to be kept
+        patch.setattr("splagen.autotune.worker.KEPT_BYTES", 0)
+        patch.setattr("splagen.autotune.worker.COPIED_BYTES", 0)
+        alone = Kernels(module, (1, 1, 20), torch.float32, "cpu")
+        assert not alone.launches({})
+        again = alone.launch("output1", {})
+        pairs = [(x, y) for x, y in zip(kept[1], again[1], strict=True) if isinstance(x, torch.Tensor)]
+        assert pairs
+        assert all(torch.equal(x, y) for x, y in pairs)
+        job = {"kernel": "output1", "schedule": default["output1"], "shared": {}, "repetitions": 1}
+        assert answer(alone, job)["ms"] > 0
     right = module.launch_output1
     try:
         calls: list[int] = []
