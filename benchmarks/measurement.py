@@ -144,6 +144,9 @@ class Run:
         row["kernels_flops"] = {n: flops.get(n, 0.0) for n in kernels}
         row["kernels_bytes"] = {n: k.bytes for n, k in kernels.items()}
         row["host_us"] = {name: host_us(runs[name]) for name in work.passes} if options.device == "cuda" else {}
+        if options.device == "cuda" and work.timed == "op" and isinstance(op, BlockSparse) and not strategies:
+            given = {n: x.detach().requires_grad_() for n, x in inputs.items() if x.is_floating_point()}
+            row["host_us"]["registered_op"] = host_us(lambda: op.call(given))
         results.clear()
         peak = peak_bytes(both if "backward" in work.passes else forward)
         row["peak_gib_beyond_inputs"] = peak / 2**30

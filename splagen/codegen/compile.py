@@ -17,6 +17,8 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, TypeAlias
 
+from splagen.codegen.index_kernels import SCHEDULE as INDEX_SCHEDULE
+from splagen.codegen.index_kernels import index_kernels
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.partition import Partition
 from splagen.codegen.schedule import DTYPES, TARGETS, Schedule
@@ -30,7 +32,7 @@ _GPU = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-_TYPES = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "float32": "fp32", "int32": "i32"}
+_TYPES = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "float32": "fp32", "int32": "i32", "int64": "i64"}
 _INTEGERS = frozenset({"offsets", "firsts", "owners", "tokens", "places", "writes", "reads", "chosen", "slots"})
 _LENGTH, _KV_HEADS = 65_536, 2  # the sizes whose strides decide what the JIT would specialise on
 _LENGTHS, _HEADS = (_LENGTH, 65_537), (_KV_HEADS, 1, 3, 4, 8, 16)  # all that it would
@@ -127,12 +129,14 @@ def _wanted(
     _known("target", targets, TARGETS)
     _known("dtype", dtypes, DTYPES)
     schedules = _schedules(Path(path))
-    return [
+    chosen = [
         (k, arch, d, schedules[arch][d][k.name])
         for arch in targets
         for d in dtypes
         for k in launched(part, schedules[arch][d])
     ]
+    index = index_kernels(part.kernels)
+    return chosen + [(k, arch, d, dict(INDEX_SCHEDULE)) for k in index for arch in targets for d in dtypes]
 
 
 def launched(part: Partition | SequencePartition, schedules: Mapping[str, Schedule]) -> list[Kernel]:
@@ -226,7 +230,7 @@ def _schedules(path: Path) -> dict[str, dict[str, dict[str, Schedule]]]:
 
 def _undescribed(path: Path, part: Partition | SequencePartition) -> list[Built]:
     """Kernels in the file that no Kernel describes would go unchecked: each is a failure."""
-    known = {f"{k.name}_kernel" for k in part.kernels}
+    known = {f"{k.name}_kernel" for k in (*part.kernels, *index_kernels(part.kernels))}
     loose = [n for n in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE) if n not in known]
     return [
         Built(n.removesuffix("_kernel"), "", "", {}, error="not part of the partition: not compiled") for n in loose

@@ -19,6 +19,7 @@ Layout: TypeAlias = Literal[
     "indices",  # [B, Hkv, nT, budget]
     "counts",  # [B, Hkv, nT]
     "work",  # the inverse index: which queries chose each key block, cut into segments
+    "index",  # what the inverse index is made from and consists of, contiguous
     "segments",  # [B, Hkv, segments, BLOCK, width]: partial sums of key rows
     "parts",  # [B, Hkv, nT, budget, TILE * GROUP(, width)]: what each chosen block gives to a query row
     "partials",  # one partial sum per program, summed over programs by the launcher
@@ -44,14 +45,14 @@ class Array:
     """A tensor that kernels hand on.
 
     `width` is the extent of the last dimension as it lies in memory (internal arrays are padded to a power of two),
-    `features` the axes behind it, `dtype` "input" (that of q), "float32" or "int32".
+    `features` the axes behind it, `dtype` "input" (that of q), "float32", "int32" or "int64".
     """
 
     name: str
     layout: Layout
     features: tuple[str, ...] = ()
     width: tuple[int, ...] = ()
-    dtype: Literal["input", "float32", "int32"] = "input"
+    dtype: Literal["input", "float32", "int32", "int64"] = "input"
     padded: bool = False
     chunk: int = 0  # of states: positions that one state sums
     partitions: int = 1  # of recurrences: how many partitions a group, a chunk or a token has all at once

@@ -19,7 +19,9 @@ def launcher_text(kernel: Kernel, grid: str, allocation: Callable[[Array], str],
     """
     inputs = dict.fromkeys(a.name for a in kernel.inputs)
     lines = [f"def launch_{kernel.name}(n, schedule, {', '.join(inputs)}):"]
-    allocations = [f"    {a.name} = {allocation(a)}" for a in kernel.outputs]
+    made = {a.name: allocation(a) for a in kernel.outputs}
+    allocations = [f"    {name} = {text}" for name, text in made.items()]
+    empty = [name for name, text in made.items() if text.startswith("torch.empty")]
     for t in kernel.tunable:
         if re.search(rf"\b{t}\b", grid + "".join(allocations)):
             lines.append(f'    {t} = schedule["{t}"]')
@@ -31,6 +33,7 @@ def launcher_text(kernel: Kernel, grid: str, allocation: Callable[[Array], str],
         f"        n, {kernel.name}_kernel, grid, schedule,",
         f"        ({', '.join(tensors)},),",
         f"        lambda: ({', '.join([*strides, *scalars])},),",
+        *([f"        ({', '.join(empty)},),"] if empty else []),
         "    )",
     ]
     if kernel.outputs:

@@ -11,6 +11,7 @@ import sympy as sp
 
 from splagen.codegen.affine import Interval
 from splagen.codegen.geometry import Geometry, is_parameter
+from splagen.codegen.index_kernels import SCHEDULE, index_kernels
 from splagen.codegen.kernel import Array, Choice, Kernel
 from splagen.codegen.launchers import launcher_text
 from splagen.codegen.partition import Partition
@@ -73,8 +74,16 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
             "spec": spec_text,
             "constants": constants,
             "cells": geometry.cells,
-            "host_count": host_lines,
-            "host_total": host_total,
+            "inverse_index": render(
+                "inverse_index",
+                {
+                    "constants": constants,
+                    "host_count": host_lines,
+                    "host_total": host_total,
+                    "kernels": [kernel_text(k) for k in index_kernels(part.kernels)],
+                    "schedule": SCHEDULE,
+                },
+            ),
             "functions": [render(f, {}) for f in FUNCTIONS if any(f"{f}(" in k["device"] for k in kernels)],
             "kernels": kernels,
             "inputs": ", ".join(inputs),
@@ -211,16 +220,19 @@ def _calls(kernels: list[Kernel], keep: set[str], last: str) -> list[str]:
 
 def _backward(part: Partition, geometry: Geometry, given: set[str]) -> str:
     finish, results = [], []
+    read: list[str] = []
     definitions = part.program.definitions
     partials = {a.name: a for k in part.backward for a in k.outputs if a.layout == "partials"}
 
     def total(v: Var) -> str:
         if v.name in partials:
             a: Array = partials[v.name]
+            read.append(a.name)
             data = [f for f in a.features if f not in ("Hq", "Hkv")]
             if not data:
                 return f"{a.name}.sum(0).reshape(n.Hkv, -1).sum(1)"
-            return f"{a.name}.sum(0)[:, : {geometry.size(data[-1])}].contiguous()"
+            width = geometry.size(data[-1])
+            return f"{a.name}.sum(0)" if a.width[-1] == width else f"{a.name}[..., :{width}].sum(0)"
         eq = definitions[v]
         assert isinstance(eq.op, Map)
         assert isinstance(eq.op.expr, sp.Add)
@@ -228,10 +240,14 @@ def _backward(part: Partition, geometry: Geometry, given: set[str]) -> str:
 
     for name, v in part.gradients:
         if v.name in partials or is_parameter(v):
-            finish.append(f"d_{name} = ({total(v)}).to({name}.dtype)")
+            read.clear()
+            summed = total(v)
+            arguments = ", ".join([*dict.fromkeys(read), name])
+            finish.append(f"d_{name} = host(n, lambda {arguments}: ({summed}).to({name}.dtype), {arguments})")
             results.append(f"d_{name}")
         elif any(a.name == name and a.layout == "query_scalars" for a in part.inputs):
-            finish.append(f"{v.name} = {v.name}.to({name}.dtype)")
+            cast = f"lambda {v.name}, {name}: {v.name}.to({name}.dtype)"
+            finish.append(f"{v.name} = host(n, {cast}, {v.name}, {name})")
             results.append(v.name)
         else:
             results.append(v.name)

@@ -17,6 +17,7 @@ from splagen import pipeline
 from splagen.codegen.binaries import Build, module_text, write_build
 from splagen.codegen.binary_loader import MachineCode
 from splagen.codegen.compile import keep_module, raise_if_failed
+from splagen.codegen.index_kernels import index_kernels
 from splagen.errors import GeneratedFileError
 from splagen.kinds import kind_of, oracle
 from splagen.spec import Select, Spec, SPLASpec, to_toml
@@ -89,7 +90,8 @@ def rewrite(build: Build, **fields: Any) -> None:
 
 
 def names(spec: Spec) -> list[str]:
-    return [f"{k.name}_kernel" for k in pipeline.kernels(spec).kernels]
+    kernels = pipeline.kernels(spec).kernels
+    return [f"{k.name}_kernel" for k in (*kernels, *index_kernels(kernels))]
 
 
 # -- a build that fits -----------------------------------------------------------------------------------

@@ -229,6 +229,9 @@ def test_the_specs_have_every_kernel_family() -> None:
         "device_choice",
         "op_library",
         "launches",
+        "repetition",
+        "inverse_index",
+        "index",
         *FUNCTIONS,
         *sequence_module.FUNCTIONS,
     }
