@@ -137,7 +137,10 @@ def compare(
     shape: Shape,
     schedules: Mapping[str, Mapping[str, int]] | None = None,
 ) -> list[Row]:
-    """Run forward and backward kernels on the inputs and compare everything with the oracle."""
+    """Run forward and backward kernels on the inputs and compare everything with the oracle.
+
+    Where torch's dense attention takes the inputs, it and what runs beside it are compared as well ("dense ...").
+    """
     part = oracle.partition
     dtype = inputs[part.inputs[0].name].dtype
     limits = TOLERANCE[dtype]
@@ -165,15 +168,24 @@ def compare(
     if indices is not None:
         add("selection", selection_error(oracle, inputs, indices, outputs["block_counts"]), limits[2])
     truth, scales = oracle.gradients_and_scales(inputs, indices)
-    largest = max(want.norm().item() for want in truth.values())
-    residuals = [outputs[a.name] for a in part.residuals]
     factor = loss_scale(truth, dtype)
-    gradients = module.backward(chosen, *arguments, *residuals, *(factor * inputs[a.name] for a in part.cotangents))
-    for (name, want), scaled in zip(truth.items(), gradients, strict=True):
-        got = scaled.double() / factor
-        scale = max(float(want.norm()), scales.get(name, 0.0))
-        scale = scale if scale > 1e-9 * largest else largest
-        add(f"d{name}", relative_error(got, want, scale), limits[1])
+    cotangents = [factor * inputs[a.name] for a in part.cotangents]
+    largest = max(want.norm().item() for want in truth.values())
+
+    def add_gradients(gradients: Sequence[Tensor], kind: str = "") -> None:
+        for (name, want), scaled in zip(truth.items(), gradients, strict=True):
+            got = scaled.double() / factor
+            scale = max(float(want.norm()), scales.get(name, 0.0))
+            scale = scale if scale > 1e-9 * largest else largest
+            add(f"{kind}d{name}", relative_error(got, want, scale), limits[1])
+
+    residuals = [outputs[a.name] for a in part.residuals]
+    add_gradients(module.backward(chosen, *arguments, *residuals, *cotangents))
+    if part.dense and module.takes_dense(arguments[0]):
+        results = module.dense_forward(*arguments)
+        add(f"dense {names[0]}", relative_error(results[0], wanted[0]), limits[0])
+        saved = results[len(results) - len(part.dense.saved) :]
+        add_gradients(module.dense_backward(*arguments, *saved, *cotangents), "dense ")
     return rows
 
 
