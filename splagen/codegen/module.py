@@ -281,7 +281,7 @@ def _dense_text(part: Partition, dense: Dense, op: str, constants: dict[str, int
             "op": op,
             "below": dense.below,
             "scale": repr(attention.scale),
-            "causal": attention.causal,
+            "earlier": attention.causal,
             "kernels": [{"device": kernel_text(k), "host": _launcher(k, constants)} for k in dense.kernels],
             "inputs": inputs,
             "made": made,
