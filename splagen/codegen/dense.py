@@ -125,6 +125,11 @@ class Dense:
         return [*self.forward, *self.backward]
 
     @property
+    def made(self) -> list[str]:
+        """What forward returns: the op's output, then what is saved, which begins with the output if no rows follow."""
+        return [*(v.name for v in self.rows.outputs if self.forward), *self.saved]
+
+    @property
     def saved(self) -> list[str]:
         """What backward is given beside inputs and cotangents: what torch computed, and its log-sum-exp."""
         return [self.attention.o.name, LSE]

@@ -267,7 +267,7 @@ def _dense_text(part: Partition, dense: Dense, op: str, constants: dict[str, int
     attention, geometry = dense.attention, Geometry.of(dense.rows)
     inputs = [a.name for a in part.inputs]
     (output,), (cotangent,) = part.outputs, part.cotangents
-    made = [output.name, *dense.saved] if dense.forward else dense.saved
+    made = dense.made
     arrays = [output, replace(output, name=attention.o.name)] if dense.forward else [output]
     given = ", ".join([*inputs, attention.o.name])
     partials = _partials(dense.backward)
