@@ -47,7 +47,7 @@ class DenseAttention:
         """The dense attention of a forward Program, or None if it is another kind of attention."""
         definitions = program.definitions
         softmaxes = [eq for eq in program.equations if isinstance(eq.op, Softmax) and eq.op.axes == KEY]
-        if len(softmaxes) != 1 or len(softmaxes[0].args) != 2:
+        if len(program.inputs) < 3 or len(softmaxes) != 1 or len(softmaxes[0].args) != 2:
             return None
         (weights,) = softmaxes
         scores, mask = (definitions.get(x) for x in weights.args)

@@ -1,5 +1,6 @@
 """What short sequences take: which Programs torch's attention takes, the rows behind it, and the code around it."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -182,6 +183,25 @@ def test_rows_that_torch_cannot_load_are_copied(tmp_path: Path) -> None:
     assert module.heads_first(shifted).data_ptr() != shifted.data_ptr()
 
 
+def test_torch_itself_is_asked_about_cudnn(tmp_path: Path) -> None:
+    """Here there is no GPU: what matters is that the question fits this version of torch."""
+    module = generate(SPECS["no residual"], tmp_path).module
+    x = module.heads_first(torch.randn(1, 5, 2, 16, dtype=torch.float16))
+    assert module.takes_cudnn(x, x, x) is False
+
+
+@pytest.mark.parametrize(
+    ("widths", "wanted"), [((16, 16, 24), 24), ((200, 200, 64), 256), ((64,), 64), ((256, 8), 256)]
+)
+def test_rows_of_one_width(widths: tuple[int, ...], wanted: int, tmp_path: Path) -> None:
+    module = generate(SPECS["no residual"], tmp_path).module
+    rows = [torch.randn(1, 2, 3, n) for n in widths]
+    for x, wide in zip(rows, module.of_one_width(*rows), strict=True):
+        assert wide.shape[-1] == wanted
+        assert torch.equal(wide[..., : x.shape[-1]], x)
+        assert not wide[..., x.shape[-1] :].any()
+
+
 # -- the choice --------------------------------------------------------------------------------------------
 
 
@@ -207,6 +227,8 @@ def test_short_sequences_of_16_bit_on_a_gpu_take_it(tmp_path: Path, monkeypatch:
 def test_the_kernels_beside_it_are_compiled_and_have_schedules_for_every_gpu() -> None:
     part = kernels(SPECS["rms"])
     assert {k.name for k in part.all_kernels} - {k.name for k in part.kernels} == {"dense_rows", "dense_cotangents"}
+    written = re.findall(r"^def (\w+)_kernel\(", source(SPECS["rms"]), re.MULTILINE)
+    assert sorted(written) == sorted(k.name for k in part.all_kernels)
     dense = part.dense  # type: ignore[union-attr]
     assert dense is not None
     made = default_schedules(dense.kernels, Geometry.of(dense.rows))
