@@ -24,7 +24,7 @@ class KernelRun:
 
 
 def breakdown(module: ModuleType, run: Callable[[], object], repeats: int = 5) -> dict[str, KernelRun]:
-    """What each launcher, each plan of rows and the inverse index take in one run on the GPU, medians."""
+    """What each launcher, plan of rows, inverse index and call of torch's attention takes in one run, medians."""
     names = [n for n, f in vars(module).items() if callable(f) and _is_step(n)]
     launches = {n: getattr(module, n) for n in names}
     runs: list[list[tuple[str, torch.cuda.Event, torch.cuda.Event, int]]] = []
@@ -74,4 +74,5 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 
 def _is_step(name: str) -> bool:
-    return name.startswith("launch_") or name.endswith("_plan") or name == "inverse_index"
+    named = name in ("inverse_index", "attend", "attend_backward")
+    return named or name.startswith("launch_") or name.endswith("_plan")

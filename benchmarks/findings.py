@@ -23,9 +23,10 @@ def crossovers(rows: Rows) -> list[dict[str, Any]]:
     """For every number of KV heads the length from which the op takes no longer than dense attention does.
 
     Between two measured lengths times are taken to be powers of the length.  A text where it lies outside of them.
+    Only of works with one variant.
     """
     found = []
-    timed = plain(rows)
+    timed = [r for r in plain(rows) if "variant" not in r]
     for kv_heads in sorted({r["kv_heads"] for r in timed if r["system"] == OURS}):
         for name, columns in TOTALS.items():
             times: dict[str, dict[int, float]] = {OURS: {}, DENSE: {}}
@@ -37,6 +38,24 @@ def crossovers(rows: Rows) -> list[dict[str, Any]]:
                 ratios = [times[OURS][length] / times[DENSE][length] for length in lengths]
                 row = {"kv_heads": kv_heads, "pass": name, "length": _crossing(lengths, ratios)}
                 found.append(row | {"times_faster_at_the_longest": 1 / ratios[-1]})
+    return found
+
+
+def times_dense(rows: Rows) -> list[dict[str, Any]]:
+    """The op's time over that of dense attention with as many KV heads as query heads, by length, where both are there.
+
+    Dense attention is the same for every variant of a work and stands beside the first alone.
+    """
+    timed = plain(rows)
+    beside = {(r["kv_heads"], r["length"]): r for r in timed if r["system"] == DENSE}
+    found = []
+    for r in timed:
+        dense = beside.get((r["kv_heads"], r["length"]))
+        if r["system"] != OURS or dense is None:
+            continue
+        both = [n for n in ("forward", "backward") if f"{n}_ms" in r and f"{n}_ms" in dense]
+        label = {name: r[name] for name in ("variant", "kv_heads", "length") if name in r}
+        found.append({**label, "ratio": {n: r[f"{n}_ms"] / dense[f"{n}_ms"] for n in both}})
     return found
 
 

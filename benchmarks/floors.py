@@ -79,6 +79,8 @@ def _block_sparse(spec: SPLASpec, shape: Shape, stages: tuple[Stage, ...]) -> di
     select = spec.select
     assert select is not None
     batch, heads, length = shape
+    if length < spec.dense_below:
+        return _dense(spec, shape)
     keys, rows = batch * length * (heads // spec.group_size), batch * length * heads
     counts = block_counts(spec, shape)
     d, e, size = spec.head_dim, spec.value_dim, select.block_size
@@ -101,6 +103,21 @@ def _block_sparse(spec: SPLASpec, shape: Shape, stages: tuple[Stage, ...]) -> di
     given = 0.0 if "selection" in stages else indices
     moved = 2 * (rows * (d + e) + keys * (d + e))
     return {"forward": Floor(forward, moved + given), "backward": Floor(backward, 2 * moved + indices)}
+
+
+def _dense(spec: SPLASpec, shape: Shape) -> dict[str, Floor]:
+    """Two products forward, five backward, over the pairs that are not masked; nothing is selected or left over."""
+    batch, heads, length = shape
+    rows, keys, d, e = (
+        batch * length * heads,
+        batch * length * (heads // spec.group_size),
+        spec.head_dim,
+        spec.value_dim,
+    )
+    pairs = rows * ((length + 1) / 2 if spec.causal else length)
+    moved = 2 * (rows + keys) * (d + e)
+    forward, backward = 2 * pairs * (d + e), 2 * pairs * (3 * d + 2 * e)
+    return {"forward": Floor(forward, moved), "backward": Floor(backward, 2 * moved)}
 
 
 def block_counts(spec: SPLASpec, shape: Shape) -> dict[str, float]:

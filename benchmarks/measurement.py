@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.breakdown import KernelRun, breakdown
-from benchmarks.findings import OURS, crossovers, odd_groups
+from benchmarks.findings import OURS, crossovers, odd_groups, times_dense
 from benchmarks.floors import Floor, Stage, floors, kernel_flops
 from benchmarks.given import Selection, chosen_by_metric, overlap, random_selection, read_qk
 from benchmarks.op import BUILD, DEFAULT, BlockSparse, Op, Strategies, op_of
@@ -27,7 +27,7 @@ STAGES: dict[Timed, tuple[Stage, ...]] = {
     "given": ("attention",),
     "selection": ("selection",),
 }
-FINDINGS = ("crossover", "group_sizes", "left_out")
+FINDINGS = ("crossover", "times_dense", "group_sizes", "left_out")
 STRATEGIES = ("by row", "by key", "by union")  # as a Choice numbers them
 
 
@@ -77,7 +77,9 @@ class Run:
                 continue
             for row in self.rows(work, case):
                 figures["rows"].append(row)
-                figures |= {"crossover": crossovers(figures["rows"]), "group_sizes": odd_groups(figures["rows"])}
+                known = figures["rows"]
+                figures |= {"crossover": crossovers(known), "times_dense": times_dense(known)}
+                figures |= {"group_sizes": odd_groups(known)}
                 yield figures
         yield figures
 
@@ -150,7 +152,7 @@ class Run:
         results.clear()
         peak = peak_bytes(both if "backward" in work.passes else forward)
         row["peak_gib_beyond_inputs"] = peak / 2**30
-        if isinstance(op, BlockSparse):
+        if isinstance(op, BlockSparse) and not op.is_dense(inputs):
             chosen = {**op.module.schedules_for(inputs["q"]), **strategies}
             names = {c.name: STRATEGIES[chosen[c.name]["strategy"]] for c in op.part.strategies}
             row |= {"strategies": names, "selection": "random" if op.given else "by metric"}

@@ -101,13 +101,21 @@ class BlockSparse:
             results = self.forward(inputs, strategies)
             error = verification.selection_error(self.truth, inputs, results["block_indices"], results["block_counts"])
             return [Row("selection", shape, str(dtype).removeprefix("torch."), error, TOLERANCE[dtype][2])]
+        if self.is_dense(inputs):
+            return verification.compare_dense(self.module, self.truth, inputs, shape)
         with self.stage():
             rows = verification.compare(self.module, self.truth, inputs, shape, strategies)
         return [r for r in rows if r.quantity != "selection" or self.timed == "op"]
 
+    def is_dense(self, inputs: Mapping[str, Tensor]) -> bool:
+        """Whether the op takes torch's dense attention for the inputs."""
+        return self.part.dense is not None and bool(self.module.takes_dense(inputs[self.part.inputs[0].name]))
+
     def forward(self, inputs: Mapping[str, Tensor], strategies: Strategies = DEFAULT) -> dict[str, Tensor]:
         """Everything that the module's forward returns, by name."""
         arguments = [inputs[a.name] for a in self.part.inputs]
+        if self.part.dense and self.is_dense(inputs):
+            return dict(zip(self.part.dense.made, self.module.dense_forward(*arguments), strict=True))
         with self.stage():
             found = self.module.forward({**self.module.schedules_for(arguments[0]), **strategies}, *arguments)
         return dict(zip([a.name for a in (*self.part.outputs, *self.part.saved)], found, strict=True))
@@ -124,10 +132,14 @@ class BlockSparse:
     ) -> Sequence[Tensor]:
         """Gradients of the inputs from what forward returned."""
         arguments = [inputs[a.name] for a in self.part.inputs]
-        kept = [results[a.name] for a in self.part.residuals]
         cotangents = [inputs[a.name] for a in self.part.cotangents]
+        found: Sequence[Tensor]
+        if self.part.dense and self.is_dense(inputs):
+            found = self.module.dense_backward(*arguments, *(results[n] for n in self.part.dense.saved), *cotangents)
+            return found
+        kept = [results[a.name] for a in self.part.residuals]
         chosen = {**self.module.schedules_for(arguments[0]), **strategies}
-        found: Sequence[Tensor] = self.module.backward(chosen, *arguments, *kept, *cotangents)
+        found = self.module.backward(chosen, *arguments, *kept, *cotangents)
         return found
 
 

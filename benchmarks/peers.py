@@ -100,15 +100,18 @@ def text_of(error: BaseException) -> str:
 # -- dense ---------------------------------------------------------------------------------------------------------
 
 
-def dense(backend: SDPBackend) -> Callable[[Task], Runs]:
-    """Dense attention by one of torch's backends; KV heads are repeated beforehand, as not all take groups."""
+def dense(backend: SDPBackend, *, grouped: bool = False) -> Callable[[Task], Runs]:
+    """Dense attention by one of torch's backends; KV heads are repeated beforehand, as not all take groups.
+
+    `grouped`: they are not, and serve the query heads of their group.
+    """
 
     def prepare(task: Task) -> Runs:
-        q, k, v = task.rows(heads_first=True, repeated=True)
+        q, k, v = task.rows(heads_first=True, repeated=not grouped)
 
         def forward() -> Tensor:
             with sdpa_kernel(backend):
-                return scaled_dot_product_attention(q, k, v, is_causal=task.causal)
+                return scaled_dot_product_attention(q, k, v, is_causal=task.causal, enable_gqa=grouped)
 
         return Runs(forward, (q, k, v))
 
@@ -232,6 +235,7 @@ def _prepare_tuning() -> None:
 
 PEERS: dict[str, Callable[[Task], Runs]] = {
     "dense cuDNN": dense(SDPBackend.CUDNN_ATTENTION),
+    "dense cuDNN, grouped": dense(SDPBackend.CUDNN_ATTENTION, grouped=True),
     "dense flash": dense(SDPBackend.FLASH_ATTENTION),
     "FlexAttention": flex,
     "FlexAttention, the chosen blocks": flex_chosen,

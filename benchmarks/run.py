@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measurement import Options, Run, strategies_of
+from benchmarks.measurement import FINDINGS, Options, Run, strategies_of
 from benchmarks.op import op_of
 from benchmarks.peers import text_of
 from benchmarks.record import write
@@ -139,11 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 lines += kernel_lines(row)
                 lines.append(line_of(work.name, row))
             shown = len(figures["rows"])
-        lines += [
-            f"{work.name:14} {text}: {row}"
-            for text in ("crossover", "group_sizes", "left_out")
-            for row in figures[text]
-        ]
+        lines += [f"{work.name:14} {text}: {row}" for text in FINDINGS for row in figures[text]]
     print("\n".join(lines))
     for name in run.wrong:
         print(f"wrong or failed: {name}")

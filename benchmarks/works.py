@@ -119,6 +119,16 @@ def whole_softmax_spec(group: int) -> SPLASpec:
     return whole_spec(group, softmax)
 
 
+def short_spec(group: int) -> SPLASpec:
+    """The same with dense attention up to 8k, so that every length of the work is below the limit."""
+    return replace(whole_spec(group), dense_below=8 * K + 1, name="short")
+
+
+def short_sparse_spec(group: int) -> SPLASpec:
+    """Block-sparse softmax alone with the same limit: nothing stands behind the attention."""
+    return replace(sparse_spec(group), dense_below=8 * K + 1, name="short_sparse")
+
+
 def infllm_spec(group: int) -> SPLASpec:
     """InfLLM-v2's preset: a sink, 33 local blocks with the query's own, 62 free ones, no residual.
 
@@ -197,6 +207,14 @@ WORKS: dict[str, Work] = {
                 ("", 128 * K, 2): Target((42, 100), (29, 62)),
             },
             slow=("dense flash", "FlexAttention"),
+        ),
+        Work(
+            "dense_below",
+            "sequences shorter than dense_below: SPLA, both branches normalised, and block-sparse softmax alone",
+            {"whole": short_spec, "sparse": short_sparse_spec},
+            "op",
+            tuple(Size(h, HEADS // h, ("dense cuDNN", "dense cuDNN, grouped")) for h in (2, 8)),
+            (1 * K, 2 * K, 4 * K, 8 * K),
         ),
         Work(
             "whole_softmax",

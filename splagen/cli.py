@@ -90,7 +90,7 @@ def show(
         if after is not None:
             found |= {"after": after, "text": program_text(pick("pass", after, pipeline.stages(made), "cost"))}
         elif kernel is not None:
-            k = pick("kernel", kernel, {k.name: k for k in pipeline.kernels(made).kernels})
+            k = pick("kernel", kernel, {k.name: k for k in pipeline.kernels(made).all_kernels})
             found |= {"kernel": k.name, "template": k.template, "text": kernel_text(k)}
         else:
             found["text"] = pipeline.source(made) if source else program_text(pipeline.program(made))

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from splagen import sequence_verification, verification
+from splagen.codegen.dense import dense_attention
 from splagen.codegen.module import module_text
 from splagen.codegen.partition import Partition, partition
 from splagen.codegen.sequence_module import sequence_module_text
 from splagen.codegen.sequence_partition import SequencePartition, lowerings, sequence_partition
-from splagen.ir.frontend_spla import spla_program
+from splagen.ir.assumptions import below
+from splagen.ir.frontend_spla import LENGTH, spla_program
 from splagen.ir.frontend_sse import sse_program
 from splagen.ir.gradient import derive_gradient
 from splagen.ir.passes import LOWERING, Pass, run
@@ -62,9 +64,22 @@ def oracle(spec_text: str) -> Any:
     return kind_of(spec).oracle(spec)
 
 
+def _lowerings(spec: SPLASpec) -> Lowerings:
+    """The definition and, where the spec has another in short sequences, what becomes of it there."""
+    whole = spla_program(spec)
+    found: dict[str, tuple[Program, tuple[Pass, ...]]] = {"": (whole, (derive_gradient, *LOWERING))}
+    if spec.dense_below:
+        found["short"] = whole, below(LENGTH, spec.dense_below)
+    return found
+
+
 @functools.lru_cache(maxsize=32)
 def _partition(spec: SPLASpec) -> Partition:
-    return partition(run(derive_gradient(spla_program(spec)), LOWERING))
+    ready = {name: run(program, passes) for name, (program, passes) in _lowerings(spec).items()}
+    found = partition(ready[""])
+    if "short" in ready:
+        found.dense = dense_attention(ready["short"], spec.dense_below)
+    return found
 
 
 def _source(spec: SPLASpec) -> str:
@@ -88,7 +103,7 @@ def _oracle(spec: SPLASpec) -> Oracle:
 KINDS: Mapping[str, Kind[Any]] = {
     "spla": Kind[SPLASpec](
         definition=spla_program,
-        lowerings=lambda spec: {"": (spla_program(spec), (derive_gradient, *LOWERING))},
+        lowerings=_lowerings,
         partition=_partition,
         source=_source,
         oracle=_oracle,

@@ -179,7 +179,8 @@ class Numerics:
     Attributes:
         split: "hilo" multiplies states as two halves of the input type, hi + lo, so that subtracting
             nearly equal states stays accurate.
-        deterministic: equal inputs give equal bits (fixed order of sums, no atomics).
+        deterministic: equal inputs give equal bits (fixed order of sums, no atomics).  Of 16-bit gradients below
+            dense_below, which are torch's, only under torch.use_deterministic_algorithms.
 
     Each has one value so far; a faster choice of either is planned and is refused until kernels have it.
     """
@@ -209,7 +210,8 @@ class SPLASpec:
         linear: the residual branch, or None for block-sparse attention alone.
         combine: o from o_s and o_r: "add"; "rms", both normalised (None with a residual); "rms_residual":
             o_s + RMS(o_r); "gate": g_s o_s + g_r o_r, gates [B, L, Hq] from the caller; "none" without one.
-        dense_below: sequences shorter than this attend to every key, and o_r is 0; 0 switches it off.
+        dense_below: sequences shorter than this attend to every key, and o_r is 0; 0 switches it off.  There 16-bit
+            rows take torch's dense attention on an NVIDIA GPU, unless there is a score function.
         numerics: how the arithmetic rounds.
         name: of the op and of its module, an identifier.
     """

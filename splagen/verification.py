@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TypeAlias
@@ -137,43 +137,93 @@ def compare(
     shape: Shape,
     schedules: Mapping[str, Mapping[str, int]] | None = None,
 ) -> list[Row]:
-    """Run forward and backward kernels on the inputs and compare everything with the oracle."""
+    """Run forward and backward kernels on the inputs and compare everything with the oracle.
+
+    Where the op takes torch's dense attention for the inputs, that is compared as well: `compare_dense`.
+    """
     part = oracle.partition
     dtype = inputs[part.inputs[0].name].dtype
-    limits = TOLERANCE[dtype]
     arguments = [inputs[a.name] for a in part.inputs]
     chosen = {**module.schedules_for(arguments[0]), **(schedules or {})}
     results = module.forward(chosen, *arguments)
     results = results if isinstance(results, tuple) else (results,)
     outputs = dict(zip([a.name for a in (*part.outputs, *part.saved)], results, strict=True))
     label = str(dtype).removeprefix("torch.")
-    rows = []
-
-    def add(quantity: str, error: float, limit: float) -> None:
-        rows.append(Row(quantity, shape, label, error, limit))
-
     indices = outputs.get("block_indices")
-    names = [a.name for a in part.outputs]
-    empty = [a.name for a in part.saved if a.name in ("o_r", "n_unsel")]
-    wanted = oracle.values({n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}, names, indices)
-    for name, want in zip(names, wanted, strict=True):
-        add(name, relative_error(outputs[name], want), limits[0])
-    if len(empty) == 2:
+    rows = _output_rows(oracle, inputs, shape, outputs, indices)
+    if {"o_r", "n_unsel"} <= {a.name for a in part.saved}:
         none = outputs["n_unsel"] == 0
         residue = outputs["o_r"][none].abs().max().item() if none.any() else 0.0
-        add("o_r where nothing is unselected", residue, 0.0)
+        rows.append(Row("o_r where nothing is unselected", shape, label, residue, 0.0))
     if indices is not None:
-        add("selection", selection_error(oracle, inputs, indices, outputs["block_counts"]), limits[2])
+        error = selection_error(oracle, inputs, indices, outputs["block_counts"])
+        rows.append(Row("selection", shape, label, error, TOLERANCE[dtype][2]))
+    residuals = [outputs[a.name] for a in part.residuals]
+
+    def backward(cotangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        found: Sequence[Tensor] = module.backward(chosen, *arguments, *residuals, *cotangents)
+        return found
+
+    rows += _gradient_rows(oracle, inputs, shape, indices, backward)
+    if part.dense and module.takes_dense(arguments[0]):
+        rows += compare_dense(module, oracle, inputs, shape)
+    return rows
+
+
+def compare_dense(module: ModuleType, oracle: Oracle, inputs: Mapping[str, Tensor], shape: Shape) -> list[Row]:
+    """Compare what short sequences take, torch's attention and kernels beside it: quantities "dense ..."."""
+    part = oracle.partition
+    assert part.dense is not None
+    arguments = [inputs[a.name] for a in part.inputs]
+    results = module.dense_forward(*arguments)
+    saved = [x for name, x in zip(part.dense.made, results, strict=True) if name in part.dense.saved]
+    outputs = {a.name: x for a, x in zip(part.outputs, results, strict=False)}
+
+    def backward(cotangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        found: Sequence[Tensor] = module.dense_backward(*arguments, *saved, *cotangents)
+        return found
+
+    rows = _output_rows(oracle, inputs, shape, outputs, None, "dense ")
+    return rows + _gradient_rows(oracle, inputs, shape, None, backward, "dense ")
+
+
+def _output_rows(
+    oracle: Oracle,
+    inputs: Mapping[str, Tensor],
+    shape: Shape,
+    outputs: Mapping[str, Tensor],
+    indices: Tensor | None,
+    kind: str = "",
+) -> list[Row]:
+    part = oracle.partition
+    dtype = inputs[part.inputs[0].name].dtype
+    names = [a.name for a in part.outputs]
+    exact = {n: x.double() if x.is_floating_point() else x for n, x in inputs.items()}
+    wanted = zip(names, oracle.values(exact, names, indices), strict=True)
+    label, limit = str(dtype).removeprefix("torch."), TOLERANCE[dtype][0]
+    return [Row(f"{kind}{n}", shape, label, relative_error(outputs[n], want), limit) for n, want in wanted]
+
+
+def _gradient_rows(
+    oracle: Oracle,
+    inputs: Mapping[str, Tensor],
+    shape: Shape,
+    indices: Tensor | None,
+    backward: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+    kind: str = "",
+) -> list[Row]:
+    part = oracle.partition
+    dtype = inputs[part.inputs[0].name].dtype
     truth, scales = oracle.gradients_and_scales(inputs, indices)
     largest = max(want.norm().item() for want in truth.values())
-    residuals = [outputs[a.name] for a in part.residuals]
     factor = loss_scale(truth, dtype)
-    gradients = module.backward(chosen, *arguments, *residuals, *(factor * inputs[a.name] for a in part.cotangents))
+    label, limit, rows = str(dtype).removeprefix("torch."), TOLERANCE[dtype][1], []
+    gradients = backward([factor * inputs[a.name] for a in part.cotangents])
     for (name, want), scaled in zip(truth.items(), gradients, strict=True):
         got = scaled.double() / factor
         scale = max(float(want.norm()), scales.get(name, 0.0))
         scale = scale if scale > 1e-9 * largest else largest
-        add(f"d{name}", relative_error(got, want, scale), limits[1])
+        rows.append(Row(f"{kind}d{name}", shape, label, relative_error(got, want, scale), limit))
     return rows
 
 

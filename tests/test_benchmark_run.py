@@ -22,6 +22,7 @@ from splagen.codegen.partition import Partition
 from splagen.kinds import oracle
 from splagen.spec import Residual, Select, SPLASpec, to_toml, windows
 from splagen.verification import random_inputs
+from tests.codegen.torch_attention import TorchAttention
 
 K = 1024
 TOKEN = SPLASpec(head_dim=16, group_size=2, select=Select(block_size=16, budget=3, sinks=2, local=2), linear=None)
@@ -179,6 +180,18 @@ def test_floors_of_linear_attention() -> None:
     assert found["forward"].ms == pytest.approx(1e3 * found["forward"].bytes / PEAK_BYTES)
 
 
+def test_floors_below_the_limit_are_those_of_dense_attention() -> None:
+    """Half of the pairs, two products forward and five backward; at the limit the sparse ones."""
+    spec, length = replace(whole_spec(16), dense_below=4 * K), 4 * K - 1
+    found = floors(spec, (1, 32, length))
+    pairs = 32 * length * (length + 1) / 2
+    assert {n: f.flops for n, f in found.items()} == {"forward": 512 * pairs, "backward": 1280 * pairs}
+    assert found["forward"].bytes == 2 * length * (2 * 32 + 2 * 2) * 128
+    whole = replace(spec, dense_below=0)
+    assert floors(replace(spec, causal=False), (1, 32, length))["forward"].flops == 512 * 32 * length**2
+    assert floors(spec, (1, 32, 4 * K))["forward"].bytes == floors(whole, (1, 32, 4 * K))["forward"].bytes
+
+
 def test_every_work_has_specs_sizes_and_reachable_targets() -> None:
     for work in WORKS.values():
         cases = work.cases()
@@ -248,6 +261,30 @@ def test_a_right_op_is_timed(tmp_path: Path, clock: list[object]) -> None:
     assert not made.wrong
     json.dumps(row, allow_nan=False)
     assert "forward     2.00 ms (floor" in run.line_of("small", row)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_below_the_limit_torch_is_timed_and_compared(
+    wrong: bool, tmp_path: Path, clock: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernels of longer sequences stay out of it: of the gate, too."""
+    work = small("op", replace(TILE, dense_below=K))
+    module = pipeline.generate(work.cases()[0].spec, tmp_path).module
+    monkeypatch.setattr(module, "takes_dense", lambda q: q.shape[1] < K)
+    monkeypatch.setattr(module, "takes_cudnn", lambda *_: True)
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(module, name, None)
+    if wrong:
+        right = module.attend_backward
+        monkeypatch.setattr(module, "attend_backward", lambda *given: [1.1 * x for x in right(*given)])
+    with TorchAttention() as seen:
+        (row,), _ = rows_of(work, tmp_path)
+    assert set(seen.calls) == {"cudnn", "cudnn backward"}
+    if wrong:
+        assert [text.partition(":")[0] for text in row["refused"]] == ["dense dq", "dense dk", "dense dv"]
+        return
+    assert (row["forward_ms"], row["backward_ms"]) == (2.0, 2.0)
+    assert "strategies" not in row
 
 
 @pytest.mark.parametrize("wrong", ["o", "dk"])
@@ -387,6 +424,17 @@ def test_the_crossover_lies_between_the_lengths_that_hold_it() -> None:
     slower = [timed_row("splagen", n * K, 100.0) for n in (8, 16, 32)]
     assert {f["length"] for f in findings.crossovers([*dense, *slower])} == {"beyond 32768"}
     assert findings.crossovers(dense) == []
+
+
+def test_the_ratio_to_dense_attention_of_every_variant() -> None:
+    dense = [timed_row("dense cuDNN", n * K, n, variant="a") for n in (1, 2)]
+    ours = [timed_row("splagen", n * K, n * x, variant=v) for n in (1, 2, 4) for v, x in (("a", 1.25), ("b", 0.5))]
+    for found in findings.times_dense([*dense, *ours]):
+        ratio = 1.25 if found["variant"] == "a" else 0.5
+        assert found["ratio"] == {"forward": ratio, "backward": ratio}
+        assert found["length"] in (K, 2 * K)
+    assert len(findings.times_dense([*dense, *ours])) == 4
+    assert findings.crossovers([*dense, *ours]) == []
 
 
 def test_odd_groups_are_compared_with_the_next_power_of_two() -> None:

@@ -147,7 +147,7 @@ def launched(part: Partition | SequencePartition, schedules: Mapping[str, Schedu
     options = [(c, i, k) for c in part.strategies for i, option in enumerate(c.options) for k in option]
     taken = {k.name for c, i, k in options if i in (0, schedules[c.name]["strategy"])}
     idle = {k.name for _, _, k in options} - taken
-    return [k for k in part.kernels if k.name not in idle]
+    return [k for k in part.all_kernels if k.name not in idle]
 
 
 class Compiler:
@@ -230,7 +230,7 @@ def _schedules(path: Path) -> dict[str, dict[str, dict[str, Schedule]]]:
 
 def _undescribed(path: Path, part: Partition | SequencePartition) -> list[Built]:
     """Kernels in the file that no Kernel describes would go unchecked: each is a failure."""
-    known = {f"{k.name}_kernel" for k in (*part.kernels, *index_kernels(part.kernels))}
+    known = {f"{k.name}_kernel" for k in (*part.all_kernels, *index_kernels(part.kernels))}
     loose = [n for n in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE) if n not in known]
     return [
         Built(n.removesuffix("_kernel"), "", "", {}, error="not part of the partition: not compiled") for n in loose

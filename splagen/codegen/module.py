@@ -6,10 +6,12 @@ import hashlib
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import sympy as sp
 
 from splagen.codegen.affine import Interval
+from splagen.codegen.dense import Dense
 from splagen.codegen.geometry import Geometry, is_parameter
 from splagen.codegen.index_kernels import SCHEDULE, index_kernels
 from splagen.codegen.kernel import Array, Choice, Kernel
@@ -21,7 +23,7 @@ from splagen.codegen.schedule import default_schedules
 from splagen.codegen.tile_code import Walk
 from splagen.codegen.triton_expr import interval_text
 from splagen.errors import PartitionError
-from splagen.ir.program import Map, Var
+from splagen.ir.program import Map, Program, Var
 from splagen.ir.text import equation_text
 
 FUNCTIONS = ("log1p", "tanh", "dot_split", "merge_topk")  # device functions that kernels call; a template each
@@ -42,13 +44,15 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
     host_lines, host_total = _host_count(walk)
     gradients = [n for n, _ in part.gradients]
     forward_out = [a.name for a in (*part.outputs, *part.saved)]
-    schedules = default_schedules(part.kernels, geometry, part.strategies)
+    schedules = default_schedules(part.all_kernels, geometry, part.strategies)
+    beside = [kernel_text(k) for k in part.dense.kernels] if part.dense else []
     # a compiled graph on disk may hold the op by name: the name must change when the kernels do
-    content = hashlib.sha256(repr((GENERATOR, kernels, schedules)).encode()).hexdigest()[:8]
+    content = hashlib.sha256(repr((GENERATOR, kernels, schedules, *beside)).encode()).hexdigest()[:8]
+    op = f"{name}_{digest}_{content}"
     registration = render(
         "registration",
         {
-            "op": f"{name}_{digest}_{content}",
+            "op": op,
             "name": name,
             "inputs": inputs,
             "saved": [a.name for a in part.saved],
@@ -63,6 +67,8 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
             "head_dim": geometry.head_dim,
             "value_dim": geometry.value_dim,
             "parameters": [_parameter(a, geometry) for a in part.inputs[3:]],
+            "dense": _dense_text(part, part.dense, op, constants) if part.dense else "",
+            "chosen_op": f"op_for({inputs[0]})" if part.dense else "forward_op",
         },
     )
     return render(
@@ -219,10 +225,28 @@ def _calls(kernels: list[Kernel], keep: set[str], last: str) -> list[str]:
 
 
 def _backward(part: Partition, geometry: Geometry, given: set[str]) -> str:
+    partials = _partials(part.backward)
+    finish, results = _finished(part.gradients, part.inputs, part.program, partials, geometry)
+    keep = given | set(partials) | {v.name for _, v in part.gradients}
+    last = "\n".join([*finish, f"return {', '.join(results)}"])
+    return _chosen_calls(part.backward, part.strategies, keep, last)
+
+
+def _partials(kernels: Sequence[Kernel]) -> dict[str, Array]:
+    return {a.name: a for k in kernels for a in k.outputs if a.layout == "partials"}
+
+
+def _finished(
+    gradients: Sequence[tuple[str, Var]],
+    inputs: Sequence[Array],
+    program: Program,
+    partials: dict[str, Array],
+    geometry: Geometry,
+) -> tuple[list[str], list[str]]:
+    """Lines that make gradients of what kernels left, parts of sums over rows among it; what stands for each."""
     finish, results = [], []
     read: list[str] = []
-    definitions = part.program.definitions
-    partials = {a.name: a for k in part.backward for a in k.outputs if a.layout == "partials"}
+    definitions = program.definitions
 
     def total(v: Var) -> str:
         if v.name in partials:
@@ -238,22 +262,65 @@ def _backward(part: Partition, geometry: Geometry, given: set[str]) -> str:
         assert isinstance(eq.op.expr, sp.Add)
         return " + ".join(total(x) for x in eq.args)
 
-    for name, v in part.gradients:
+    for name, v in gradients:
         if v.name in partials or is_parameter(v):
             read.clear()
             summed = total(v)
             arguments = ", ".join([*dict.fromkeys(read), name])
             finish.append(f"d_{name} = host(n, lambda {arguments}: ({summed}).to({name}.dtype), {arguments})")
             results.append(f"d_{name}")
-        elif any(a.name == name and a.layout == "query_scalars" for a in part.inputs):
+        elif any(a.name == name and a.layout == "query_scalars" for a in inputs):
             cast = f"lambda {v.name}, {name}: {v.name}.to({name}.dtype)"
             finish.append(f"{v.name} = host(n, {cast}, {v.name}, {name})")
             results.append(v.name)
         else:
             results.append(v.name)
-    keep = given | set(partials) | {v.name for _, v in part.gradients}
-    last = "\n".join([*finish, f"return {', '.join(results)}"])
-    return _chosen_calls(part.backward, part.strategies, keep, last)
+    return finish, results
+
+
+def _dense_text(part: Partition, dense: Dense, op: str, constants: dict[str, int]) -> str:
+    """What short sequences take: torch's attention, and kernels of the rows behind it."""
+    attention, geometry = dense.attention, Geometry.of(dense.rows)
+    inputs = [a.name for a in part.inputs]
+    (output,), (cotangent,) = part.outputs, part.cotangents
+    made = dense.made
+    arrays = [output, replace(output, name=attention.o.name)] if dense.forward else [output]
+    o_cotangent = f"d{attention.o.name}" if dense.backward else cotangent.name
+    partials = _partials(dense.backward)
+    finish, results = _finished(list(dense.gradients.items()), part.inputs, dense.rows, partials, geometry)
+    found = {attention.q.name: "dq", attention.k.name: "dk", attention.v.name: "dv"}
+    found |= dict(zip(dense.gradients, results, strict=True))
+    gradients = [found.get(x, f"torch.zeros_like({x}, memory_format=torch.contiguous_format)") for x in inputs]
+    return render(
+        "dense",
+        {
+            "op": op,
+            "below": dense.below,
+            "scale": repr(attention.scale),
+            "earlier": attention.causal,
+            "kernels": [{"device": kernel_text(k), "host": _launcher(k, constants)} for k in dense.kernels],
+            "inputs": inputs,
+            "made": made,
+            "saved": dense.saved,
+            "kept": [made.index(x) for x in dense.saved],
+            "cotangent": cotangent.name,
+            "o": attention.o.name,
+            "o_cotangent": o_cotangent,
+            "forward": _dense_calls(dense.forward),
+            "backward": [*_dense_calls(dense.backward), *finish],
+            "rows_cotangents": [o_cotangent, *results],
+            "gradients": gradients,
+            "fakes": [_allocation(a, constants) for a in arrays],
+        },
+    )
+
+
+def _dense_calls(kernels: Sequence[Kernel]) -> list[str]:
+    lines = []
+    for k in kernels:
+        arguments = ", ".join(["n", f'schedules["{k.name}"]', *(a.name for a in k.inputs)])
+        lines.append(f"{', '.join(a.name for a in k.outputs)} = launch_{k.name}({arguments})")
+    return lines
 
 
 def schedule_text(schedules: dict[str, dict[str, dict[str, dict[str, int]]]]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
+from splagen.codegen.dense import Dense
 from splagen.codegen.geometry import (
     Geometry,
     array_of,
@@ -41,7 +42,8 @@ from splagen.ir.text import equation_text
 class Partition:
     """The kernels of a spec in launch order, and the arrays between forward and backward.
 
-    Where there is a choice, `forward` and `backward` list the kernels of its first option.
+    Where there is a choice, `forward` and `backward` list the kernels of its first option.  `dense` is what runs in
+    their place in short sequences, if there is such a thing.
     """
 
     program: Program
@@ -53,6 +55,7 @@ class Partition:
     saved: list[Array] = field(default_factory=list)
     cotangents: list[Array] = field(default_factory=list)
     gradients: list[tuple[str, Var]] = field(default_factory=list)
+    dense: Dense | None = None
 
     @property
     def group_size(self) -> int:
@@ -80,6 +83,11 @@ class Partition:
         """Every kernel once, by name."""
         chosen = [k for c in self.strategies for k in c.kernels]
         return list({k.name: k for k in (*self.forward, *self.backward, *chosen)}.values())
+
+    @property
+    def all_kernels(self) -> list[Kernel]:
+        """Those too that run beside torch's attention in short sequences: their equations are those of `dense.rows`."""
+        return [*self.kernels, *(self.dense.kernels if self.dense else [])]
 
 
 def partition(program: Program) -> Partition:

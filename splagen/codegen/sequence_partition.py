@@ -90,6 +90,11 @@ class SequencePartition:
         return list({k.name: k for k in (*self.forward, *self.backward, *self.step) if isinstance(k, Kernel)}.values())
 
     @property
+    def all_kernels(self) -> list[Kernel]:
+        """The same: nothing runs beside them."""
+        return self.kernels
+
+    @property
     def constraints(self) -> tuple[Constraint, ...]:
         """What Schedules must agree on."""
         return tuple(c for step in (*self.forward, *self.backward) if isinstance(step, Host) for c in step.constraints)

@@ -16,6 +16,7 @@ from torch.testing import assert_close
 
 from splagen import library
 from splagen.expression import symbol
+from splagen.ir.assumptions import fold_constants
 from splagen.ir.build import Builder
 from splagen.ir.check import check
 from splagen.ir.frontend_spla import spla_program
@@ -52,9 +53,10 @@ PASSES: dict[str, Pass] = {
     "reuse": reuse,
     "join_sums": join_sums(lambda eq: isinstance(eq.op, Contract)),
     "settle_names": settle_names,
+    "fold_constants": fold_constants,
     "LOWERING": lambda p: run(p, LOWERING),
 }
-IDEMPOTENT = ("share", "drop_unused", "copy_prop", "reuse", "settle_names")
+IDEMPOTENT = ("share", "drop_unused", "copy_prop", "reuse", "settle_names", "fold_constants")
 AXES = (("i", symbol("N")), ("j", symbol("N")), ("t", symbol("M")), ("d", 4), ("e", 3))
 
 
