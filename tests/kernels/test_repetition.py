@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from splagen import library as lib
-from splagen import pipeline
+from splagen import pipeline, sequence_verification
 from splagen.kinds import oracle
 from splagen.ops import Oracle
 from splagen.spec import Residual, Select, SPLASpec, to_toml
+from splagen.sse_spec import Router, SSESpec
 from splagen.verification import random_inputs
 from tests.kernels.repeatable import repeatable
 
@@ -125,3 +126,29 @@ def test_what_a_call_reads_decides_whether_it_is_repeated(tmp_path: Path, monkey
     longer = given(op, 0, 24)
     op.forward(longer)
     assert len(module.KEPT) == 1
+
+
+def test_calls_of_a_recurrence_are_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step as a whole; forward, whose plans nobody writes down, launch by launch."""
+    spec = SSESpec(head_dim=16, group_size=2, backbone="scalar", router=Router(partitions=2))
+    module, truth = pipeline.generate(spec, tmp_path).module, oracle(to_toml(spec))
+    one, two = (sequence_verification.random_inputs(truth, [1, 1], 2, torch.float32, "cpu", seed) for seed in (0, 1))
+    long = sequence_verification.random_inputs(truth, [20, 9], 2, torch.float32, "cpu", 0)
+    schedules = module.schedules_for(one["v"])
+
+    def calls() -> list[Tensor]:
+        table, slots = one["state"].clone(), torch.tensor([1, 0], dtype=torch.int32)
+        outputs = [module.step(schedules, *(x[n] for n in truth.names), table, slots) for x in (one, two, one)]
+        return [*outputs, table, *module.forward(schedules, *(long[n] for n in (*truth.names, "state", "cu_seqlens")))]
+
+    want = calls()
+    asked, ran = repeatable(module, monkeypatch)
+    assert equal(calls(), want)
+    assert ran == 2 * ran[: len(ran) // 2]
+    assert ran[-1] == "step_kernel"
+    launched = list(asked)
+    asked.clear(), ran.clear()
+    assert equal(calls(), want)
+    assert not asked
+    assert len(ran) > len(launched) > 0
+    assert [x.again is not None for x in module.KEPT.values()] == [True, False]
