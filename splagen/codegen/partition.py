@@ -208,7 +208,7 @@ class _Partitioner:
             if not reads:
                 continue
             kernels.append(states_kernel(chain, self.program, available))
-            available[chain.states.out] = state_array(chain.states.out, self.geometry)
+            available[chain.states.out] = state_array(chain, self.geometry)
             kernels.append(scan_kernel(chain, self.program, self.walk))
             for eq in reads:
                 output = array_of(eq.out, self.geometry, internal=True, dtype="float32")

@@ -98,6 +98,8 @@ def rule_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> 
             schedule = {"BLOCK_M": block_m, "BLOCK_E": block_e, "num_warps": warps, "num_stages": stages}
         case "state_scan":
             schedule = {"BLOCK_E": 256, "num_warps": 4, "num_stages": 4}
+        case "state_total":
+            schedule = {"BLOCK_M": 16, "BLOCK_E": 128, "num_warps": 4, "num_stages": 2}
         case "read_out":
             summed, kept = (int(str(kernel.holes[x])) for x in ("summed_size", "kept_size"))
             filled = max(16, min(128, 1 << (_rows_of_chunk(kernel, geometry).bit_length() - 1)))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from splagen import library as lib
+from splagen.codegen.geometry import is_total
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.module import FUNCTIONS
 from splagen.codegen.partition import Partition
@@ -107,15 +108,23 @@ class Call:
                 passed.append(self.memory.segments(a, v, value, self.work))
             elif a.layout == "states":
                 given[v.name] = value
-                if kernel.template == "state_scan":
-                    passed.append(self.memory.unscanned(v, value))
+                if kernel.template in ("state_scan", "state_total"):
+                    whole = kernel.template == "state_total"
+                    passed.append((self.memory.parts_of_total if whole else self.memory.unscanned)(v, value))
                 else:
-                    passed.append(self.memory.store_states(v, value, int(str(kernel.holes["origin"]))))
+                    passed.append(self.states(v, value))
             else:
                 stored = self.memory.store(a, v, value)
                 given[v.name] = self.memory.given(a, v, stored)
                 passed.append(stored)
         return passed, given
+
+    def states(self, v: Var, value: Tensor) -> Tensor:
+        """The array of states as a read-out finds it."""
+        if is_total(v):
+            return self.memory.store_total(v, value)
+        scans = [k for k in self.part.kernels if k.template == "state_scan" and self.variable(k.inputs[0]) == v]
+        return self.memory.store_states(v, value, int(str(scans[0].holes["origin"])))
 
     def errors(self, kernel: Kernel) -> dict[str, float]:
         """Relative RMS error of every output of one kernel, launched alone."""
@@ -125,8 +134,11 @@ class Call:
         found = launch(self.n, self.schedules[kernel.name], *passed)
         if kernel.template == "state_scan":
             (v,) = (self.variable(a) for a in kernel.inputs)
-            want = self.memory.store_states(v, given[v.name], int(str(kernel.holes["origin"])))
-            return {v.name: relative_error(passed[0], want)}  # type: ignore[arg-type]
+            return {v.name: relative_error(passed[0], self.states(v, given[v.name]))}  # type: ignore[arg-type]
+        if kernel.template == "state_total":
+            (v,) = (self.variable(a) for a in kernel.inputs)
+            got = self.memory.states_of(v, passed[0])[:, :1]  # type: ignore[arg-type]
+            return {v.name: relative_error(got, self.memory.chunk_states(v, given[v.name]))}
         results = found if isinstance(found, tuple) else (found,)
         outputs = dict(zip([a.name for a in kernel.outputs], results, strict=True))
         if kernel.template == "score_topk":
@@ -145,6 +157,7 @@ class Call:
         match a.layout:
             case "states":
                 got = memory.states_of(v, got)[:, 1:]
+                got = got.sum(1, keepdim=True) if is_total(v) else got
                 return relative_error(got, memory.chunk_states(v, value))
             case "segments":
                 inside = torch.arange(self.blocked.blocks * self.blocked.block, device=got.device) < length
