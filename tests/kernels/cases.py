@@ -116,6 +116,11 @@ SMALL = (
     small("group 16", (1, 16, 70), group_size=16),
     small("group 64", (1, 64, 60), group_size=64, select=select(sinks=0, local=0)),
     small("head 80 value 48", (1, 1, 90), group_size=1, head_dim=80, value_dim=48, select=select(tile=16)),
+    small("sums apart", (1, 2, 110), (1, 2, 5), head_dim=80, value_dim=48, select=select(tile=16)),
+    small("sums apart non-causal", (1, 2, 110), head_dim=80, causal=False, select=select(tile=16), combine="gate",
+          linear=Residual(temperature=True, normaliser=True)),
+    small("sums apart add", (1, 2, 110), head_dim=80, combine="add", select=select(tile=16),
+          linear=Residual(lib.elu1), fp16=True),
     small("head 40 value 16", (1, 2, 90), head_dim=40, value_dim=16, select=select(tile=16)),
     small("head 16 value 96", (1, 1, 90), group_size=1, value_dim=96, select=select(tile=16)),
     # short sequences

@@ -1,6 +1,7 @@
 """Every kernel alone: its inputs from the oracle, its outputs against the equations that it covers."""
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ SPECS: dict[str, tuple[SPLASpec, Shape]] = {
         SPLASpec(head_dim=16, causal=False, select=WINDOWS, linear=Residual(lib.elu1), combine="gate"),
         (1, 2, 150),
     ),
+    "sums apart": (SPLASpec(head_dim=80, group_size=2, select=replace(TILE, tile=16), combine="add"), (1, 2, 150)),
 }
 REAL = {"token": (REAL_SPECS["token"], (2, 8, 1000)), "tile": (REAL_SPECS["tile"], (1, 8, 1000))}
 
@@ -225,6 +227,12 @@ def test_each_kernel_computes_its_equations_on_the_gpu(
     call = Call(*REAL[name], dtype, device, tmp_path)
     fill_empty_with_nan(call.module, monkeypatch)
     check(call)
+
+
+def test_the_specs_have_sums_apart_and_together() -> None:
+    found = [{k.name for k in oracle(to_toml(spec)).partition.kernels} for spec, _ in SPECS.values()]
+    assert {"linear_forward", "linear_dq"} <= found[list(SPECS).index("sums apart")]
+    assert not any("linear_forward" in names for name, names in zip(SPECS, found, strict=True) if name != "sums apart")
 
 
 def test_the_specs_have_every_kernel_family() -> None:
