@@ -297,7 +297,7 @@ def test_compile_reports_the_kernels_of_an_sse_spec(tmp_path: Path) -> None:
     spec.write_text('kind = "sse"\nhead_dim = 16\nbackbone = "none"\nrouter = "none"\n')
     found = document(run("compile", spec, "--target", "sm_90", "--json"))
     assert found["ok"]
-    assert {"output1", "gradient1"} <= {r["kernel"] for r in found["rows"]}
+    assert {"output1", "dreads1", "dwrites1"} <= {r["kernel"] for r in found["rows"]}
     assert all(r["registers"] and r["shared"] is not None for r in found["rows"])
 
 

@@ -120,9 +120,14 @@ def is_parameter(v: Var) -> bool:
 
 
 def is_state(v: Var) -> bool:
-    """A sum over the rows of a block or a tile: features, and a block or tile but no single position."""
+    """A sum over the rows of a block, a tile or a sequence: features, and no single position."""
     place = [a for a in v.axes if a in QUERY_AXES | KEY_AXES]
-    return place in (["J"], ["T"]) and bool(features_of(v)) and "g" not in v.axes
+    return place in (["J"], ["T"], []) and "b" in v.axes and bool(features_of(v)) and "g" not in v.axes
+
+
+def is_total(v: Var) -> bool:
+    """A state of the whole sequence."""
+    return is_state(v) and not (QUERY_AXES | KEY_AXES) & set(v.axes)
 
 
 @dataclass(frozen=True)

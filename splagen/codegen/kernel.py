@@ -15,7 +15,7 @@ Layout: TypeAlias = Literal[
     "cell_rows",  # [B, nJ * C, Hkv, width]
     "head_rows",  # [Hq, width]
     "kv_head_scalars",  # [Hkv]
-    "states",  # [B, Hkv, chunks + 1, left width, right width]
+    "states",  # [B, Hkv, chunks + 1, left width, right width]: prefixes, or a total and its parts
     "indices",  # [B, Hkv, nT, budget]
     "counts",  # [B, Hkv, nT]
     "work",  # the inverse index: which queries chose each key block, cut into segments

@@ -20,6 +20,7 @@ from splagen.codegen.tile_code import (
     Walk,
     accumulators,
     apart,
+    follows_softmax,
     operands,
     part_array,
     row_scalars,
@@ -64,16 +65,20 @@ def _kernels(
     )
     code = TileCode(walk, walk.chosen_facts if walk.chosen else walk.forced_facts, to_keys=True)
     groups = apart(code, to_keys, to_rows)
-    groups.sort(key=lambda g: not any(s.in_loop(walk.forced_facts) for s in g.to_keys))
+    groups.sort(key=lambda g: not _softmax(walk, g))
     found = KeyGradients([], {}, {})
     for group in groups:
-        name = ("block_sparse_" if any(s.in_loop(walk.forced_facts) for s in group.to_keys) else "linear_") + suffix
+        name = ("block_sparse_" if _softmax(walk, group) else "linear_") + suffix
         name += f"_{len(found.kernels)}" if any(k.name == name for k in found.kernels) else ""
         made = _KeyKernel(walk, available, group)
         found.kernels.append(made.kernel(name, wanted))
         found.sums.update(made.sums)
         found.parts.update(made.parts)
     return found
+
+
+def _softmax(walk: Walk, group: Group) -> bool:
+    return any(follows_softmax(walk.program, s) for s in group.to_keys)
 
 
 class _KeyKernel:

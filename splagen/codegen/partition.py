@@ -23,7 +23,7 @@ from splagen.codegen.geometry import (
 from splagen.codegen.kernel import Array, Choice, Kernel
 from splagen.codegen.key_kernels import dkv_kernels, dqkv_kernels, merge_kernel
 from splagen.codegen.part_kernels import parts_kernels
-from splagen.codegen.query_kernels import dq_kernel, forward_kernel
+from splagen.codegen.query_kernels import dq_kernel, dq_kernels, forward_kernel, forward_kernels
 from splagen.codegen.region import slice_back
 from splagen.codegen.row_kernels import partial_array, rows_kernel
 from splagen.codegen.schedule import Constraint
@@ -130,12 +130,12 @@ class _Partitioner:
         self._states(kernels, available, self.forward_equations)
         outputs = [(v, array_of(v, self.geometry, internal=False)) for v in self.program.outputs]
         saved = [(v, self._saved_array(v)) for v in self._saved() if v not in self.program.outputs]
-        by_row = forward_kernel(self.walk, available, [*outputs, *saved])
-        kernels.append(by_row)
+        by_row = forward_kernels(self.walk, available, [*outputs, *saved])
+        kernels += by_row
         if self.walk.chosen:
             by_key, parts = parts_kernels(self.walk, available, [v for v, _ in (*outputs, *saved)])
             merging = forward_kernel(self.walk, available, [*outputs, *saved], parts)
-            self.result.strategies.append(Choice("forward_strategy", ((by_row,), (*by_key, merging))))
+            self.result.strategies.append(Choice("forward_strategy", (by_row, (*by_key, merging))))
         self.result.outputs = [a for _, a in outputs]
         self.result.saved += [a for _, a in saved]
         self.arrays.update(saved)
@@ -216,7 +216,7 @@ class _Partitioner:
             if not reads:
                 continue
             kernels.append(states_kernel(chain, self.program, available))
-            available[chain.states.out] = state_array(chain.states.out, self.geometry)
+            available[chain.states.out] = state_array(chain, self.geometry)
             kernels.append(scan_kernel(chain, self.program, self.walk))
             for eq in reads:
                 output = array_of(eq.out, self.geometry, internal=True, dtype="float32")
@@ -260,16 +260,16 @@ class _Partitioner:
         rows = [(g, array_of(g, self.geometry, internal=False)) for x, g in gradients.items() if is_query_row(x)]
         rows = [(g, a) for g, a in rows if g not in available] + self._late_parameters(available, "query")
         keys = [(g, array_of(g, self.geometry, internal=False)) for x, g in gradients.items() if is_key_row(x)]
-        by_row = dq_kernel(self.walk, available, rows)
+        by_row = dq_kernels(self.walk, available, rows)
         later = dict([*available.items(), *rows])
         keys += self._late_parameters(later, "key")
         wanted = [v for v, _ in keys]
         by_key = dkv_kernels(self.walk, available, wanted)
-        kernels += [by_row, *by_key.kernels, merge_kernel(self.walk, available, by_key.sums, keys)]
+        kernels += [*by_row, *by_key.kernels, merge_kernel(self.walk, available, by_key.sums, keys)]
         if self.walk.chosen:
             both = dqkv_kernels(self.walk, available, wanted, [v for v, _ in rows])
             merging = dq_kernel(self.walk, available, rows, both.parts)
-            options = ((by_row, *by_key.kernels), (*both.kernels, merging))
+            options = ((*by_row, *by_key.kernels), (*both.kernels, merging))
             self.result.strategies.append(Choice("backward_strategy", options))
         available.update([*rows, *keys])
 

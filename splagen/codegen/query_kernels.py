@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from splagen.codegen.geometry import Rows, features_of
+from splagen.codegen.geometry import Rows, array_of, features_of
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.region import slice_back
 from splagen.codegen.row_code import RowCode
@@ -16,12 +16,16 @@ from splagen.codegen.tile_code import (
     TileCode,
     Walk,
     accumulators,
+    follows_softmax,
     operands,
     part_address,
     row_scalars,
     sums_of_tiles,
 )
 from splagen.ir.program import Equation, Lse, Reduce, Var
+
+FULL = 32  # query rows that share a list of blocks: a tile of so many fills its registers
+HELD = 384  # columns of sums and operands of a row that a full tile can hold
 
 
 class QuerySide:
@@ -85,6 +89,22 @@ class QuerySide:
             lines += self.rows.store(array, piece.names[v])
         return lines
 
+    def counts(self, equations: Sequence[Equation]) -> tuple[list[str], dict[Var, str]]:
+        """Lines that count the blocks that a tile may choose and those that it chose; what stands for the counts."""
+        lines: list[str] = []
+        held: dict[Var, str] = {}
+        for eq in equations if self.walk.chosen else ():
+            if not isinstance(eq.op, Reduce) or eq.args not in ((self.walk.eligible,), (self.walk.chosen,)):
+                continue
+            name = "chosen"
+            if eq.args == (self.walk.eligible,):
+                lines += self.walk.eligible_count()
+                name = "eligible"
+            lines.append(f"{eq.out.name} = ({name} + tl.zeros((BLOCK_M,), tl.int32)).to(tl.float32)")
+            held[eq.out] = eq.out.name
+            self.covers[eq] = None
+        return lines, held
+
     def shape(self, v: Var) -> str:
         """Tile shape of a sum."""
         features = features_of(v)
@@ -118,6 +138,63 @@ class QuerySide:
         tiles_of_span = "nT" if span == "TILE" else f"cdiv(L, {span})"
         grid = f"({tiles_of_span} * cdiv({span} * GROUP, BLOCK_M), B * Hkv)"
         return Kernel(name, template, covers, tuple(self.arrays.values()), tuple(a for _, a in outputs), holes, grid)
+
+
+def forward_kernels(
+    walk: Walk, available: Mapping[Var, Array], outputs: Sequence[tuple[Var, Array]]
+) -> tuple[Kernel, ...]:
+    """Block-sparse attention by row: one kernel, or one for the sums beside the softmax and one for the rest."""
+    first = _apart(walk, available, outputs)
+    if not first:
+        return (forward_kernel(walk, available, outputs),)
+    linear = dq_kernel(walk, available, list(first.items()), name="linear_forward")
+    rest = [(v, a) for v, a in outputs if v not in first]
+    return linear, forward_kernel(walk, {**available, **first}, rest)
+
+
+def dq_kernels(walk: Walk, available: Mapping[Var, Array], outputs: Sequence[tuple[Var, Array]]) -> tuple[Kernel, ...]:
+    """Gradients of query rows by row, as `forward_kernels`."""
+    first = _apart(walk, available, outputs)
+    if not first:
+        return (dq_kernel(walk, available, outputs),)
+    linear = dq_kernel(walk, available, list(first.items()), name="linear_dq")
+    return linear, dq_kernel(walk, {**available, **first}, [(v, a) for v, a in outputs if v not in first])
+
+
+def _apart(walk: Walk, available: Mapping[Var, Array], outputs: Sequence[tuple[Var, Array]]) -> dict[Var, Array]:
+    """Rows that follow from the sums beside the softmax alone and leave their kernel, if they are to have their own.
+
+    They are where a full tile of rows and the sums of both kinds do not fit registers.
+    """
+    program, geometry = walk.program, walk.geometry
+    asked = [v for v, _ in outputs]
+    equations = slice_back(program, asked, [*program.inputs, *available])
+    sums = sums_of_tiles(program, equations, to_keys=False)
+    linear = [s for s in sums if not follows_softmax(program, s)]
+    if not walk.chosen or geometry.tile * geometry.group < FULL or not 0 < len(linear) < len(sums):
+        return {}
+    code = TileCode(walk, walk.chosen_facts, to_keys=False)
+    held = [s.into for s in sums] + operands(code.body(code.wanted(sums)).products, [], of_queries=True)
+    if sum(geometry.width(f, pad=True) for v in dict.fromkeys(held) if (f := features_of(v))) <= HELD:
+        return {}
+    here, there = (_after(equations, some) for some in (linear, [s for s in sums if s not in linear]))
+    crossing = {v for eq in equations if eq.out in there for v in eq.args}
+    given = dict(outputs)
+    alone = [v for v in dict.fromkeys([*asked, *(eq.out for eq in equations)]) if v in here and v not in there]
+    return {
+        v: given.get(v) or array_of(v, geometry, internal=True, dtype="float32")
+        for v in alone
+        if v in given or v in crossing
+    }
+
+
+def _after(equations: Sequence[Equation], sums: Sequence[Sum]) -> set[Var]:
+    """What follows from sums of tiles, and they themselves."""
+    found = {s.equation.out for s in sums}
+    for eq in equations:
+        if found & set(eq.args):
+            found.add(eq.out)
+    return found
 
 
 def forward_kernel(
@@ -161,18 +238,8 @@ def forward_kernel(
     held = {s.into: s.into.name for s in sums} | {lse.out: lse.out.name}
     finish = [f"{s.into.name} = {s.into.name} / row_sum[:, None]" for s in softmax]
     finish.append(f"{lse.out.name} = row_max + tl.log(row_sum)")
-    if walk.chosen:
-        for eq in forward:
-            if isinstance(eq.op, Reduce) and eq.args == (walk.eligible,):
-                finish += walk.eligible_count()
-                finish.append(f"{eq.out.name} = (eligible + tl.zeros((BLOCK_M,), tl.int32)).to(tl.float32)")
-                held[eq.out] = eq.out.name
-                side.covers[eq] = None
-            if isinstance(eq.op, Reduce) and eq.args == (walk.chosen,):
-                finish.append(f"{eq.out.name} = (chosen + tl.zeros((BLOCK_M,), tl.int32)).to(tl.float32)")
-                held[eq.out] = eq.out.name
-                side.covers[eq] = None
-    epilogue = finish + side.epilogue(outputs, held)
+    counts, counted = side.counts(forward)
+    epilogue = finish + counts + side.epilogue(outputs, held | counted)
     side.covers.update(dict.fromkeys([lse, *(definitions[v] for s in softmax for v in s.factors)]))
     merged, span = None, "TILE"
     if parts:
@@ -198,8 +265,9 @@ def dq_kernel(
     available: Mapping[Var, Array],
     outputs: Sequence[tuple[Var, Array]],
     parts: Mapping[Var, Array] | None = None,
+    name: str = "block_sparse_dq",
 ) -> Kernel:
-    """Gradients of query rows: the same walk as forward with the scores formed again.
+    """Gradients of query rows, or other rows behind sums of tiles: the same walk as forward, the scores formed again.
 
     `parts` holds what the chosen blocks give to each row (key_kernels.py); without it they are visited here.
     """
@@ -210,6 +278,8 @@ def dq_kernel(
     loops, tiles, keys_used = [], [], {}
     for _, code, holes in side.loops(merged=bool(parts)):
         active = [s for s in sums if s.in_loop(code.facts)]
+        if not active:
+            continue
         tile = code.body(code.wanted(active))
         keys = operands(tile.products, active, of_queries=False)
         keys_used.update(dict.fromkeys(keys))
@@ -226,7 +296,8 @@ def dq_kernel(
         side.use([COUNTS, *parts.values()])
         merged = [_merged_part(v, array) for v, array in parts.items()]
         span = "CHUNK"
-    epilogue = side.epilogue(outputs, {s.into: s.into.name for s in sums})
+    counts, counted = side.counts(backward)
+    epilogue = counts + side.epilogue(outputs, {s.into: s.into.name for s in sums} | counted)
     more = {"merged": merged, "span": span}
-    name = "block_sparse_dq_merge" if parts else "block_sparse_dq"
+    name = f"{name}_merge" if parts else name
     return side.kernel(name, "block_sparse_dq", outputs, sums, tiles, loops, prologue, epilogue, more, span)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -98,6 +99,8 @@ def rule_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> 
             schedule = {"BLOCK_M": block_m, "BLOCK_E": block_e, "num_warps": warps, "num_stages": stages}
         case "state_scan":
             schedule = {"BLOCK_M": 32, "BLOCK_E": 128, "num_warps": 4, "num_stages": 1}
+        case "state_total":
+            schedule = {"BLOCK_M": 16, "BLOCK_E": 128, "num_warps": 4, "num_stages": 2}
         case "read_out":
             summed, kept = (int(str(kernel.holes[x])) for x in ("summed_size", "kept_size"))
             filled = max(16, min(128, 1 << (_rows_of_chunk(kernel, geometry).bit_length() - 1)))
@@ -157,6 +160,9 @@ def _query_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) 
         elif wide and not few:
             warps = 8
         stages = 2 if few or wide else 3
+        if kernel.template == "block_sparse_dq" and wide and not few and _sums(kernel) <= 128:
+            # one warpgroup keeps scores in registers between its products, and two programs share a multiprocessor
+            block_n, warps, stages = min(block_n, 32), 4, 3
     if size == 4:  # products of float32 are unrolled into single multiplications: only small tiles fit registers
         block_m, block_n, stages, warps = min(block_m, 32), 16, 1, 4
 
@@ -199,6 +205,11 @@ def _key_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) ->
             block_n //= 2
     warps = 8 if (wide and whole) or block_n * accumulators > 24576 else 4
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+
+
+def _sums(kernel: Kernel) -> int:
+    """Columns of the sums that a program carries for each of its query rows."""
+    return sum(int(n) for n in re.findall(r"BLOCK_M, (\d+)", str(kernel.holes["accumulators"])))
 
 
 def _accumulators(kernel: Kernel) -> int:

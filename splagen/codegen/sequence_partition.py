@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
@@ -21,7 +21,7 @@ from splagen.codegen.recurrences import (
     state_table,
     token_array,
 )
-from splagen.codegen.region import padded_extent
+from splagen.codegen.region import padded_extent, slice_back
 from splagen.codegen.route_kernels import Router
 from splagen.codegen.schedule import Agreement, Constraint, Divides
 from splagen.codegen.slice_kernels import SliceLoop
@@ -222,6 +222,10 @@ class _Launches:
         ]
         dv: Array | None = None
         for r in self.found:
+            if alone := self.one_state_each(r):
+                rows, sums, dv = self.gradient_rows(r, dv)
+                steps += [*self.gradients_on_the_way(r, rows, alone), *sums]
+                continue
             steps += [self.agreement(r), *self.spans(r, "gradient"), *self.states_before_groups(r, "final")]
             kept, cotangents = chunk_states(r), chunk_states(r, "dstates")
             start = group_states(r, "added") if r.factors else state_table("state")
@@ -247,6 +251,38 @@ class _Launches:
         exact = [x.name for r in self.found for x in r.gradients if x.name not in ("eta", "v") and x.name[0] in "gb"]
         exact += ["logits"] if self.router else []
         return [*steps, Host(tuple(f"d{x} = d{x}.to({x}.dtype)" for x in exact))]
+
+    def one_state_each(self, r: Recurrence) -> frozenset[Var]:
+        """The gradients of rows that follow from the state before a chunk, if every other follows from its cotangent.
+
+        Then no state is kept per chunk: a loop that carries all columns of a state, or of its cotangent, has what its
+        rows read.  Empty where that is not so.
+        """
+        d, e = r.tiles
+        if not r.factors or len(r.states) > 1 or d * e > STATE_TILE:
+            return frozenset()
+        program, cotangents = r.program, {r.cotangents[v] for v in r.outputs[1:]}
+        found = set()
+        for x, g in r.gradients.items():
+            read = {v for eq in slice_back(program, [g], program.inputs) for v in eq.args}
+            before, after = bool(read & set(r.states)), bool(read & cotangents)
+            if x not in r.states and before:
+                found.add(g)
+            if x not in r.states and before == after:
+                return frozenset()
+        return frozenset(found)
+
+    def gradients_on_the_way(self, r: Recurrence, rows: Sequence[Stored], forward: Collection[Var]) -> list[Step]:
+        """Gradients of rows from the loops that carry the state, `forward`, and its cotangent, the others."""
+        added = group_states(r, "dadded")
+        ahead, behind = ([row for row in rows if (row[0] in forward) == side] for side in (True, False))
+        return [
+            *self.states_before_groups(r, "final"),
+            Loop(r, "dreads", reverse=False).kernel(ahead, start=group_states(r, "added")),
+            Loop(r, "dadd", reverse=True).kernel([], into=(added, None)),
+            scan_kernel(r, "dscan", added, state_table("dfinal"), state_table("dstate"), reverse=True),
+            Loop(r, "dwrites", reverse=True).kernel(behind, start=added),
+        ]
 
     def agreement(self, r: Recurrence) -> Host:
         """What the Schedules of a backward pass must agree on."""

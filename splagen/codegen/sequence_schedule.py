@@ -12,16 +12,36 @@ from splagen.errors import ScheduleError
 from splagen.ir.frontend_sse import SUFFIX
 from splagen.sse_spec import SSESpec
 
+WHOLE = ("dreads", "dwrites")  # kernels that carry all columns of a state
 LONGEST_CHUNK = 128  # rows whose decays are factored, and a divisor of the length of every group
 
 
 def default_schedule(kernel: Kernel, spec: SSESpec, arch: str, dtype: str) -> dict[str, int]:
     """A legal Schedule that is reasonable before tuning."""
     schedule = _schedule(kernel, spec, dtype)
+    if kernel.name.startswith(WHOLE):
+        _fit(schedule, kernel, DTYPES[dtype], TARGETS[arch].shared_bytes)
     if not arch.startswith("sm_"):
         schedule.pop("maxnreg", None)  # left alone, ptxas gives some loops 32 registers and spills the rest
     check_schedule(kernel, spec, schedule)
     return schedule
+
+
+def _fit(schedule: dict[str, int], kernel: Kernel, size: int, shared: int) -> None:
+    """Fewer rows ahead, then shorter chunks, until the rows of a loop and its state as an operand fit."""
+    rows = sum(a.width[-1] for a in kernel.inputs if a.layout in ("token_rows", "value_rows") and a.width)
+    d, e = (int(str(kernel.holes[x])) for x in ("d_extent", "e_extent"))
+
+    def used() -> int:
+        return size * (schedule["CHUNK"] * (schedule["num_stages"] * rows + d) + d * e)
+
+    while used() > shared and (schedule["num_stages"] > 1 or schedule["CHUNK"] > 16):
+        if schedule["num_stages"] > 1:
+            schedule["num_stages"] -= 1
+        else:
+            schedule["CHUNK"] //= 2
+    if used() > shared:  # tiles pass through less of it between products where fewer warps hold them
+        schedule["num_warps"] = min(schedule["num_warps"], 4)
 
 
 def check_schedule(kernel: Kernel, spec: SSESpec, schedule: Schedule) -> None:
@@ -36,6 +56,9 @@ def check_schedule(kernel: Kernel, spec: SSESpec, schedule: Schedule) -> None:
     columns = padded_extent(spec.value_dim or spec.head_dim)
     if schedule.get("BLOCK_E", 16) > columns:
         raise ScheduleError(f"BLOCK_E={schedule['BLOCK_E']} of {kernel.name} is more than {columns} columns of v")
+    if kernel.name.startswith(WHOLE) and schedule["BLOCK_E"] != columns:
+        what = f"BLOCK_E={schedule['BLOCK_E']} of {kernel.name} is not {columns}, all columns of v"
+        raise ScheduleError(what, "its rows are sums over them")
 
 
 def _schedule(kernel: Kernel, spec: SSESpec, dtype: str) -> dict[str, int]:
@@ -68,6 +91,8 @@ SCALAR = SHARED | {
     "dvalues": (32, 128, 4, 3, 255),
     # (64, 64, 8, 3) is as fast, but triton 3.6 miscompiles it without decay at D = 64, E = 128: dq is wrong by 4e-2
     "gradient": (32, 32, 4, 3, 255),
+    "dreads": (64, 1024, 8, 2, 255),
+    "dwrites": (64, 1024, 8, 2, 255),
 }
 VECTOR = SHARED | {
     "add": (64, 128, 4, 2, 255),

@@ -1,7 +1,8 @@
 """The kernels of the global part of linear attention: block states, their prefix over blocks, and the read-out.
 
 A sum over the far blocks of a query, `contract(far, S)` with S the states of blocks, is never formed per query: far is
-a union of intervals, so it is a difference of prefixes.  The same holds with the roles of queries and keys exchanged.
+a union of intervals, so it is a difference of prefixes.  A sum over the whole sequence is one state for all queries.
+The same holds with the roles of queries and keys exchanged.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from splagen.codegen.geometry import Geometry, Rows, features_of, is_key_row, is_query_row, is_state
+from splagen.codegen.geometry import Geometry, Rows, features_of, is_key_row, is_query_row, is_state, is_total
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.predicates import J, T
 from splagen.codegen.region import padded_extent
@@ -21,16 +22,30 @@ from splagen.ir.program import Contract, Equation, Program, Var
 from splagen.ir.text import equation_text
 
 VECTOR = padded_extent(1)  # columns that a state without a value feature takes; only the first holds data
+SPAN = 1024  # positions that one part of a total sums: many programs, and little to add up
+READERS = 128  # positions whose rows read a total together: as many as fill a tile
 
 
 @dataclass(frozen=True)
 class StateChain:
-    """states[chunk] = sum over the chunk's rows of left (x) right;  read[x] = sum over x's interval of states."""
+    """states[chunk] = sum over the chunk's rows of left (x) right;  read[x] = sum over x's interval of states.
+
+    A total has one state, of the whole sequence, and no intervals.
+    """
 
     states: Equation
     summed: tuple[Equation, ...]  # contract(mask, states): never formed
     reads: tuple[Equation, ...]  # contract(row, summed)
     from_queries: bool
+
+    @property
+    def total(self) -> bool:
+        """True if every row reads the sum over the whole sequence."""
+        return is_total(self.states.out)
+
+    def chunk(self, geometry: Geometry) -> int:
+        """Positions that one state in memory sums."""
+        return SPAN if self.total else geometry.chunk if self.from_queries else geometry.block
 
 
 def state_chains(program: Program, equations: list[Equation]) -> list[StateChain]:
@@ -40,20 +55,19 @@ def state_chains(program: Program, equations: list[Equation]) -> list[StateChain
         if not (isinstance(eq.op, Contract) and is_state(eq.out)) or any(is_state(v) for v in eq.args):
             continue
         summed = tuple(e for e in equations if isinstance(e.op, Contract) and eq.out in e.args and is_state(e.out))
-        outs = {e.out for e in summed}
+        outs = {e.out for e in summed} or {eq.out}
         reads = tuple(e for e in equations if outs & set(e.args))
         for e in (*summed, *reads):
             if not isinstance(e.op, Contract):
                 raise PartitionError(f"no kernel reads a state as `{equation_text(e)}`")
-        chains.append(StateChain(eq, summed, reads, "T" in eq.out.axes))
+        chains.append(StateChain(eq, summed, reads, any(is_query_row(v) for v in eq.args)))
     return chains
 
 
-def state_array(v: Var, geometry: Geometry) -> Array:
-    """The prefix states of a chain: [B, Hkv, chunks + 1, left, right] float32."""
-    left, right = _widths(v, geometry)
-    chunk = geometry.chunk if "T" in v.axes else geometry.block
-    return Array(v.name, "states", features_of(v), (left, right), "float32", True, chunk)
+def state_array(chain: StateChain, geometry: Geometry) -> Array:
+    """The prefix states of a chain, or a total and its parts: [B, Hkv, chunks + 1, left, right] float32."""
+    v = chain.states.out
+    return Array(v.name, "states", features_of(v), _widths(v, geometry), "float32", True, chain.chunk(geometry))
 
 
 def _widths(v: Var, geometry: Geometry) -> tuple[int, int]:
@@ -72,16 +86,16 @@ class _RowIndex:
     side: str
 
 
-def _row_index(geometry: Geometry, of_queries: bool) -> _RowIndex:
+def _row_index(chunk: int, of_queries: bool) -> _RowIndex:
     if of_queries:
         lines = [
             "qpos = chunk * CHUNK + row // GROUP  # [BLOCK_M]",
             "head = h * GROUP + row % GROUP",
             "row_ok = (row < ROWS) & (qpos < L)",
         ]
-        return _RowIndex(geometry.chunk, "GROUP", "\n".join(lines), "query")
+        return _RowIndex(chunk, "GROUP", "\n".join(lines), "query")
     lines = ["kpos = chunk * CHUNK + row  # [BLOCK_M]", "key_ok = (row < ROWS) & (kpos < L)"]
-    return _RowIndex(geometry.block, "1", "\n".join(lines), "key")
+    return _RowIndex(chunk, "1", "\n".join(lines), "key")
 
 
 def _as_columns(vector: str | None, mask: str) -> str:
@@ -94,7 +108,7 @@ def states_kernel(chain: StateChain, program: Program, available: Mapping[Var, A
     """The states of all chunks."""
     geometry = Geometry.of(program)
     eq = chain.states
-    index = _row_index(geometry, chain.from_queries)
+    index = _row_index(chain.chunk(geometry), chain.from_queries)
     code = RowCode(program, geometry, index.side, "BLOCK_M", available)
     code.defined_columns.add("")
     rows = [v for v in eq.args if v.kind == "real"]
@@ -102,7 +116,7 @@ def states_kernel(chain: StateChain, program: Program, available: Mapping[Var, A
     right = [v for v in rows if v not in left]
     if len(left) != 1 or len(right) > 1:
         raise PartitionError(f"`{equation_text(eq)}` is not one outer product of rows")
-    array = state_array(eq.out, geometry)
+    array = state_array(chain, geometry)
     loaded = [left[0], *(v for v in right if not features_of(v))]
     piece = code.operands(loaded)
     lines = list(piece.lines)
@@ -121,6 +135,7 @@ def states_kernel(chain: StateChain, program: Program, available: Mapping[Var, A
     holes = {
         "chunk": index.chunk,
         "rows_per_position": index.per_position,
+        "stop": f"tl.minimum(ROWS, (L - chunk * CHUNK) * {index.per_position})" if chain.total else "ROWS",
         "row_index": index.lines,
         "prologue": "\n".join(lines),
         "left": left[0].name,
@@ -165,11 +180,24 @@ def _mask(summed: Equation) -> Var:
 
 
 def scan_kernel(chain: StateChain, program: Program, walk: Walk) -> Kernel:
-    """States -> prefix sums over chunks, in place: entry c is the sum of the chunks from the origin to before c."""
+    """States -> prefix sums over chunks, in place: entry c is the sum of the chunks from the origin to before c.
+
+    Of a total, entry 0 becomes the sum of all.
+    """
     geometry = Geometry.of(program)
-    array = state_array(chain.states.out, geometry)
-    size = array.width[0] * array.width[1]
-    chunk = geometry.chunk if chain.from_queries else geometry.block
+    array = state_array(chain, geometry)
+    size, chunk = array.width[0] * array.width[1], chain.chunk(geometry)
+    if chain.total:
+        return Kernel(
+            f"total_{chain.states.out.name}",
+            "state_total",
+            (chain.states,),
+            (array,),
+            (),
+            {"state": array.name, "size": size, "chunk": chunk},
+            f"(cdiv({size}, BLOCK_E), B * Hkv)",
+            tunable=("BLOCK_M", "BLOCK_E"),
+        )
     return Kernel(
         f"scan_{chain.states.out.name}",
         "state_scan",
@@ -186,12 +214,12 @@ def read_kernel(chain: StateChain, eq: Equation, walk: Walk, available: Mapping[
     """One read-out: rows times the difference of prefixes that their far interval asks for."""
     program, geometry = walk.program, walk.geometry
     to_queries = is_query_row(eq.out)
-    index = _row_index(geometry, to_queries)
+    chunk = READERS if chain.total else geometry.chunk if to_queries else geometry.block
+    index = _row_index(chunk, to_queries)
     code = RowCode(program, geometry, index.side, "BLOCK_M", available)
     code.defined_columns.add("")
     (state,) = [v for v in eq.args if is_state(v)]
-    summed = next(e for e in chain.summed if e.out == state)
-    array = state_array(chain.states.out, geometry)
+    array = state_array(chain, geometry)
     left, right = array.width
     rows = [v for v in eq.args if v.kind == "real" and not is_state(v) and (is_query_row(v) or is_key_row(v))]
     piece = code.operands(rows)
@@ -206,12 +234,17 @@ def read_kernel(chain: StateChain, eq: Equation, walk: Walk, available: Mapping[
         operand = "column"
     product = [f"out = dot_split({operand}, state)  # [BLOCK_M, BLOCK_E]"]
     store = _read_store(output, Rows(geometry, index.side, False))
-    begin = origin(chain, walk)
-    bounds, intervals = _bounds(walk, _mask(summed), to_queries, begin)
+    if chain.total:
+        bounds, intervals = ["# entry 0 of the states is their sum"], [{"low": "", "high": "0"}]
+    else:
+        begin = origin(chain, walk)
+        summed = next(e for e in chain.summed if e.out == state)
+        bounds, intervals = _bounds(walk, _mask(summed), to_queries, begin)
+        bounds.append(f"# entry c of the states sums the chunks from {begin} to before c")
     address = "kept[None, :] + summed[:, None] * RIGHT" if over_left else "summed[:, None] + kept[None, :] * RIGHT"
     holes = {
         "chunk": index.chunk,
-        "source_chunk": geometry.block if to_queries else geometry.chunk,
+        "source_chunk": array.chunk,
         "rows_per_position": index.per_position,
         "row_index": index.lines,
         "extent": "(L + BLOCK - 1) // BLOCK" if to_queries else "(L + TILE - 1) // TILE",
@@ -224,7 +257,6 @@ def read_kernel(chain: StateChain, eq: Equation, walk: Walk, available: Mapping[
         "kept_size": right if over_left else left,
         "address": address,
         "intervals": intervals,
-        "origin": begin,
         "product": "\n".join(product),
         "store": "\n".join(store),
     }

@@ -110,16 +110,23 @@ class Sum:
 
 def sums_of_tiles(program: Program, equations: Iterable[Equation], to_keys: bool) -> list[Sum]:
     """Contractions to rows of one side that consume a tile value or apply a mask that depends on data."""
-    definitions = program.definitions
     found = []
     for eq in equations:
         if not isinstance(eq.op, Contract):
             continue
-        masked = any(isinstance(d.op, TopK) for v in eq.args if (d := definitions.get(v)))
+        masked = any(_of_data(program, v) for v in eq.args)
         target = is_key_row(eq.out) if to_keys else is_query_row(eq.out)
         if target and (masked or any(is_tile_value(v) and v.kind == "real" for v in eq.args)):
             found.append(Sum.of(eq, to_keys))
     return _joined(found, equations)
+
+
+def _of_data(program: Program, v: Var) -> bool:
+    """True for a top-k, and for a mask that follows from one."""
+    eq = program.definitions.get(v)
+    if eq is None or v.kind != "bool":
+        return False
+    return isinstance(eq.op, TopK) or any(_of_data(program, x) for x in eq.args)
 
 
 def _joined(sums: list[Sum], equations: Iterable[Equation]) -> list[Sum]:
@@ -136,6 +143,17 @@ def _joined(sums: list[Sum], equations: Iterable[Equation]) -> list[Sum]:
 def is_sum_of_tiles(eq: Equation) -> bool:
     """A contraction of a tile value to key rows: join_sums lets these share an accumulator."""
     return isinstance(eq.op, Contract) and is_key_row(eq.out) and any(is_tile_value(v) for v in eq.args)
+
+
+def follows_softmax(program: Program, s: Sum) -> bool:
+    """True for a sum of tiles that the softmax weights, forward or backward."""
+    tiles = [v for v in s.factors if is_tile_value(v)]
+    while tiles:
+        eq = program.definitions[tiles.pop()]
+        if any(isinstance(d.op, Lse) and "n" in d.op.axes for v in eq.args if (d := program.definitions.get(v))):
+            return True
+        tiles += [v for v in eq.args if is_tile_value(v) and v in program.definitions]
+    return False
 
 
 def accumulators(sums: Iterable[Sum]) -> list[Var]:

@@ -30,6 +30,7 @@ from splagen.ir.program import (
     placeholder,
     rename_arguments,
 )
+from splagen.ir.totals import complement, take_from_total
 
 Pass: TypeAlias = Callable[[Program], Program]
 
@@ -158,7 +159,7 @@ def split_complement(program: Program) -> Program:
     b = Builder(program.name, program.axes)
     b._taken = set(program.names())
     for eq in program.equations:
-        found = next((c for v in eq.args if (c := _complement(definitions.get(v)))), None)
+        found = next((c for v in eq.args if (c := complement(definitions.get(v)))), None)
         summed = isinstance(eq.op, Contract) or (isinstance(eq.op, Reduce) and eq.op.how == "sum" and len(eq.args) == 1)
         if not found or not summed:
             b.equations.append(eq)
@@ -179,16 +180,6 @@ def split_complement(program: Program) -> Program:
         ]
         b.equations.append(Equation(eq.out, Map(placeholder(0) - placeholder(1)), tuple(parts)))
     return program.with_equations(b.equations)
-
-
-def _complement(eq: Equation | None) -> tuple[Var, Var, Var] | None:
-    """(rest, P, F) for an equation rest = P and not F."""
-    if eq is None or not isinstance(eq.op, Map) or len(eq.args) != 2:
-        return None
-    for whole, chosen in ((0, 1), (1, 0)):
-        if eq.op.expr == sp.And(placeholder(whole), sp.Not(placeholder(chosen))):
-            return eq.out, eq.args[whole], eq.args[chosen]
-    return None
 
 
 LONG = 2**20  # the hint for run-time extents: associate for sequences much longer than any feature axis
@@ -373,6 +364,7 @@ def specialise(sizes: Mapping[str, int]) -> Pass:
 
 LOWERING: tuple[Pass, ...] = (
     share,
+    take_from_total,
     split_complement,
     associate,
     share,

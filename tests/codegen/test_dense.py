@@ -15,6 +15,7 @@ from torch import Tensor
 from splagen import library as lib
 from splagen.codegen.dense import DenseAttention, dense_attention
 from splagen.codegen.geometry import Geometry
+from splagen.codegen.index_kernels import index_kernels
 from splagen.codegen.schedule import TARGETS, default_schedules
 from splagen.errors import PartitionError
 from splagen.ir.assumptions import below

@@ -9,7 +9,7 @@ from splagen.codegen.schedule import DTYPES, TARGETS, check_schedule, default_sc
 from splagen.errors import ScheduleError
 from splagen.pipeline import kernels
 from splagen.spec import Select, SPLASpec, windows
-from splagen.sse_spec import SSESpec
+from splagen.sse_spec import Router, SSESpec
 from tests.kernels.cases import GPU, SMALL
 
 SPEC = SPLASpec(head_dim=64, group_size=2, select=Select(block_size=64, statistics=windows()))
@@ -94,3 +94,38 @@ def test_a_statistic_needs_whole_cells() -> None:
     schedule = {**default_schedule(kernel, geometry, "sm_90", "bf16"), "BLOCK_N": 32}
     with pytest.raises(ScheduleError, match=r"BLOCK_N=32 of statistics is no\w* .*multiple of the cell of 64"):
         check_schedule(kernel, geometry, schedule)
+
+
+PLAIN = SSESpec(head_dim=128, backbone="none", router=None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("arch", TARGETS)
+def test_rows_that_sum_all_columns_have_all_of_them_in_a_program(arch: str, dtype: str) -> None:
+    found = {k.name: k for k in kernels(PLAIN).kernels}
+    assert {"dreads1", "dwrites1"} <= found.keys()
+    for kernel in (found["dreads1"], found["dwrites1"]):
+        default = sequence_schedule.default_schedule(kernel, PLAIN, arch, dtype)
+        assert default["BLOCK_E"] == 128
+        with pytest.raises(ScheduleError, match=r"BLOCK_E=64 of \w+ is not 128, all columns of v"):
+            sequence_schedule.check_schedule(kernel, PLAIN, {**default, "BLOCK_E": 64})
+
+
+@pytest.mark.parametrize(
+    ("spec", "kept"),
+    [
+        (PLAIN, False),
+        (SSESpec(head_dim=256, backbone="none", router=None), True),  # a state does not fit into registers
+        (SSESpec(head_dim=64, value_dim=256, backbone="none", router=None), False),
+        (SSESpec(head_dim=64, backbone="scalar", router=None), True),  # a decay's gradient reads both
+    ],
+)
+def test_states_are_kept_per_chunk_only_where_rows_need_them(spec: SSESpec, kept: bool) -> None:
+    names = {k.name for k in kernels(spec).kernels}
+    assert names >= ({"states1", "dstates1", "gradient1"} if kept else {"dreads1", "dwrites1"})
+    assert not names & ({"dreads1", "dwrites1"} if kept else {"states1", "dstates1", "gradient1"})
+
+
+def test_a_gate_of_rows_reads_states_on_both_sides() -> None:
+    gated = {k.name for k in kernels(SSESpec(head_dim=16, backbone="none", router=Router(2))).kernels}
+    assert {"dreads1", "dwrites1", "states2", "dstates2"} <= gated

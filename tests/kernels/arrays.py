@@ -5,9 +5,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from splagen.codegen.geometry import Geometry, features_of, padded
+from splagen.codegen.geometry import Geometry, features_of, is_total, padded
 from splagen.codegen.kernel import Array
 from splagen.codegen.partition import Partition
+from splagen.codegen.state_kernels import SPAN
 from splagen.ir.program import Lse, Var, ordered
 from splagen.ir.reference import evaluate
 from splagen.layout import Blocked
@@ -77,12 +78,12 @@ class Memory:
     # -- sums ----------------------------------------------------------------------------------------------
 
     def chunk(self, v: Var) -> int:
-        return self.geometry.chunk if "T" in v.axes else self.geometry.block
+        return SPAN if is_total(v) else self.geometry.chunk if "T" in v.axes else self.geometry.block
 
     def chunk_states(self, v: Var, value: Tensor) -> Tensor:
         """[B * Hkv, chunks, left, right]: what a block or a chunk of query tiles adds, padded."""
         left = [f for f in features_of(v) if f != "e"]
-        x = value.flatten(0, 1)  # [bh, places, *features]
+        x = (value.unsqueeze(2) if is_total(v) else value).flatten(0, 1)  # [bh, places, *features]
         if "e" not in v.axes:
             x = torch.nn.functional.pad(x.unsqueeze(-1), (0, 15))
         else:
@@ -105,6 +106,18 @@ class Memory:
         """The array of states before the scan: entry c + 1 holds chunk c, entry 0 nothing."""
         one = self.chunk_states(v, value)
         return torch.cat([torch.full_like(one[:, :1], NAN), one], dim=1).to(torch.float32).contiguous()
+
+    def parts_of_total(self, v: Var, value: Tensor) -> Tensor:
+        """The array of a total before it is summed: uneven parts that add up to it, entry 0 nothing."""
+        share = torch.arange(1.0, -(-self.blocked.length // SPAN) + 1, dtype=value.dtype, device=value.device)
+        parts = self.chunk_states(v, value) * (share / share.sum())[None, :, None, None]
+        return torch.cat([torch.full_like(parts[:, :1], NAN), parts], dim=1).to(torch.float32).contiguous()
+
+    def store_total(self, v: Var, value: Tensor) -> Tensor:
+        """The array of a total: entry 0 holds it, its parts are not read."""
+        one = self.chunk_states(v, value)
+        parts = one.new_full((len(one), -(-self.blocked.length // SPAN), *one.shape[2:]), NAN)
+        return torch.cat([one, parts], dim=1).to(torch.float32).contiguous()
 
     def usable_cells(self) -> Tensor:
         """[nC]: the cells whose statistic some query may use."""

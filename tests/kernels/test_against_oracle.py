@@ -7,7 +7,7 @@ import torch
 
 from splagen.kinds import oracle
 from splagen.pipeline import generate
-from splagen.spec import SPLASpec, to_toml
+from splagen.spec import Select, SPLASpec, to_toml
 from splagen.verification import Report, compare, random_inputs
 from tests.kernels.cases import GPU, SMALL, USER, Case, Shape
 from tests.kernels.embedding import embedded, fill_empty_with_nan
@@ -89,3 +89,21 @@ def test_every_axis_has_a_case() -> None:
     assert {c.spec.head_dim for c in GPU} >= {64, 80, 96, 128, 192, 256}
     assert {n for c in GPU for _, _, n in c.shapes} >= {1, 15, 63, 64, 65, 1000, 4095}
     assert any(b > 1 for c in GPU for b, _, _ in c.shapes)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_residual_is_exactly_0_where_nothing_is_left(causal: bool, device: torch.device, tmp_path: Path) -> None:
+    """Sums cancel to something near 0 there; the gate makes it 0, and its gradient too."""
+    select = Select(block_size=16, budget=4, sinks=1, local=1)
+    spec = SPLASpec(head_dim=16, group_size=1, causal=causal, select=select, combine="add")
+    library = generate(spec, tmp_path)
+    truth = oracle(to_toml(spec))
+    for length, empty in ((90, True), (200, False)):
+        inputs = random_inputs(truth, (1, 1, length), torch.float32, device, 0)
+        arguments = [inputs[a.name] for a in truth.partition.inputs]
+        names = [a.name for a in (*truth.partition.outputs, *truth.partition.saved)]
+        found = library.module.forward(library.module.schedules_for(arguments[0]), *arguments)
+        results = dict(zip(names, found, strict=True))
+        assert bool((results["n_unsel"] == 0).all()) == empty
+        if empty:
+            assert torch.equal(results["o"], results["o_s"])

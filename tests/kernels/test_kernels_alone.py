@@ -1,6 +1,7 @@
 """Every kernel alone: its inputs from the oracle, its outputs against the equations that it covers."""
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from splagen import library as lib
+from splagen.codegen.geometry import is_total
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.module import FUNCTIONS
 from splagen.codegen.partition import Partition
@@ -46,6 +48,7 @@ SPECS: dict[str, tuple[SPLASpec, Shape]] = {
         SPLASpec(head_dim=16, causal=False, select=WINDOWS, linear=Residual(lib.elu1), combine="gate"),
         (1, 2, 150),
     ),
+    "sums apart": (SPLASpec(head_dim=80, group_size=2, select=replace(TILE, tile=16), combine="add"), (1, 2, 150)),
 }
 REAL = {"token": (REAL_SPECS["token"], (2, 8, 1000)), "tile": (REAL_SPECS["tile"], (1, 8, 1000))}
 
@@ -107,15 +110,23 @@ class Call:
                 passed.append(self.memory.segments(a, v, value, self.work))
             elif a.layout == "states":
                 given[v.name] = value
-                if kernel.template == "state_scan":
-                    passed.append(self.memory.unscanned(v, value))
+                if kernel.template in ("state_scan", "state_total"):
+                    whole = kernel.template == "state_total"
+                    passed.append((self.memory.parts_of_total if whole else self.memory.unscanned)(v, value))
                 else:
-                    passed.append(self.memory.store_states(v, value, int(str(kernel.holes["origin"]))))
+                    passed.append(self.states(v, value))
             else:
                 stored = self.memory.store(a, v, value)
                 given[v.name] = self.memory.given(a, v, stored)
                 passed.append(stored)
         return passed, given
+
+    def states(self, v: Var, value: Tensor) -> Tensor:
+        """The array of states as a read-out finds it."""
+        if is_total(v):
+            return self.memory.store_total(v, value)
+        scans = [k for k in self.part.kernels if k.template == "state_scan" and self.variable(k.inputs[0]) == v]
+        return self.memory.store_states(v, value, int(str(scans[0].holes["origin"])))
 
     def errors(self, kernel: Kernel) -> dict[str, float]:
         """Relative RMS error of every output of one kernel, launched alone."""
@@ -125,8 +136,11 @@ class Call:
         found = launch(self.n, self.schedules[kernel.name], *passed)
         if kernel.template == "state_scan":
             (v,) = (self.variable(a) for a in kernel.inputs)
-            want = self.memory.store_states(v, given[v.name], int(str(kernel.holes["origin"])))
-            return {v.name: relative_error(passed[0], want)}  # type: ignore[arg-type]
+            return {v.name: relative_error(passed[0], self.states(v, given[v.name]))}  # type: ignore[arg-type]
+        if kernel.template == "state_total":
+            (v,) = (self.variable(a) for a in kernel.inputs)
+            got = self.memory.states_of(v, passed[0])[:, :1]  # type: ignore[arg-type]
+            return {v.name: relative_error(got, self.memory.chunk_states(v, given[v.name]))}
         results = found if isinstance(found, tuple) else (found,)
         outputs = dict(zip([a.name for a in kernel.outputs], results, strict=True))
         if kernel.template == "score_topk":
@@ -145,6 +159,7 @@ class Call:
         match a.layout:
             case "states":
                 got = memory.states_of(v, got)[:, 1:]
+                got = got.sum(1, keepdim=True) if is_total(v) else got
                 return relative_error(got, memory.chunk_states(v, value))
             case "segments":
                 inside = torch.arange(self.blocked.blocks * self.blocked.block, device=got.device) < length
@@ -212,6 +227,12 @@ def test_each_kernel_computes_its_equations_on_the_gpu(
     call = Call(*REAL[name], dtype, device, tmp_path)
     fill_empty_with_nan(call.module, monkeypatch)
     check(call)
+
+
+def test_the_specs_have_sums_apart_and_together() -> None:
+    found = [{k.name for k in oracle(to_toml(spec)).partition.kernels} for spec, _ in SPECS.values()]
+    assert {"linear_forward", "linear_dq"} <= found[list(SPECS).index("sums apart")]
+    assert not any("linear_forward" in names for name, names in zip(SPECS, found, strict=True) if name != "sums apart")
 
 
 def test_the_specs_have_every_kernel_family() -> None:

@@ -65,6 +65,7 @@ SMALL = (
     small("delta", FP32, FP16, backbone="delta", router=Router(2), group_size=1),
     small("delta pre_norm alone", backbone="delta", gate_site="pre_norm", router=Router(1), shared=False),
     small("vector no router", backbone="vector", router=None),
+    small("none no router", FP32, FP16, backbone="none", router=None),
     small("none no gate", backbone="none", router=Router(2, gate="none"), group_size=1, shared=False),
     small("scalar N 16", backbone="scalar", router=Router(16), group_size=1, shared=False),
     # the masked form, where readers may differ from writers
@@ -145,6 +146,9 @@ GPU = (
     real("scalar routed", BF16, FP32, backbone="scalar", head_dim=128, router=Router(4, 2, 1), form="routed"),
     real("constant masked", backbone="constant", router=Router(4, 1, 2), form="masked"),
     real("none", backbone="none", head_dim=64, value_dim=128, router=Router(2), group_size=2),
+    real("none no router", BF16, FP16, FP32, backbone="none", head_dim=128, router=None),
+    real("none no router, wide values", BF16, backbone="none", head_dim=64, value_dim=128, router=None),
+    real("none no router, chunks of 32", BF16, backbone="none", head_dim=128, router=None, schedule={"CHUNK": 32}),
     real("delta 128 k 2", backbone="delta", head_dim=128, router=Router(4, 2)),
     real("delta 64", FP32, FP16, backbone="delta", group_size=2),
     real("delta pre_norm N 16 no decay", backbone="delta", gate_site="pre_norm", router=Router(16), decay=0.0),
