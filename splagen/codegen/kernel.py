@@ -33,6 +33,7 @@ Layout: TypeAlias = Literal[
     "slot_rows",  # [(partitions, )slots, HV(, width)]
     "group_totals",  # [groups, HV]: partial sums of a number per head
     "routing",  # tensors of the router, contiguous
+    "unions",  # [programs, blocks, 2] int64: room for the union of lists that a program makes (unions.py)
 ]
 
 
@@ -44,14 +45,14 @@ class Array:
     """A tensor that kernels hand on.
 
     `width` is the extent of the last dimension as it lies in memory (internal arrays are padded to a power of two),
-    `features` the axes behind it, `dtype` "input" (that of q), "float32" or "int32".
+    `features` the axes behind it, `dtype` "input" (that of q), "float32", "int32" or "int64".
     """
 
     name: str
     layout: Layout
     features: tuple[str, ...] = ()
     width: tuple[int, ...] = ()
-    dtype: Literal["input", "float32", "int32"] = "input"
+    dtype: Literal["input", "float32", "int32", "int64"] = "input"
     padded: bool = False
     chunk: int = 0  # of states: positions that one state sums
     partitions: int = 1  # of recurrences: how many partitions a group, a chunk or a token has all at once
@@ -93,7 +94,8 @@ class Kernel:
     """One launch: `template` rendered with `holes` gives its device code.
 
     `covers` lists the equations it computes, so that it can be tested alone against the oracle.  `grid` is host source
-    for the launch grid; `tunable` names the constexpr arguments that a Schedule sets.
+    for the launch grid; `tunable` names the constexpr arguments that a Schedule sets; `scratch` is memory that its
+    programs use while they run.
     """
 
     name: str
@@ -105,11 +107,12 @@ class Kernel:
     grid: str
     scalars: tuple[str, ...] = ("L", "Hkv")
     tunable: tuple[str, ...] = ("BLOCK_M", "BLOCK_N")
+    scratch: tuple[Array, ...] = ()
 
     @property
     def arrays(self) -> list[Array]:
         """What it reads and writes, each array once."""
-        return list({a.name: a for a in (*self.inputs, *self.outputs)}.values())
+        return list({a.name: a for a in (*self.inputs, *self.outputs, *self.scratch)}.values())
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ def launcher_text(kernel: Kernel, grid: str, allocation: Callable[[Array], str],
     """
     inputs = dict.fromkeys(a.name for a in kernel.inputs)
     lines = [f"def launch_{kernel.name}(n, schedule, {', '.join(inputs)}):"]
-    allocations = [f"    {a.name} = {allocation(a)}" for a in kernel.outputs]
+    allocations = [f"    {a.name} = {allocation(a)}" for a in (*kernel.scratch, *kernel.outputs)]
     for t in kernel.tunable:
         if re.search(rf"\b{t}\b", grid + "".join(allocations)):
             lines.append(f'    {t} = schedule["{t}"]')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, TypeAlias
 
 from splagen.codegen.geometry import Rows, features_of
 from splagen.codegen.kernel import Array, Kernel
@@ -21,7 +22,10 @@ from splagen.codegen.tile_code import (
     row_scalars,
     sums_of_tiles,
 )
+from splagen.codegen.unions import PICKED, SPAN, UNION, union_walk
 from splagen.ir.program import Equation, Lse, Reduce, Var
+
+Chosen: TypeAlias = Literal["list", "union", "parts"]  # how a program meets the blocks that its rows chose
 
 
 class QuerySide:
@@ -33,27 +37,33 @@ class QuerySide:
         self.available = available
         self.rows = RowCode(self.program, self.geometry, "query", "BLOCK_M", available)
         self.arrays: dict[str, Array] = {}
+        self.scratch: tuple[Array, ...] = ()
         self.covers: dict[Equation, None] = {}
 
     def use(self, arrays: Iterable[Array]) -> None:
         """Note arrays that the kernel reads."""
         self.arrays.update({a.name: a for a in arrays})
 
-    def loops(self, *, merged: bool = False) -> list[tuple[str, TileCode, dict[str, object]]]:
-        """Title, tile code and holes of each loop; what is merged from parts has none."""
+    def loops(self, chosen: Chosen) -> list[tuple[TileCode, dict[str, object]]]:
+        """Tile code and holes of each loop; what is merged from parts has none."""
         setup, count, block = self.walk.forced("J", {"T": "tile", "L": "L"}, "nJ", "i")
-        found = [
-            ("blocks seen by position", TileCode(self.walk, self.walk.forced_facts, to_keys=False), setup, count, block)
+        code = TileCode(self.walk, self.walk.forced_facts, to_keys=False)
+        found = [(code, _walk("blocks seen by position", setup, count, block))]
+        if not self.walk.chosen or chosen == "parts":
+            return found
+        self.use([INDICES, COUNTS])
+        if chosen == "union":
+            self.scratch = (UNION,)
+            code = TileCode(self.walk, self.walk.eligible_facts, to_keys=False, read={self.walk.chosen: PICKED})
+            union = union_walk(self.geometry, self.walk.budget)
+            return [*found, (code, _walk("blocks that any of the rows chose", *union))]
+        setup = [
+            "at = ((b * Hkv + h) * ((L + TILE - 1) // TILE) + tile)",
+            "chosen = tl.load(block_counts_ptr + at)",
         ]
-        if self.walk.chosen and not merged:
-            self.use([INDICES, COUNTS])
-            at = "((b * Hkv + h) * ((L + TILE - 1) // TILE) + tile)"
-            setup = [f"at = {at}", "chosen = tl.load(block_counts_ptr + at)"]
-            block = "tl.load(block_indices_ptr + at * BUDGET + i).to(tl.int64)"
-            found.append(
-                ("blocks chosen", TileCode(self.walk, self.walk.chosen_facts, to_keys=False), setup, "chosen", block)
-            )
-        return [(t, code, {"title": t, "setup": "\n".join(s), "count": c, "block": k}) for t, code, s, c, k in found]
+        block = "tl.load(block_indices_ptr + at * BUDGET + i).to(tl.int64)"
+        code = TileCode(self.walk, self.walk.chosen_facts, to_keys=False)
+        return [*found, (code, _walk("blocks chosen", setup, "chosen", block))]
 
     def key_loads(self, tile_code: TileCode, keys: Sequence[Var]) -> list[str]:
         """Lines that load the key rows of a tile."""
@@ -117,7 +127,13 @@ class QuerySide:
         }
         tiles_of_span = "nT" if span == "TILE" else f"cdiv(L, {span})"
         grid = f"({tiles_of_span} * cdiv({span} * GROUP, BLOCK_M), B * Hkv)"
-        return Kernel(name, template, covers, tuple(self.arrays.values()), tuple(a for _, a in outputs), holes, grid)
+        made = tuple(a for _, a in outputs)
+        inputs = tuple(self.arrays.values())
+        return Kernel(name, template, covers, inputs, made, holes, grid, scratch=self.scratch)
+
+
+def _walk(title: str, setup: Sequence[str], count: str, block: str, visit: Sequence[str] = ()) -> dict[str, object]:
+    return {"title": title, "setup": "\n".join(setup), "count": count, "block": block, "visit": "\n".join(visit)}
 
 
 def forward_kernel(
@@ -125,10 +141,13 @@ def forward_kernel(
     available: Mapping[Var, Array],
     outputs: Sequence[tuple[Var, Array]],
     parts: Mapping[Var, Array] | None = None,
+    *,
+    union: bool = False,
 ) -> Kernel:
     """Block-sparse softmax with every other sum on the same tiles, and the row equations that follow.
 
-    `parts` holds what the chosen blocks give to each row (part_kernels.py); without it they are visited here.
+    `parts` holds what the chosen blocks give to each row (part_kernels.py); without it they are visited here: those of
+    one list, or, with `union`, those of the union of all lists that a program's rows have.
     """
     program, definitions = walk.program, walk.program.definitions
     side = QuerySide(walk, available)
@@ -138,7 +157,8 @@ def forward_kernel(
     softmax = [s for s in sums if any(lse.out in definitions[v].args for v in s.factors if v in definitions)]
     linear = [s for s in sums if s not in softmax]
     loops, tiles, keys_used = [], [], {}
-    for _, code, holes in side.loops(merged=bool(parts)):
+    chosen: Chosen = "parts" if parts else "union" if union else "list"
+    for code, holes in side.loops(chosen):
         active = [s for s in linear if s.in_loop(code.facts)]
         tile = code.body([*lse.args, *code.wanted(active)])
         keys = operands(tile.products, [*softmax, *active], of_queries=False)
@@ -174,7 +194,7 @@ def forward_kernel(
                 side.covers[eq] = None
     epilogue = finish + side.epilogue(outputs, held)
     side.covers.update(dict.fromkeys([lse, *(definitions[v] for s in softmax for v in s.factors)]))
-    merged, span = None, "TILE"
+    merged, span = None, SPAN if union else "TILE"
     if parts:
         side.use([COUNTS, *parts.values()])
         merged = {
@@ -182,9 +202,9 @@ def forward_kernel(
             "softmax": [_merged_part(s.into, parts[s.into]) for s in softmax],
             "linear": [_merged_part(s.into, parts[s.into]) for s in linear if s.into in parts],
         }
-        span = "CHUNK"
+        span = SPAN
     more = {"merged": merged, "span": span}
-    name = "block_sparse_merge" if parts else "block_sparse_forward"
+    name = {"list": "block_sparse_forward", "union": "block_sparse_union", "parts": "block_sparse_merge"}[chosen]
     return side.kernel(name, "block_sparse_forward", outputs, sums, tiles, loops, prologue, epilogue, more, span)
 
 
@@ -208,7 +228,7 @@ def dq_kernel(
     backward = slice_back(program, [v for v, _ in outputs], [*program.inputs, *available])
     sums = sums_of_tiles(program, backward, to_keys=False)
     loops, tiles, keys_used = [], [], {}
-    for _, code, holes in side.loops(merged=bool(parts)):
+    for code, holes in side.loops("parts" if parts else "list"):
         active = [s for s in sums if s.in_loop(code.facts)]
         tile = code.body(code.wanted(active))
         keys = operands(tile.products, active, of_queries=False)
@@ -225,7 +245,7 @@ def dq_kernel(
     if parts:
         side.use([COUNTS, *parts.values()])
         merged = [_merged_part(v, array) for v, array in parts.items()]
-        span = "CHUNK"
+        span = SPAN
     epilogue = side.epilogue(outputs, {s.into: s.into.name for s in sums})
     more = {"merged": merged, "span": span}
     name = "block_sparse_dq_merge" if parts else "block_sparse_dq"
