@@ -121,6 +121,15 @@ def test_the_strategy_whose_kernels_take_least_together_is_chosen(
 
 
 @pytest.mark.usefixtures("faked")
+def test_a_search_for_queries_that_are_alike_is_always_a_new_one(tmp_path: Path) -> None:
+    """No key in the cache says how alike they are."""
+    wanted = target("spla", tmp_path)
+    tune(wanted, SimpleNamespace(), effort=EFFORT)  # type: ignore[arg-type]
+    assert tune(replace(wanted, alike=0.9), SimpleNamespace(), effort=EFFORT).results  # type: ignore[arg-type]
+    assert not tune(wanted, SimpleNamespace(), effort=EFFORT).results, "others take it"  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("faked")
 def test_a_stored_schedule_that_its_kernel_does_not_take_is_not_taken(tmp_path: Path) -> None:
     """A file in the cache may hold numbers in range that would read beyond the columns."""
     wanted = target("sse", tmp_path)
