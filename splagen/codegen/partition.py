@@ -265,8 +265,10 @@ class _Partitioner:
         if self.walk.chosen:
             both = dqkv_kernels(self.walk, available, wanted, [v for v, _ in rows])
             merging = dq_kernel(self.walk, available, rows, both.parts)
-            options = ((by_row, *by_key.kernels), (*both.kernels, merging))
-            self.result.strategies.append(Choice("backward_strategy", options))
+            options: list[tuple[Kernel, ...]] = [(by_row, *by_key.kernels), (*both.kernels, merging)]
+            if has_unions(self.geometry):
+                options.append((dq_kernel(self.walk, available, rows, union=True), *by_key.kernels))
+            self.result.strategies.append(Choice("backward_strategy", tuple(options)))
         available.update([*rows, *keys])
 
     def _late_parameters(self, available: dict[Var, Array], side: str) -> list[tuple[Var, Array]]:

@@ -222,17 +222,20 @@ def dq_kernel(
     available: Mapping[Var, Array],
     outputs: Sequence[tuple[Var, Array]],
     parts: Mapping[Var, Array] | None = None,
+    *,
+    union: bool = False,
 ) -> Kernel:
     """Gradients of query rows: the same walk as forward with the scores formed again.
 
-    `parts` holds what the chosen blocks give to each row (key_kernels.py); without it they are visited here.
+    `parts` holds what the chosen blocks give to each row (key_kernels.py), `union` is that of `forward_kernel`.
     """
     program = walk.program
     side = QuerySide(walk, available)
     backward = slice_back(program, [v for v, _ in outputs], [*program.inputs, *available])
     sums = sums_of_tiles(program, backward, to_keys=False)
     loops, tiles, keys_used = [], [], {}
-    for code, holes in side.loops("parts" if parts else "list"):
+    chosen: Chosen = "parts" if parts else "union" if union else "list"
+    for code, holes in side.loops(chosen):
         active = [s for s in sums if s.in_loop(code.facts)]
         tile = code.body(code.wanted(active))
         keys = operands(tile.products, active, of_queries=False)
@@ -245,12 +248,12 @@ def dq_kernel(
         tiles.append(tile)
     rows = operands([eq for t in tiles for eq in t.products], [], of_queries=True)
     prologue = side.prologue([*rows, *row_scalars(tiles, sums)], [*keys_used, *(parts or ())])
-    merged, span = [], "TILE"
+    merged, span = [], SPAN if union else "TILE"
     if parts:
         side.use([COUNTS, *parts.values()])
         merged = [_merged_part(v, array) for v, array in parts.items()]
         span = SPAN
     epilogue = side.epilogue(outputs, {s.into: s.into.name for s in sums})
     more = {"merged": merged, "span": span}
-    name = "block_sparse_dq_merge" if parts else "block_sparse_dq"
+    name = "block_sparse_dq" + {"list": "", "union": "_union", "parts": "_merge"}[chosen]
     return side.kernel(name, "block_sparse_dq", outputs, sums, tiles, loops, prologue, epilogue, more, span)

@@ -1,4 +1,4 @@
-"""Chosen blocks visited by union: each once for all rows of a program that chose it, with the same results."""
+"""Chosen blocks visited by union: each once for all rows of a program, with the same results and gradients."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from tests.kernels.test_parts import TOKEN
 
 pytestmark = pytest.mark.usefixtures("fast_sort")
 
-NAME = "block_sparse_union"
+NAME, DQ = "block_sparse_union", "block_sparse_dq_union"
 TILES = Select(block_size=32, budget=2, sinks=1, local=0, granularity="tile", tile=16)
 # spec, shape, BLOCK_M
 CASES: dict[str, tuple[SPLASpec, Shape, int]] = {
@@ -54,14 +54,17 @@ def check(
     module, truth = pipeline.generate(spec, folder).module, oracle(to_toml(spec))
     fill_empty_with_nan(module, monkeypatch)
     inputs = random_inputs(truth, shape, dtype, device, 0)
-    schedule = {**module.schedules_for(inputs["q"])[NAME], "BLOCK_M": block_m}
+    more = {"BLOCK_M": block_m} | ({"num_warps": 8} if block_m > 64 else {})
+    schedules = {k: {**module.schedules_for(inputs["q"])[k], **more} for k in (NAME, DQ)}
+    chosen = {"forward_strategy": {"strategy": 2}, "backward_strategy": {"strategy": 2}}
     launched: list[str] = []
     for name, launch in list(vars(module).items()):
         if name.startswith("launch_"):
             setattr(module, name, lambda *a, name=name, launch=launch: (launched.append(name), launch(*a))[1])
-    rows = compare(module, truth, inputs, shape, schedules={"forward_strategy": {"strategy": 2}, NAME: schedule})
-    assert f"launch_{NAME}" in launched
-    assert not {"launch_block_sparse_forward", "launch_block_sparse_merge"} & set(launched)
+    rows = compare(module, truth, inputs, shape, schedules=chosen | schedules)
+    assert {f"launch_{NAME}", f"launch_{DQ}", "launch_block_sparse_dkv"} <= set(launched)
+    others = {"block_sparse_forward", "block_sparse_merge", "block_sparse_dq", "block_sparse_dq_merge"}
+    assert not {f"launch_{k}" for k in others} & set(launched)
     assert not [f"{r.quantity}: {r.error:.1e}" for r in rows if not r.ok]
 
 
@@ -89,11 +92,18 @@ def test_unions_on_the_gpu(
 def test_two_runs_by_union_give_the_same_bits(tmp_path: Path) -> None:
     spec = SPLASpec(head_dim=128, group_size=4, select=Select(block_size=64, budget=5))
     module, truth = pipeline.generate(spec, tmp_path).module, oracle(to_toml(spec))
+    part = truth.partition
     inputs = random_inputs(truth, (2, 8, 4000), torch.bfloat16, torch.device("cuda"), 0)
-    rows = [inputs[a.name] for a in truth.partition.inputs]
-    schedules = {**module.schedules_for(rows[0]), "forward_strategy": {"strategy": 2}}
-    first, second = (module.forward(schedules, *rows) for _ in range(2))
-    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+    rows = [inputs[a.name] for a in part.inputs]
+    schedules = {**module.schedules_for(rows[0]), **{c.name: {"strategy": 2} for c in part.strategies}}
+
+    def run() -> list[torch.Tensor]:
+        results = module.forward(schedules, *rows)
+        named = dict(zip([a.name for a in (*part.outputs, *part.saved)], results, strict=True))
+        kept = [named[a.name] for a in part.residuals]
+        return [*results, *module.backward(schedules, *rows, *kept, *(inputs[a.name] for a in part.cotangents))]
+
+    assert all(torch.equal(one, two) for one, two in zip(run(), run(), strict=True))
 
 
 def test_programs_have_no_more_lists_than_they_make_room_for() -> None:
@@ -121,4 +131,4 @@ def test_tiles_as_long_as_blocks_have_one_list_and_no_union() -> None:
     for select, expected in ((tile, 2), (replace(tile, tile=16), 3)):
         part = pipeline.kernels(SPLASpec(head_dim=16, group_size=2, select=select))
         assert isinstance(part, Partition)
-        assert len(next(c for c in part.strategies if c.name == "forward_strategy").options) == expected
+        assert [len(c.options) for c in part.strategies] == [expected, expected]
