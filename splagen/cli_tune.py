@@ -32,6 +32,9 @@ def tune_command(
     ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Compilers side by side; one per CPU.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Search again where the cache has an answer.")] = False,
+    alike: Annotated[
+        float, typer.Option(min=0, max=1, help="How much neighbouring queries have in common; as in text: 0.98.")
+    ] = 0.0,
     as_json: AsJson = False,
 ) -> None:
     """Find the fastest Schedule of every kernel on this GPU and keep them in the cache."""
@@ -45,7 +48,7 @@ def tune_command(
         library = pipeline.generate(made, settings.cache_dir() / "kernels")
         with _bar() as told:
             options: dict[str, Any] = {"effort": effort, "seconds": seconds, "jobs": jobs, "force": force}
-            found = pipeline.tune(library, shapes=shapes, dtype=kind, progress=told, **options)
+            found = pipeline.tune(library, shapes=shapes, dtype=kind, alike=alike, progress=told, **options)
         listing = table("B, H, L", "kernel", "default, ms", "best, ms", "±", "tried", "lost", "schedule")
         for s, tuned in zip(shapes, found, strict=True):
             for name, entry in tuned.entries.items():

@@ -117,6 +117,7 @@ def tune(
     seconds: float | None = None,
     jobs: int | None = None,
     force: bool = False,
+    alike: float = 0.0,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> list[Tuned]:
     """Find the fastest Schedules at shapes (B, H, L) on this GPU, or take them from the cache; the library uses them.
@@ -129,10 +130,13 @@ def tune(
         seconds: no measurement of a shape starts later than this; None is the effort's, 70 or 540.
         jobs: compilers side by side, None is one per CPU.
         force: search again where the cache has an answer.
+        alike: 0 to 1, how much neighbouring queries have in common in what is timed.  With 0, nothing relates them;
+            with 0.9 two neighbours choose 6 in 10 blocks of 64 keys alike, with 0.98 8 in 10.  It decides which
+            strategy of SPLA is the fastest.  Above 0 the search is always a new one; later calls take what it found.
         progress: told after each measurement.
 
     Raises:
-        InputError: there is no GPU, or an unknown effort or dtype.
+        InputError: there is no GPU, an unknown effort or dtype, or `alike` out of range or for SSE.
         TuningError: a measurement failed for no reason that a Schedule explains.
         WrongResult: the Schedules that were chosen do not agree with the oracle.
     """
@@ -143,10 +147,13 @@ def tune(
     names = {d: n for n, d in DTYPES.items()}
     if dtype not in names:
         raise InputError(f"unknown dtype {dtype}", f"one of {', '.join(map(str, names))}")
+    if not 0 <= alike <= 1 or (alike and library.spec.kind == "sse"):
+        hint = "0 to 1, and 0 for sse, where no query chooses blocks"
+        raise InputError(f"alike = {alike} of a spec of kind {library.spec.kind}", hint)
     device, part = this_device(), kernels(library.spec)
     found = []
     for shape in shapes:
-        target = Target(library.spec, part, library.path, shape, names[dtype], device)
+        target = Target(library.spec, part, library.path, shape, names[dtype], device, alike)
         options: dict[str, Any] = {"effort": EFFORTS[effort], "seconds": seconds, "jobs": jobs, "force": force}
         found.append(tuner.tune(target, library.module, progress=progress, **options))
     vars(library.module)["TUNED"] = TunedSchedules(library.spec)

@@ -37,14 +37,14 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any
 
 
 def test_a_table_has_what_was_tried_and_what_was_gained(asked: list[dict[str, Any]]) -> None:
-    result = run("tune", SMALL, "--shape", "1,2,99", "--effort", "full", "--seconds", "7")
+    result = run("tune", SMALL, "--shape", "1,2,99", "--effort", "full", "--seconds", "7", "--alike", "0.9")
     assert result.exit_code == 0, result.output
     assert "2.0000" in result.stdout
     assert "1.0000" in result.stdout
     assert "BLOCK_M=32 warps=2 stages=1" in result.stdout
     (call,) = asked
     assert call["shapes"] == [(1, 2, 99)]
-    assert (call["effort"], call["seconds"], call["force"]) == ("full", 7.0, False)
+    assert (call["effort"], call["seconds"], call["force"], call["alike"]) == ("full", 7.0, False, 0.9)
 
 
 @pytest.mark.usefixtures("asked")

@@ -2,7 +2,8 @@
 
 Every axis of an equation has its extent, but for query tile T and key block J together: then the blocks count that a
 tile visits.  Those that it sees by position are intervals of its masks, averaged over tiles; it chooses its whole
-budget.
+budget.  A union of lists counts as one list, as if all tiles of a program chose alike: no formula knows by how much
+it is longer.
 """
 
 from __future__ import annotations

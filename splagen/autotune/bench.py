@@ -28,10 +28,15 @@ class Bench:
         wrong: Schedules whose results differ from the default's, or that end the process, and what was seen.
     """
 
-    def __init__(self, module: Path, compiler: Compiler | None, dtype: str, arch: str, shape: Shape) -> None:
-        """`compiler` compiles candidates before they are timed; None where kernels are interpreted, on the CPU."""
+    def __init__(
+        self, module: Path, compiler: Compiler | None, dtype: str, arch: str, shape: Shape, alike: float = 0.0
+    ) -> None:
+        """`compiler` compiles candidates before they are timed; None where kernels are interpreted, on the CPU.
+
+        `alike`: how much neighbouring queries have in common, 0 to 1 (`worker.related`).
+        """
         self.dtype, self.arch, device = dtype, arch, "cuda" if compiler else "cpu"
-        arguments = [str(module), dtype, device, *map(str, shape)]
+        arguments = [str(module), dtype, device, *map(str, shape), "--alike", str(alike)]
         self.compiler = compiler
         self.wrong: list[tuple[str, Schedule, str]] = []
         self.built: dict[tuple[str, frozenset[tuple[str, int]]], Lost | None] = {}

@@ -49,7 +49,10 @@ Cost: TypeAlias = Callable[[str, Schedule], float]
 
 @dataclass(frozen=True)
 class Target:
-    """What is tuned: the module of a spec at a shape (B, H, L) in bf16, fp16 or fp32 on a device."""
+    """What is tuned: the module of a spec at a shape (B, H, L) in bf16, fp16 or fp32 on a device.
+
+    `alike`, 0 to 1, is how much neighbouring queries of the inputs have in common: see `tune`.
+    """
 
     spec: Spec
     part: Partition | SequencePartition
@@ -57,6 +60,7 @@ class Target:
     shape: Shape
     dtype: str
     device: Device
+    alike: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,8 @@ def tune(
 ) -> Tuned:
     """The Schedules of every kernel: those in the cache, else what a search finds, verified and stored.
 
-    In a torch.distributed job every rank calls it, rank 0 searches, and all have its Schedules.
+    In a torch.distributed job every rank calls it, rank 0 searches, and all have its Schedules.  Keys in the cache do
+    not know how alike queries are: such a search is always a new one, and what it finds replaces what was there.
 
     Args:
         target: what is tuned.
@@ -113,6 +118,7 @@ def tune(
     keys = {k.name: key_of(target.spec, k, target.dtype, bucket, target.device) for k in named}
     made = spaces(target.spec, target.part, target.device, target.dtype)
     found = Tuned({})
+    force = force or target.alike > 0
 
     def find() -> Mapping[str, Entry]:
         nonlocal found
@@ -145,7 +151,7 @@ def _search(
     cost = schedule_cost(target.spec, target.part, bucket, target.device, target.dtype)
     with (
         Compiler(target.path, target.part, jobs, target.shape[1] // target.spec.group_size) as compiler,
-        Bench(target.path, compiler, target.dtype, target.device.arch, target.shape) as bench,
+        Bench(target.path, compiler, target.dtype, target.device.arch, target.shape, target.alike) as bench,
         ThreadPoolExecutor(SEARCHES) as pool,
     ):
         results: dict[str, Result] = {}

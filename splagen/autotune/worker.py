@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -35,6 +36,7 @@ MOST_RUNS = 3  # whose arrays are kept: that of the defaults, and one for each o
 KEPT_BYTES = 8 << 30  # of a launcher's arguments: larger ones (parts of rows) are not kept beside those of others
 COPIED_BYTES = 12 << 30  # of one argument: what kernels change, states of long sequences, is smaller
 STEP_SEQUENCES = 64  # of a decoding step
+NEIGHBOURS = 16  # queries that have something in common
 LIMIT = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 1e-4}  # between two Schedules, relative RMS
 
 Schedules = dict[str, dict[str, int]]
@@ -56,10 +58,18 @@ class _Zeroed:
 class Kernels:
     """The launchers of a generated module with what a run of the op gives them."""
 
-    def __init__(self, module: ModuleType, shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> None:
+    def __init__(
+        self,
+        module: ModuleType,
+        shape: Shape,
+        dtype: torch.dtype,
+        device: str,
+        seed: int = 0,
+        alike: float = 0.0,
+    ) -> None:
         self.module, self.dtype, self.device = module, dtype, device
         truth = oracle(module.SPEC)
-        find = _sequence_run if isinstance(truth, SSEOracle) else _attention_run
+        find = _sequence_run if isinstance(truth, SSEOracle) else partial(_attention_run, alike=alike)
         self.run, self.first = find(module, truth, shape, dtype, device, seed)
         self.kept: dict[str, dict[str, Launch]] = {}
         self.large: tuple[tuple[str, str], Launch] | None = None  # the last one of those that are not kept
@@ -229,11 +239,20 @@ def _sequence_run(
     return run, inputs["v"]
 
 
+def related(q: Tensor, alike: float) -> Tensor:
+    """Queries [B, L, Hq, D] of which neighbours have the correlation `alike`², and so choose blocks alike."""
+    common = q[:, ::NEIGHBOURS].repeat_interleave(NEIGHBOURS, dim=1)[:, : q.shape[1]]
+    own = torch.arange(q.shape[1], device=q.device)[:, None, None] % NEIGHBOURS > 0
+    return torch.where(own, alike * common + math.sqrt(1 - alike**2) * q, q)
+
+
 def _attention_run(
-    module: ModuleType, truth: Any, shape: Shape, dtype: torch.dtype, device: str, seed: int
+    module: ModuleType, truth: Any, shape: Shape, dtype: torch.dtype, device: str, seed: int, alike: float
 ) -> tuple[Callable[[Schedules], None], Tensor]:
     part = truth.partition
     inputs = verification.random_inputs(truth, shape, dtype, device, seed)
+    if alike:
+        inputs["q"] = related(inputs["q"], alike)
     arguments = [inputs[a.name] for a in part.inputs]
 
     def once(schedules: Schedules) -> None:
@@ -277,10 +296,12 @@ def main() -> None:
     parser.add_argument("dtype", choices=DTYPES)
     parser.add_argument("device")
     parser.add_argument("shape", type=int, nargs=3)
+    parser.add_argument("--alike", type=float, default=0.0)
     given = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    kernels = Kernels(imported(str(given.module)), tuple(given.shape), DTYPES[given.dtype], given.device)
+    module, shape = imported(str(given.module)), tuple(given.shape)
+    kernels = Kernels(module, shape, DTYPES[given.dtype], given.device, alike=given.alike)
     kernels.launches({})
     answers.write(json.dumps({"ready": sorted(kernels.kept["{}"])}) + "\n")
     for line in sys.stdin:

@@ -34,6 +34,7 @@ Layout: TypeAlias = Literal[
     "slot_rows",  # [(partitions, )slots, HV(, width)]
     "group_totals",  # [groups, HV]: partial sums of a number per head
     "routing",  # tensors of the router, contiguous
+    "unions",  # [programs, blocks, 2] int64: room for the union of lists that a program makes (unions.py)
 ]
 
 
@@ -94,7 +95,8 @@ class Kernel:
     """One launch: `template` rendered with `holes` gives its device code.
 
     `covers` lists the equations it computes, so that it can be tested alone against the oracle.  `grid` is host source
-    for the launch grid; `tunable` names the constexpr arguments that a Schedule sets.
+    for the launch grid; `tunable` names the constexpr arguments that a Schedule sets; `scratch` is memory that its
+    programs use while they run.
     """
 
     name: str
@@ -106,11 +108,12 @@ class Kernel:
     grid: str
     scalars: tuple[str, ...] = ("L", "Hkv")
     tunable: tuple[str, ...] = ("BLOCK_M", "BLOCK_N")
+    scratch: tuple[Array, ...] = ()
 
     @property
     def arrays(self) -> list[Array]:
         """What it reads and writes, each array once."""
-        return list({a.name: a for a in (*self.inputs, *self.outputs)}.values())
+        return list({a.name: a for a in (*self.inputs, *self.outputs, *self.scratch)}.values())
 
 
 @dataclass(frozen=True, eq=False)

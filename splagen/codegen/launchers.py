@@ -19,7 +19,7 @@ def launcher_text(kernel: Kernel, grid: str, allocation: Callable[[Array], str],
     """
     inputs = dict.fromkeys(a.name for a in kernel.inputs)
     lines = [f"def launch_{kernel.name}(n, schedule, {', '.join(inputs)}):"]
-    made = {a.name: allocation(a) for a in kernel.outputs}
+    made = {a.name: allocation(a) for a in (*kernel.scratch, *kernel.outputs)}
     allocations = [f"    {name} = {text}" for name, text in made.items()]
     empty = [name for name, text in made.items() if text.startswith("torch.empty")]
     for t in kernel.tunable:

@@ -22,11 +22,13 @@ from splagen.codegen.render import kernel_text, render, unique
 from splagen.codegen.schedule import default_schedules
 from splagen.codegen.tile_code import Walk
 from splagen.codegen.triton_expr import interval_text
+from splagen.codegen.unions import union_shape
 from splagen.errors import PartitionError
 from splagen.ir.program import Map, Program, Var
 from splagen.ir.text import equation_text
 
-FUNCTIONS = ("log1p", "tanh", "dot_split", "merge_topk")  # device functions that kernels call; a template each
+# device functions that kernels call; a template each
+FUNCTIONS = ("log1p", "tanh", "dot_split", "merge_topk", "union_of")
 _HEADS = {"query_rows": "Hq", "query_scalars": "Hq", "key_rows": "Hkv", "cell_rows": "Hkv"}
 GENERATOR = 3  # bumped when the text or the numbers of kernels change on purpose
 
@@ -134,6 +136,8 @@ def _allocation(a: Array, constants: dict[str, int]) -> str:
             shape = ["n.B", "n.Hkv", "n.nT", str(constants["BUDGET"])]
         case "counts":
             shape = ["n.B", "n.Hkv", "n.nT"]
+        case "unions":
+            shape = union_shape(constants["TILE"] * constants["GROUP"], constants["BUDGET"])
         case _:
             raise PartitionError(f"{a.name}: nobody allocates {a.layout}")
     return f"torch.empty({', '.join(shape)}, dtype={dtype}, device=n.device)"
@@ -147,7 +151,7 @@ def _constants(geometry: Geometry, walk: Walk) -> dict[str, int]:
         "CHUNK": geometry.chunk,
     }
     if walk.chosen:
-        constants["BUDGET"] = walk.program.definitions[walk.chosen].op.k  # type: ignore[union-attr]
+        constants["BUDGET"] = walk.budget
     return constants
 
 
@@ -196,12 +200,14 @@ def _branches(choice: Choice, kernels: list[Kernel], keep: set[str], last: str) 
 
 
 def _part_bytes(choice: Choice) -> str:
-    """Host source for what a query row's parts take, one chosen block of it."""
-    parts = {a.name: a for k in choice.kernels for a in k.outputs if a.layout == "parts"}
-    columns = {
-        dtype: sum(math.prod(a.width) for a in parts.values() if a.dtype == dtype) for dtype in ("input", "float32")
-    }
-    return f"{columns['input']} * n.dtype.itemsize + {4 * columns['float32']}"
+    """Host source for what a query row's parts take, one chosen block of it, by the strategies that have parts."""
+    found = []
+    for i, option in enumerate(choice.options):
+        parts = {a.name: a for k in option for a in k.outputs if a.layout == "parts"}.values()
+        columns = {dtype: sum(math.prod(a.width) for a in parts if a.dtype == dtype) for dtype in ("input", "float32")}
+        if parts:
+            found.append(f"{i}: {columns['input']} * n.dtype.itemsize + {4 * columns['float32']}")
+    return f"{{{', '.join(found)}}}"
 
 
 def _calls(kernels: list[Kernel], keep: set[str], last: str) -> list[str]:

@@ -31,6 +31,7 @@ from splagen.codegen.selection import Selection
 from splagen.codegen.selection_kernels import selection_kernels
 from splagen.codegen.state_kernels import read_kernel, scan_kernel, state_array, state_chains, states_kernel
 from splagen.codegen.tile_code import COUNTS, INDICES, Walk, is_sum_of_tiles
+from splagen.codegen.unions import has_unions
 from splagen.errors import PartitionError
 from splagen.ir.check import check
 from splagen.ir.passes import join_sums, settle_names
@@ -135,7 +136,10 @@ class _Partitioner:
         if self.walk.chosen:
             by_key, parts = parts_kernels(self.walk, available, [v for v, _ in (*outputs, *saved)])
             merging = forward_kernel(self.walk, available, [*outputs, *saved], parts)
-            self.result.strategies.append(Choice("forward_strategy", (by_row, (*by_key, merging))))
+            options: list[tuple[Kernel, ...]] = [by_row, (*by_key, merging)]
+            if has_unions(self.geometry):
+                options.append((forward_kernel(self.walk, available, [*outputs, *saved], union=True),))
+            self.result.strategies.append(Choice("forward_strategy", tuple(options)))
         self.result.outputs = [a for _, a in outputs]
         self.result.saved += [a for _, a in saved]
         self.arrays.update(saved)
@@ -269,8 +273,10 @@ class _Partitioner:
         if self.walk.chosen:
             both = dqkv_kernels(self.walk, available, wanted, [v for v, _ in rows])
             merging = dq_kernel(self.walk, available, rows, both.parts)
-            options = ((*by_row, *by_key.kernels), (*both.kernels, merging))
-            self.result.strategies.append(Choice("backward_strategy", options))
+            options: list[tuple[Kernel, ...]] = [(*by_row, *by_key.kernels), (*both.kernels, merging)]
+            if has_unions(self.geometry):
+                options.append((dq_kernel(self.walk, available, rows, union=True), *by_key.kernels))
+            self.result.strategies.append(Choice("backward_strategy", tuple(options)))
         available.update([*rows, *keys])
 
     def _late_parameters(self, available: dict[Var, Array], side: str) -> list[tuple[Var, Array]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, TypeAlias
 
 from splagen.codegen.geometry import Rows, array_of, features_of
 from splagen.codegen.kernel import Array, Kernel
@@ -22,10 +23,12 @@ from splagen.codegen.tile_code import (
     row_scalars,
     sums_of_tiles,
 )
+from splagen.codegen.unions import PICKED, SPAN, UNION, union_walk
 from splagen.ir.program import Equation, Lse, Reduce, Var
 
 FULL = 32  # query rows that share a list of blocks: a tile of so many fills its registers
 HELD = 384  # columns of sums and operands of a row that a full tile can hold
+Chosen: TypeAlias = Literal["list", "union", "parts"]  # how a program meets the blocks that its rows chose
 
 
 class QuerySide:
@@ -37,27 +40,37 @@ class QuerySide:
         self.available = available
         self.rows = RowCode(self.program, self.geometry, "query", "BLOCK_M", available)
         self.arrays: dict[str, Array] = {}
+        self.scratch: tuple[Array, ...] = ()
         self.covers: dict[Equation, None] = {}
 
     def use(self, arrays: Iterable[Array]) -> None:
         """Note arrays that the kernel reads."""
         self.arrays.update({a.name: a for a in arrays})
 
-    def loops(self, *, merged: bool = False) -> list[tuple[str, TileCode, dict[str, object]]]:
-        """Title, tile code and holes of each loop; what is merged from parts has none."""
+    def loops(self, chosen: Chosen) -> list[tuple[TileCode, dict[str, object]]]:
+        """Tile code and holes of each loop; what is merged from parts has none."""
         setup, count, block = self.walk.forced("J", {"T": "tile", "L": "L"}, "nJ", "i")
-        found = [
-            ("blocks seen by position", TileCode(self.walk, self.walk.forced_facts, to_keys=False), setup, count, block)
+        code = TileCode(self.walk, self.walk.forced_facts, to_keys=False)
+        found = [(code, _walk("blocks seen by position", setup, count, block))]
+        if not self.walk.chosen or chosen == "parts":
+            return found
+        self.use([INDICES, COUNTS])
+        if chosen == "union":
+            self.scratch = (UNION,)
+            code = TileCode(self.walk, self.walk.eligible_facts, to_keys=False, read={self.walk.chosen: PICKED})
+            union = union_walk(self.geometry, self.walk.budget)
+            return [*found, (code, _walk("blocks that any of the rows chose", *union))]
+        setup = [
+            "at = ((b * Hkv + h) * ((L + TILE - 1) // TILE) + tile)",
+            "chosen = tl.load(block_counts_ptr + at)",
+            "ahead = tl.load(block_indices_ptr + at * BUDGET, mask=chosen > 0, other=0)",
         ]
-        if self.walk.chosen and not merged:
-            self.use([INDICES, COUNTS])
-            at = "((b * Hkv + h) * ((L + TILE - 1) // TILE) + tile)"
-            setup = [f"at = {at}", "chosen = tl.load(block_counts_ptr + at)"]
-            block = "tl.load(block_indices_ptr + at * BUDGET + i).to(tl.int64)"
-            found.append(
-                ("blocks chosen", TileCode(self.walk, self.walk.chosen_facts, to_keys=False), setup, "chosen", block)
-            )
-        return [(t, code, {"title": t, "setup": "\n".join(s), "count": c, "block": k}) for t, code, s, c, k in found]
+        visit = [
+            "following = (step + 1) // PARTS",
+            "ahead = tl.load(block_indices_ptr + at * BUDGET + following, mask=following < chosen, other=0)",
+        ]
+        code = TileCode(self.walk, self.walk.chosen_facts, to_keys=False)
+        return [*found, (code, _walk("blocks chosen", setup, "chosen", "ahead.to(tl.int64)", visit))]
 
     def key_loads(self, tile_code: TileCode, keys: Sequence[Var]) -> list[str]:
         """Lines that load the key rows of a tile."""
@@ -137,7 +150,13 @@ class QuerySide:
         }
         tiles_of_span = "nT" if span == "TILE" else f"cdiv(L, {span})"
         grid = f"({tiles_of_span} * cdiv({span} * GROUP, BLOCK_M), B * Hkv)"
-        return Kernel(name, template, covers, tuple(self.arrays.values()), tuple(a for _, a in outputs), holes, grid)
+        made = tuple(a for _, a in outputs)
+        inputs = tuple(self.arrays.values())
+        return Kernel(name, template, covers, inputs, made, holes, grid, scratch=self.scratch)
+
+
+def _walk(title: str, setup: Sequence[str], count: str, block: str, visit: Sequence[str] = ()) -> dict[str, object]:
+    return {"title": title, "setup": "\n".join(setup), "count": count, "block": block, "visit": "\n".join(visit)}
 
 
 def forward_kernels(
@@ -202,10 +221,13 @@ def forward_kernel(
     available: Mapping[Var, Array],
     outputs: Sequence[tuple[Var, Array]],
     parts: Mapping[Var, Array] | None = None,
+    *,
+    union: bool = False,
 ) -> Kernel:
     """Block-sparse softmax with every other sum on the same tiles, and the row equations that follow.
 
-    `parts` holds what the chosen blocks give to each row (part_kernels.py); without it they are visited here.
+    `parts` holds what the chosen blocks give to each row (part_kernels.py); without it they are visited here: those of
+    one list, or, with `union`, those of the union of all lists that a program's rows have.
     """
     program, definitions = walk.program, walk.program.definitions
     side = QuerySide(walk, available)
@@ -215,7 +237,8 @@ def forward_kernel(
     softmax = [s for s in sums if any(lse.out in definitions[v].args for v in s.factors if v in definitions)]
     linear = [s for s in sums if s not in softmax]
     loops, tiles, keys_used = [], [], {}
-    for _, code, holes in side.loops(merged=bool(parts)):
+    chosen: Chosen = "parts" if parts else "union" if union else "list"
+    for code, holes in side.loops(chosen):
         active = [s for s in linear if s.in_loop(code.facts)]
         tile = code.body([*lse.args, *code.wanted(active)])
         keys = operands(tile.products, [*softmax, *active], of_queries=False)
@@ -241,7 +264,7 @@ def forward_kernel(
     counts, counted = side.counts(forward)
     epilogue = finish + counts + side.epilogue(outputs, held | counted)
     side.covers.update(dict.fromkeys([lse, *(definitions[v] for s in softmax for v in s.factors)]))
-    merged, span = None, "TILE"
+    merged, span = None, SPAN if union else "TILE"
     if parts:
         side.use([COUNTS, *parts.values()])
         merged = {
@@ -249,9 +272,9 @@ def forward_kernel(
             "softmax": [_merged_part(s.into, parts[s.into]) for s in softmax],
             "linear": [_merged_part(s.into, parts[s.into]) for s in linear if s.into in parts],
         }
-        span = "CHUNK"
+        span = SPAN
     more = {"merged": merged, "span": span}
-    name = "block_sparse_merge" if parts else "block_sparse_forward"
+    name = {"list": "block_sparse_forward", "union": "block_sparse_union", "parts": "block_sparse_merge"}[chosen]
     return side.kernel(name, "block_sparse_forward", outputs, sums, tiles, loops, prologue, epilogue, more, span)
 
 
@@ -265,18 +288,21 @@ def dq_kernel(
     available: Mapping[Var, Array],
     outputs: Sequence[tuple[Var, Array]],
     parts: Mapping[Var, Array] | None = None,
+    *,
+    union: bool = False,
     name: str = "block_sparse_dq",
 ) -> Kernel:
     """Gradients of query rows, or other rows behind sums of tiles: the same walk as forward, the scores formed again.
 
-    `parts` holds what the chosen blocks give to each row (key_kernels.py); without it they are visited here.
+    `parts` holds what the chosen blocks give to each row (key_kernels.py), `union` is that of `forward_kernel`.
     """
     program = walk.program
     side = QuerySide(walk, available)
     backward = slice_back(program, [v for v, _ in outputs], [*program.inputs, *available])
     sums = sums_of_tiles(program, backward, to_keys=False)
     loops, tiles, keys_used = [], [], {}
-    for _, code, holes in side.loops(merged=bool(parts)):
+    chosen: Chosen = "parts" if parts else "union" if union else "list"
+    for code, holes in side.loops(chosen):
         active = [s for s in sums if s.in_loop(code.facts)]
         if not active:
             continue
@@ -291,13 +317,13 @@ def dq_kernel(
         tiles.append(tile)
     rows = operands([eq for t in tiles for eq in t.products], [], of_queries=True)
     prologue = side.prologue([*rows, *row_scalars(tiles, sums)], [*keys_used, *(parts or ())])
-    merged, span = [], "TILE"
+    merged, span = [], SPAN if union else "TILE"
     if parts:
         side.use([COUNTS, *parts.values()])
         merged = [_merged_part(v, array) for v, array in parts.items()]
-        span = "CHUNK"
+        span = SPAN
     counts, counted = side.counts(backward)
     epilogue = counts + side.epilogue(outputs, {s.into: s.into.name for s in sums} | counted)
     more = {"merged": merged, "span": span}
-    name = f"{name}_merge" if parts else name
+    name += {"list": "", "union": "_union", "parts": "_merge"}[chosen]
     return side.kernel(name, "block_sparse_dq", outputs, sums, tiles, loops, prologue, epilogue, more, span)

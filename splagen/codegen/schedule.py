@@ -10,6 +10,7 @@ from typing import TypeAlias
 from splagen.codegen.geometry import Geometry
 from splagen.codegen.kernel import Choice, Kernel
 from splagen.codegen.pretuned import ARCH, pretuned
+from splagen.codegen.unions import MOST_LISTS, lists_met, visits_union
 from splagen.errors import ScheduleError
 
 Schedule: TypeAlias = Mapping[str, int]
@@ -265,6 +266,9 @@ def check_schedule(kernel: Kernel, geometry: Geometry, schedule: Schedule) -> No
     if kernel.template == "block_sparse_dkv" and _gives_parts(kernel) and block_n != geometry.block:
         what = f"BLOCK_N={block_n} of {kernel.name} is not the block of {geometry.block}"
         raise ScheduleError(what, "what a block gives to a row is one sum over all of its keys")
+    if visits_union(kernel) and lists_met(schedule["BLOCK_M"], geometry.tile * geometry.group) > MOST_LISTS:
+        what = f"the rows of BLOCK_M={schedule['BLOCK_M']} in {kernel.name} have more than {MOST_LISTS} lists"
+        raise ScheduleError(what)
     if kernel.template == "statistics" and block_n % geometry.cell:
         what = f"BLOCK_N={block_n} of {kernel.name} is not a multiple of the cell of {geometry.cell}"
         raise ScheduleError(what)

@@ -55,9 +55,21 @@ class Walk:
         return cls(program, geometry, Predicates(program, geometry), softmax[0].args[1], chosen, eligible)
 
     @property
+    def budget(self) -> int:
+        """Blocks that a tile chooses at the most."""
+        op = self.program.definitions[self.chosen].op if self.chosen else None
+        return op.k if isinstance(op, TopK) else 0
+
+    @property
     def forced_facts(self) -> dict[Var, bool]:
         """Masks in the loop over blocks seen by position."""
         return {self.chosen: False, self.eligible: False} if self.chosen and self.eligible else {}
+
+    @property
+    def eligible_facts(self) -> dict[Var, bool]:
+        """Masks in a loop over blocks that some of the rows chose."""
+        assert self.eligible
+        return {self.eligible: True}
 
     @property
     def chosen_facts(self) -> dict[Var, bool]:
@@ -178,9 +190,12 @@ class TileCode:
     that the sum's product always takes the tile as it lies.
     """
 
-    def __init__(self, walk: Walk, facts: Mapping[Var, bool], *, to_keys: bool) -> None:
-        """`facts` fixes the block-level masks of the loop."""
+    def __init__(
+        self, walk: Walk, facts: Mapping[Var, bool], *, to_keys: bool, read: Mapping[Var, str] | None = None
+    ) -> None:
+        """`facts` fixes block-level masks in the loop; those of `read` differ by row, and it loads them as sources."""
         self.walk, self.program, self.facts, self.to_keys = walk, walk.program, facts, to_keys
+        self.read = dict(read or {})
         self.row_view, self.key_view = ("[None, :]", "[:, None]") if to_keys else ("[:, None]", "[None, :]")
         simplify = walk.predicates.simplifier(facts)
         dims = (Dim(frozenset("bhgTm")), Dim(frozenset("JCn")))
@@ -201,17 +216,17 @@ class TileCode:
     def body(self, wanted: Sequence[Var]) -> Tile:
         """Products and equations that give the wanted tile values and masks; row scalars stand as vectors by name."""
         fence = [eq.out for eq in self.program.equations if not is_tile_value(eq.out) and eq.out.kind != "bool"]
-        slice_ = slice_back(self.program, wanted, [*fence, *self.program.inputs, *self.facts])
+        slice_ = slice_back(self.program, wanted, [*fence, *self.program.inputs, *self.facts, *self.read])
         products = tuple(eq for eq in slice_ if isinstance(eq.op, Contract))
         between = [eq for eq in slice_ if eq not in products]
-        bound = {eq.out: eq.out.name for eq in products} | self.positions
+        bound = {eq.out: eq.out.name for eq in products} | self.positions | self.read
         for eq in between:
             bound.update({v: f"{v.name}{self.row_view}" for v in eq.args if is_query_row(v) and v.kind == "real"})
         lines, names = self.region.emit(between, bound)
-        used = self._read(wanted, products, between, names)
+        used = self._formed(wanted, products, between, names)
         return Tile(used, tuple(between), tuple(lines), names)
 
-    def _read(
+    def _formed(
         self, wanted: Sequence[Var], products: Sequence[Equation], between: Sequence[Equation], names: Mapping[Var, str]
     ) -> tuple[Equation, ...]:
         read = {*wanted, *(v for eq in between for v in eq.args)}

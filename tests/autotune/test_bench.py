@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from splagen import pipeline
 from splagen.autotune import bench
 from splagen.autotune.bench import Bench
 from splagen.autotune.search import Lost, Measurement
+from splagen.autotune.worker import NEIGHBOURS, related
 from splagen.codegen.kernel import Kernel
 from splagen.errors import TuningError
 from splagen.spec import SPLASpec
@@ -20,7 +22,7 @@ SHAPE = (1, 1, 40)
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[Bench]:
     library = pipeline.generate(SPEC, tmp_path)
-    with Bench(library.path, None, "fp32", "sm_90", SHAPE) as made:
+    with Bench(library.path, None, "fp32", "sm_90", SHAPE, alike=0.9) as made:
         yield made
 
 
@@ -74,3 +76,15 @@ def test_what_did_not_compile_is_lost_without_being_timed(running: Bench) -> Non
     running.built[kernel.name, frozenset(schedule.items())] = Lost("out of resources", "too much shared memory")
     assert running.measure(kernel, schedule, {}, 1) == Lost("out of resources", "too much shared memory")
     assert running._worker.process is None
+
+
+def test_neighbouring_queries_have_as_much_in_common_as_is_asked_for() -> None:
+    q = torch.randn(1, 1001, 2, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for alike in (0.0, 0.6, 0.9, 1.0):
+        found = related(q, alike)
+        assert found.shape == q.shape
+        assert torch.equal(found[:, ::NEIGHBOURS], q[:, ::NEIGHBOURS])
+        assert found.square().mean().item() == pytest.approx(1, abs=0.05)
+        rows = found[:, : 1001 // NEIGHBOURS * NEIGHBOURS].unflatten(1, (-1, NEIGHBOURS))
+        assert (rows[:, :, 1] * rows[:, :, 2]).mean().item() == pytest.approx(alike**2, abs=0.05)
+        assert (rows[:, 1:, 1] * rows[:, :-1, 1]).mean().item() == pytest.approx(0, abs=0.05)

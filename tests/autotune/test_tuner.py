@@ -99,18 +99,34 @@ def test_every_kernel_has_a_schedule_that_goes_with_the_others_and_is_kept(name:
 
 
 @pytest.mark.usefixtures("faked")
-@pytest.mark.parametrize(("slow", "strategy"), [("block_sparse_parts", 0), ("block_sparse_forward", 1)])
+@pytest.mark.parametrize(
+    ("slow", "strategy", "ms"),
+    [
+        (("block_sparse_parts", "block_sparse_union"), 0, 8),
+        (("block_sparse_forward", "block_sparse_union"), 1, 24),
+        (("block_sparse_forward", "block_sparse_parts"), 2, 8),
+    ],
+)
 def test_the_strategy_whose_kernels_take_least_together_is_chosen(
-    slow: str, strategy: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    slow: Sequence[str], strategy: int, ms: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measure(self: FakeBench, kernel: Kernel, schedule: Schedule, *_: object, **__: object) -> Outcome:
-        return Measurement(40.0 if kernel.name == slow else 8.0)
+        return Measurement(40.0 if kernel.name in slow else 8.0)
 
     monkeypatch.setattr(FakeBench, "measure", measure)
     found = tune(target("spla", tmp_path), SimpleNamespace(), effort=EFFORT)  # type: ignore[arg-type]
     assert found.schedules["forward_strategy"] == {"strategy": strategy}
-    assert found.entries["forward_strategy"].ms == (24 if strategy else 8)
+    assert found.entries["forward_strategy"].ms == ms
     assert found.schedules["backward_strategy"] == {"strategy": 1}, "the default: 24 against 24"
+
+
+@pytest.mark.usefixtures("faked")
+def test_a_search_for_queries_that_are_alike_is_always_a_new_one(tmp_path: Path) -> None:
+    """No key in the cache says how alike they are."""
+    wanted = target("spla", tmp_path)
+    tune(wanted, SimpleNamespace(), effort=EFFORT)  # type: ignore[arg-type]
+    assert tune(replace(wanted, alike=0.9), SimpleNamespace(), effort=EFFORT).results  # type: ignore[arg-type]
+    assert not tune(wanted, SimpleNamespace(), effort=EFFORT).results, "others take it"  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("faked")

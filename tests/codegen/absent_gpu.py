@@ -87,8 +87,11 @@ def watch(arch: int) -> None:
     torch.empty = torch.zeros  # type: ignore[assignment]  # outputs that nothing wrote are read as indices
 
 
-def launch_all(module: Any, arch: str, dtype: str, length: int, heads: int, strategies: Sequence[int] = (0, 1)) -> None:
-    """Every launcher of a module, forward and backward (and step), for so many positions and key heads."""
+def launch_all(module: Any, arch: str, dtype: str, length: int, heads: int, strategies: Sequence[int] = ()) -> None:
+    """Every launcher of a module, forward and backward (and step), for so many positions and key heads.
+
+    Of strategies those that are asked for, else the first and those that the Schedules choose.
+    """
     from splagen import sequence_verification, verification
     from splagen.kinds import oracle
 
@@ -110,7 +113,7 @@ def launch_all(module: Any, arch: str, dtype: str, length: int, heads: int, stra
     given = verification.random_inputs(truth, shape, kind, "cpu", 0)
     inputs = [given[a.name] for a in part.inputs]
     names = [a.name for a in (*part.outputs, *part.saved)]
-    for strategy in strategies if part.strategies else (0,):
+    for strategy in strategies or sorted({0, *(schedules[c.name]["strategy"] for c in part.strategies)}):
         chosen = {**schedules, **{c.name: {"strategy": strategy} for c in part.strategies}}
         found = dict(
             zip([a.name for a in part.inputs] + names, [*inputs, *module.forward(chosen, *inputs)], strict=True)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from splagen.codegen.binaries import Build, module_text, write_build
 from splagen.codegen.binary_loader import MachineCode
 from splagen.codegen.compile import keep_module, raise_if_failed
 from splagen.codegen.index_kernels import index_kernels
+from splagen.codegen.unions import visits_union
 from splagen.errors import GeneratedFileError
 from splagen.kinds import kind_of, oracle
 from splagen.spec import Select, Spec, SPLASpec, to_toml
@@ -90,8 +92,10 @@ def rewrite(build: Build, **fields: Any) -> None:
 
 
 def names(spec: Spec) -> list[str]:
+    """Kernels that the default Schedules launch: by row or by key, never by union."""
     kernels = pipeline.kernels(spec).kernels
-    return [f"{k.name}_kernel" for k in (*kernels, *index_kernels(kernels))]
+    chosen = [k for k in kernels if not visits_union(k)]
+    return [f"{k.name}_kernel" for k in (*chosen, *index_kernels(kernels))]
 
 
 # -- a build that fits -----------------------------------------------------------------------------------
@@ -108,6 +112,18 @@ def test_no_kernel_is_compiled_at_its_first_launch(name: str, tmp_path: Path) ->
     assert set(found["started"]) <= {"file"}  # by which Python's `platform` finds how wide a pointer is
     assert found["warnings"] == []
     assert build.specialisations > len(names(SPECS[name]))
+
+
+def test_no_kernel_of_a_strategy_that_schedules_choose_is_compiled_at_its_first_launch(tmp_path: Path) -> None:
+    spec = SPECS["spla"]
+    source = pipeline.generate(spec, tmp_path).path
+    source.write_text(re.sub(r'_strategy": {"strategy": \d}', '_strategy": {"strategy": 2}', source.read_text()))
+    rows, kept = keep_module(source, pipeline.kernels(spec), targets=["sm_90"], progress=False)
+    raise_if_failed(rows)
+    build = write_build(source, kept, tmp_path / "out", dtypes=["bf16"])
+    found = launch(build.path, tmp_path / "triton", 1, 2, 3, 16)
+    assert {f"{k.name}_kernel" for k in pipeline.kernels(spec).kernels if visits_union(k)} <= set(found["launched"])
+    assert found["compiled"] == []
 
 
 @pytest.mark.gpu

@@ -7,9 +7,11 @@ import pytest
 
 from splagen import pipeline
 from splagen.codegen import compile as ahead_of_time
-from splagen.codegen.compile import Built, compile_module, launched, raise_if_failed
+from splagen.codegen.compile import Built, Compiler, compile_module, launched, raise_if_failed
 from splagen.codegen.compile_worker import register_a_wgmmas, resources
-from splagen.codegen.schedule import DTYPES, TARGETS
+from splagen.codegen.geometry import Geometry
+from splagen.codegen.schedule import DTYPES, TARGETS, default_schedule
+from splagen.codegen.unions import visits_union
 from splagen.errors import CompileError, InputError
 from splagen.spec import Select, Spec, SPLASpec, digest, read_spec
 from splagen.sse_spec import Router, SSESpec
@@ -17,6 +19,8 @@ from splagen.sse_spec import Router, SSESpec
 ROOT = Path(__file__).resolve().parent.parent.parent
 SPECS = sorted((ROOT / "examples/specs").glob("*.toml"))
 SMALL = SPLASpec(head_dim=16, group_size=2, select=Select(block_size=16, budget=2))
+UNIONS = [k for k in pipeline.kernels(SMALL).kernels if visits_union(k)]
+GEOMETRY = Geometry.of(pipeline.kernels(SMALL).program)
 ROUTED = SSESpec(head_dim=16, group_size=2, backbone="scalar", shared=False, router=Router(partitions=3, writers=2))
 DENSE = SPLASpec(head_dim=16, select=None, linear=None)
 
@@ -32,9 +36,16 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[Built]:
 
 def test_every_kernel_of_a_small_spec_compiles_for_every_target(rows: list[Built]) -> None:
     raise_if_failed(rows)
-    names = [k.name for k in pipeline.kernels(SMALL).kernels]
+    names = [k.name for k in pipeline.kernels(SMALL).kernels if k not in UNIONS]
     expected = [(arch, name) for arch in TARGETS for name in names] + [(arch, "index") for arch in TARGETS]
     assert [(r.arch, r.kernel) for r in rows] == expected
+
+
+def test_kernels_by_union_which_no_default_chooses_compile_for_every_target(tmp_path: Path) -> None:
+    part, path = pipeline.kernels(SMALL), pipeline.generate(SMALL, tmp_path).path
+    with Compiler(path, part) as compiler:
+        wanted = [(k, arch, default_schedule(k, GEOMETRY, arch, "bf16")) for k in UNIONS for arch in TARGETS]
+        raise_if_failed([f.result() for f in [compiler.submit(k, arch, "bf16", s) for k, arch, s in wanted]])
 
 
 def test_the_rows_say_what_a_kernel_uses(rows: list[Built]) -> None:
@@ -159,10 +170,11 @@ def test_the_examples_compile_for_every_target_and_dtype(path: Path, tmp_path: P
     assert digest(spec)[:8] in pipeline.generate(spec, tmp_path).path.stem
 
 
-@pytest.mark.parametrize("strategy", [0, 1])
+@pytest.mark.parametrize("strategy", [0, 1, 2])
 def test_kernels_of_strategies_that_no_schedule_chooses_are_not_compiled(strategy: int) -> None:
     """By row always is: calls whose parts do not fit into memory run so."""
     part = pipeline.kernels(SMALL)
     names = {k.name for k in launched(part, {c.name: {"strategy": strategy} for c in part.strategies})}
     assert {"block_sparse_forward", "block_sparse_dq", "block_sparse_dkv", "statistics", "merge_segments"} <= names
-    assert ({"block_sparse_parts", "block_sparse_merge", "linear_dqkv"} <= names) == bool(strategy)
+    assert ({"block_sparse_parts", "block_sparse_merge", "linear_dqkv"} <= names) == (strategy == 1)
+    assert ({k.name for k in UNIONS} <= names) == (strategy == 2)

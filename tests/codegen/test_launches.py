@@ -1,10 +1,12 @@
 """A call like an earlier one launches what that one launched, with its own tensors, and does not ask the JIT."""
 
+import ast
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +118,18 @@ def test_another_schedule_and_a_profiler_ask_the_jit(answers: dict[str, Any]) ->
 @pytest.mark.parametrize("name", SPECS)
 def test_a_call_launches_each_kernel_once(name: str) -> None:
     """Launches are kept by kernel: a second one with other strides would take the numbers of the first."""
-    source = pipeline.source(SPECS[name])
-    for body in re.findall(r"^def (?:forward|backward|step)_steps\(.*?(?=^\S)", source, re.MULTILINE | re.DOTALL):
-        launched = re.findall(r"\blaunch_(\w+)\(", body)
-        assert len(launched) == len(set(launched)) > 0
+    functions = [f for f in ast.parse(pipeline.source(SPECS[name])).body if isinstance(f, ast.FunctionDef)]
+    calls = [names for f in functions if f.name.endswith("_steps") for names in launched(f.body)]
+    assert all(len(names) == len(set(names)) > 0 for names in calls)
+
+
+def launched(statements: Sequence[ast.stmt]) -> list[list[str]]:
+    """The kernels that statements launch, by every way through their branches."""
+    found: list[list[str]] = [[]]
+    for s in statements:
+        if isinstance(s, ast.If):
+            ways = [*launched(s.body), *launched(s.orelse)]
+        else:
+            ways = [re.findall(r"\blaunch_(\w+)\(", ast.unparse(s))]
+        found = [before + names for before in found for names in ways]
+    return found
