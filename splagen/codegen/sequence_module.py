@@ -102,7 +102,7 @@ def _allocation(a: Array, kernel: Kernel, plan: str) -> str:
         case "slot_rows":
             shape = [*several, f"{plan}.slots", "n.HV", *width]
         case "group_totals":
-            return f"torch.zeros({plan}.groups, n.HV, dtype=torch.float32, device=n.device)"
+            return f"zeros(n, {plan}.groups, n.HV)"
         case "routing":
             return _routing(a, kernel)
         case _:

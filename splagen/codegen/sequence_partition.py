@@ -197,7 +197,7 @@ class _Launches:
         self.spec, self.found, self.router = spec, found, router
 
     def forward(self) -> list[Step]:
-        steps: list[Step] = [*self.plans(), Host(("final = state.clone()",))]
+        steps: list[Step] = [*self.plans(), Host(("final = host(n, torch.clone, state)",))]
         o: Array | None = None
         for r in self.found:
             steps += self.spans(r, "output", "output_strong")
@@ -218,7 +218,7 @@ class _Launches:
     def backward(self) -> list[Step]:
         steps: list[Step] = [
             *self.plans(),
-            Host(("final = state.clone()", "dstate = dfinal.clone()")),
+            Host(("final = host(n, torch.clone, state)", "dstate = host(n, torch.clone, dfinal)")),
         ]
         dv: Array | None = None
         for r in self.found:
@@ -250,7 +250,8 @@ class _Launches:
             steps += self.router_gradient()
         exact = [x.name for r in self.found for x in r.gradients if x.name not in ("eta", "v") and x.name[0] in "gb"]
         exact += ["logits"] if self.router else []
-        return [*steps, Host(tuple(f"d{x} = d{x}.to({x}.dtype)" for x in exact))]
+        casts = (f"d{x} = host(n, lambda d{x}, {x}: d{x}.to({x}.dtype), d{x}, {x})" for x in exact)
+        return [*steps, Host(tuple(casts))]
 
     def one_state_each(self, r: Recurrence) -> frozenset[Var]:
         """The gradients of rows that follow from the state before a chunk, if every other follows from its cotangent.
@@ -318,7 +319,7 @@ class _Launches:
                 parts = replace(slot_array(r, x), name=f"d{stem}_parts", partitions=len(r.states) if eta else 1)
                 rows.append((g, parts, None))
                 if target.layout == "head_scalars":
-                    sums.append(Host((f"{target.name} = {parts.name}.sum(0)",)))
+                    sums.append(Host((f"{target.name} = host(n, lambda parts: parts.sum(0), {parts.name})",)))
                 elif not eta:
                     sums.append(sum_kernel(r, parts, target, base))
             dv = target if x.name == "v" else dv
@@ -335,14 +336,14 @@ class _Launches:
                 route = self.router.forward()
                 steps += [route, self.router.totals_kernel()]
             if not r.gathered:
-                plan = of_tokens.setdefault(whole, f"token_plan(n, cu_seqlens, {whole})")
+                plan = of_tokens.setdefault(whole, f"plan_of(n, token_plan, {whole}, cu_seqlens)")
                 steps.append(Host((f"plan{r.name} = {plan}",)))
                 of_tokens[whole] = f"plan{r.name}"
                 continue
             masks = ["writes", "reads" if any(a.name == "reads" for a in route.outputs) else "writes"]
             form = "routed_plan" if self.spec.form == "sorted" else "masked_plan"
-            arguments = ", ".join(["n", "cu_seqlens", "eta", *masks, "chosen", whole])
-            steps.append(Host((f"plan{r.name} = {form}({arguments})",)))
+            arguments = ", ".join(["n", form, whole, "cu_seqlens", "eta", *masks, "chosen"])
+            steps.append(Host((f"plan{r.name} = plan_of({arguments})",)))
         return steps
 
     def states_before_groups(self, r: Recurrence, final: str) -> list[Step]:

@@ -126,10 +126,10 @@ def valid_routes(module: Any) -> None:
     """Nothing has routed a token: give each the first partitions, so that the plan's indices lie in range."""
     plan = getattr(module, "routed_plan", None)
 
-    def routed(n: Any, ends: Any, eta: Any, writes: Any, reads: Any, chosen: Any, whole: Any) -> Any:
+    def routed(n: Any, whole: Any, ends: Any, eta: Any, writes: Any, reads: Any, chosen: Any) -> Any:
         writes[:, : module.CHOICES] = 1
         chosen.copy_(torch.arange(module.CHOICES).expand_as(chosen))
-        return plan(n, ends, eta, writes, reads, chosen, whole)
+        return plan(n, whole, ends, eta, writes, reads, chosen)
 
     if plan is not None:
         module.routed_plan = routed

@@ -53,7 +53,7 @@ def check_groups(plan, lengths: list[list[int]]) -> None:  # type: ignore[no-unt
 
 @given(LENGTHS, st.booleans())
 def test_a_sample_is_a_segment_of_tokens(module: ModuleType, lengths: list[int], whole: bool) -> None:
-    plan = module.token_plan(sizes(module, lengths, 1), ends(lengths), whole)
+    plan = module.token_plan(sizes(module, lengths, 1), whole, ends(lengths))
     check_groups(plan, [lengths])
     if whole:
         assert plan.length >= max(lengths, default=0)
@@ -70,7 +70,7 @@ def test_slots_are_in_the_order_of_partition_sample_and_position(
     chosen = eta.topk(picks).indices.sort().values.to(torch.int32)
     writes = torch.zeros(routers, tokens, count, dtype=torch.int32).scatter_(2, chosen.long(), 1).mT.contiguous()
     n = sizes(module, lengths, routers)
-    plan = module.routed_plan(n, ends(lengths), eta, writes, writes, chosen, whole)
+    plan = module.routed_plan(n, whole, ends(lengths), eta, writes, writes, chosen)
     sample = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     rows = []
     for r in range(routers):
@@ -94,7 +94,7 @@ def test_every_token_is_a_slot_of_every_partition_in_masked_form(
     eta = torch.rand(routers, tokens, count)
     writes = (eta.mT > 0.4).to(torch.int32).contiguous()
     chosen = torch.full((routers, tokens, count), -1, dtype=torch.int32)
-    plan = masked.masked_plan(sizes(masked, lengths, routers), ends(lengths), eta, writes, writes, chosen, False)
+    plan = masked.masked_plan(sizes(masked, lengths, routers), False, ends(lengths), eta, writes, writes, chosen)
     check_groups(plan, [lengths * count] * routers)
     for r in range(routers):
         assert plan.tokens[r].tolist() == list(range(tokens)) * count
