@@ -63,14 +63,10 @@ class QuerySide:
         setup = [
             "at = ((b * Hkv + h) * ((L + TILE - 1) // TILE) + tile)",
             "chosen = tl.load(block_counts_ptr + at)",
-            "ahead = tl.load(block_indices_ptr + at * BUDGET, mask=chosen > 0, other=0)",
         ]
-        visit = [
-            "following = (step + 1) // PARTS",
-            "ahead = tl.load(block_indices_ptr + at * BUDGET + following, mask=following < chosen, other=0)",
-        ]
+        block = "tl.load(block_indices_ptr + at * BUDGET + i).to(tl.int64)"
         code = TileCode(self.walk, self.walk.chosen_facts, to_keys=False)
-        return [*found, (code, _walk("blocks chosen", setup, "chosen", "ahead.to(tl.int64)", visit))]
+        return [*found, (code, _walk("blocks chosen", setup, "chosen", block))]
 
     def key_loads(self, tile_code: TileCode, keys: Sequence[Var]) -> list[str]:
         """Lines that load the key rows of a tile."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -160,8 +159,8 @@ def _query_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) 
             block_n = min(block_n, 32)
         elif wide and not few:
             warps = 8
-        stages = 2 if few or wide else 3
-        if kernel.template == "block_sparse_dq" and wide and not few and _sums(kernel) <= 128:
+        stages = 3 if kernel.template == "block_sparse_forward" and not few and not wide else 2
+        if kernel.template == "block_sparse_dq" and wide and not few and not _reads_numbers(kernel):
             # one warpgroup keeps scores in registers between its products, and two programs share a multiprocessor
             block_n, warps, stages = min(block_n, 32), 4, 3
     if size == 4:  # products of float32 are unrolled into single multiplications: only small tiles fit registers
@@ -208,9 +207,9 @@ def _key_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) ->
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
 
 
-def _sums(kernel: Kernel) -> int:
-    """Columns of the sums that a program carries for each of its query rows."""
-    return sum(int(n) for n in re.findall(r"BLOCK_M, (\d+)", str(kernel.holes["accumulators"])))
+def _reads_numbers(kernel: Kernel) -> bool:
+    """True where rows come with numbers, such as the log-sum-exp of a softmax: linear sums alone need none."""
+    return any(a.layout == "query_scalars" for a in kernel.inputs)
 
 
 def _accumulators(kernel: Kernel) -> int:
@@ -231,6 +230,8 @@ def _score_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) 
     rows = len(cells) * cells[0]  # a row operand for each statistic
     if kernel.template == "score_lse":
         block_m, block_c, warps, stages = (128, 64, 8, 3) if size == 2 else (32, 32, 4, 2)
+        if size == 2 and rows <= 128:
+            warps, stages = 4, 2
         if rows > 256:  # operands stay in registers
             block_m, block_c, warps, stages = min(block_m, 64), 32, 4, 2
         least = 16
