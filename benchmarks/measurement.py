@@ -18,7 +18,7 @@ from benchmarks.floors import Floor, Stage, floors, kernel_flops
 from benchmarks.given import Selection, chosen_by_metric, overlap, random_selection, read_qk
 from benchmarks.op import BUILD, DEFAULT, BlockSparse, Op, Strategies, op_of
 from benchmarks.peers import PEERS, SAME_FOR_ALL_KV_HEADS, Task, measure, text_of
-from benchmarks.timing import host_us, peak_bytes, repeats_for, time_ms
+from benchmarks.timing import host_us, launch_us, peak_bytes, repeats_for, time_ms
 from benchmarks.works import Case, Pass, Timed, Work
 from splagen.spec import SPLASpec
 
@@ -137,15 +137,20 @@ class Run:
         least, flops = floors(case.spec, case.shape, STAGES[work.timed]), kernel_flops(case.spec, case.shape)
         row["floor_ms"] = {name: least[name].ms for name in work.passes}
         kernels: dict[str, KernelRun] = {}
+        steps: dict[Pass, int] = {}
         for name in work.passes:
             seen = time_ms(runs[name], options.repeats or repeats_for(runs[name]), 1)
             row |= {f"{name}_ms": seen.median, f"{name}_spread_ms": seen.spread}
-            kernels |= breakdown(op.module, runs[name])
+            of_pass = breakdown(op.module, runs[name])
+            steps[name], kernels = len(of_pass), kernels | of_pass
         row["kernels_ms"] = {n: k.ms for n, k in kernels.items()}
         row["kernels_floor_ms"] = {n: Floor(flops.get(n, 0.0), k.bytes).ms for n, k in kernels.items()}
         row["kernels_flops"] = {n: flops.get(n, 0.0) for n in kernels}
         row["kernels_bytes"] = {n: k.bytes for n, k in kernels.items()}
-        row["host_us"] = {name: host_us(runs[name]) for name in work.passes} if options.device == "cuda" else {}
+        row["host_us"] = {}
+        if options.device == "cuda":
+            row["host_us"] = {name: host_us(runs[name]) for name in work.passes}
+            row["host_us"] |= {"one_launch": launch_us(), "forward_launches": steps["forward"]}
         if options.device == "cuda" and work.timed == "op" and isinstance(op, BlockSparse) and not strategies:
             given = {n: x.detach().requires_grad_() for n, x in inputs.items() if x.is_floating_point()}
             row["host_us"]["registered_op"] = host_us(lambda: op.call(given))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import triton
 
 FLUSH_BYTES = 256 << 20  # several times an H200's L2
 
@@ -35,6 +36,26 @@ def host_us(run: Callable[[], object], calls: int = 10, rounds: int = 11) -> flo
         samples.append((time.perf_counter() - begun) / calls * 1e6)
     torch.cuda.synchronize()
     return statistics.median(samples[1:])
+
+
+@triton.jit
+def _empty(a, b, c, d, e, f, g, h, i, j, k, m):
+    """No work: what a launch costs the host."""
+
+
+def launch_us() -> float:
+    """Microseconds that the host takes to launch a compiled kernel of six tensors and six numbers, as ops do."""
+    pointers, numbers = (torch.empty(16, device="cuda"),) * 6, (2, 3, 4, 5, 6, 7)
+    compiled = _empty[(1,)](*pointers, *numbers)
+    active = triton.runtime.driver.active
+    stream = active.get_current_stream(active.get_current_device())
+    addresses = [x.data_ptr() for x in pointers]
+    fixed = compiled.function, compiled.packed_metadata, None, None, None
+
+    def run() -> None:
+        compiled.run(1, 1, 1, stream, *fixed, *addresses, *numbers)
+
+    return host_us(run, calls=100)
 
 
 def time_ms(run: Callable[[], object], repeats: int = 20, warmup: int = 3, *, asleep: bool = False) -> Timing:

@@ -230,7 +230,7 @@ def _score_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) 
     rows = len(cells) * cells[0]  # a row operand for each statistic
     if kernel.template == "score_lse":
         block_m, block_c, warps, stages = (128, 64, 8, 3) if size == 2 else (32, 32, 4, 2)
-        if size == 2 and rows <= 128:
+        if size == 2 and len(cells) == 1:
             warps, stages = 4, 2
         if rows > 256:  # operands stay in registers
             block_m, block_c, warps, stages = min(block_m, 64), 32, 4, 2
@@ -241,7 +241,7 @@ def _score_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) 
         while block_m > 16 and block_m // rows_of_tile * max(kept, block_j) > 2048:
             block_m //= 2
         least = max(16, 2 * geometry.cells)
-        most = 128 if rows <= 128 else 64 if rows <= 256 else 32
+        most = 128 if len(cells) == 1 and rows <= 128 else 64 if rows <= 256 else 32
         block_c, warps, stages = max(least, min(block_j * geometry.cells, most)), 4, 2
     if size == 4:  # products without tensor cores
         most = 32 if rows <= 256 else 16

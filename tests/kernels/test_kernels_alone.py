@@ -245,6 +245,7 @@ def test_the_specs_have_every_kernel_family() -> None:
     sequence = {k.template for k in sequence_partition(routed).kernels}
     others = {
         "module",
+        "dense",
         "registration",
         "sequence_module",
         "device_choice",
