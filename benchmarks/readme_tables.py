@@ -57,7 +57,16 @@ def section(name: str, columns: Sequence[str], root: Path) -> str:
     if not rows and not listed:
         kept = {k: v for k, v in figures.items() if k in columns or not columns}
         rows, columns = [{"quantity": _heading(k), "value": v} for k, v in kept.items()], []
-    return f"{table(rows, columns)}\n\n{_source([path], [record], root)}"
+    return f"{table(_telling(rows, columns), columns)}\n\n{_source([path], [record], root)}"
+
+
+def _telling(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Sequence[Mapping[str, Any]]:
+    """The rows that have a measured number, or the reason why they have none, in one of the columns; or else all."""
+
+    def tells(row: Mapping[str, Any], column: str) -> bool:
+        return isinstance(row.get(column), float) or ("reason" in column and bool(row.get(column)))
+
+    return [row for row in rows if any(tells(row, c) for c in columns)] or rows
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:

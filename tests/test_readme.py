@@ -155,16 +155,21 @@ def test_a_missing_record_is_named(tmp_path: Path) -> None:
 
 
 def test_rows_become_a_table_of_the_columns_asked_for(tmp_path: Path) -> None:
+    """Those that say nothing in them are left out."""
     (tmp_path / "benchmarks/results").mkdir(parents=True)
-    rows = [{"system": "a", "forward_ms": 1.23456, "errors": {"o": 1e-3, "dq": 2e-3}}, {"system": "b"}]
+    rows = [
+        {"system": "a", "forward_ms": 1.23456, "errors": {"o": 1e-3, "dq": 2e-3}},
+        {"system": "b"},
+        {"system": "c", "reason": "refused"},
+    ]
     record = {"environment": {"gpu": "H200", "date": "2026-11-22T01:02:03"}, "figures": {"rows": rows}}
     (tmp_path / "benchmarks/results/speed.json").write_text(json.dumps(record))
-    text = "<!-- results:begin speed: system forward_ms errors.max -->\n<!-- results:end -->\n"
+    text = "<!-- results:begin speed: system forward_ms errors.max reason -->\n<!-- results:end -->\n"
     assert readme_tables.updated(text, tmp_path).splitlines()[1:] == [
-        "| system | forward, ms | largest error |",
-        "| --- | ---: | ---: |",
-        "| a | 1.23 | 0.002 |",
-        "| b |  |  |",
+        "| system | forward, ms | largest error | reason |",
+        "| --- | ---: | ---: | --- |",
+        "| a | 1.23 | 0.002 |  |",
+        "| c |  |  | refused |",
         "",
         "`benchmarks/results/speed.json`: H200, 2026-11-22.",
         "<!-- results:end -->",
