@@ -18,8 +18,6 @@ from splagen.ir.passes import LOWERING, run
 from splagen.ir.program import Contract, Equation, Iota, Map, Program, Var, placeholder
 from splagen.spec import SPLASpec
 
-BEFORE = "_before"
-
 
 def step_program(spec: SPLASpec) -> Program:
     """The Program of one token: inputs q (one row), k, v of the whole sequence, states; outputs o and states after.
@@ -40,16 +38,16 @@ def step_program(spec: SPLASpec) -> Program:
 
 def state_pairs(program: Program) -> list[tuple[Var, Var]]:
     """The states of a step: (before, after)."""
-    inputs = {v.name: v for v in program.inputs}
-    return [(inputs[v.name + BEFORE], v) for v in program.outputs if v.name + BEFORE in inputs]
+    definitions = program.definitions
+    return [(definitions[after].args[0], after) for after in program.outputs[1:]]
 
 
 def carry(program: Program) -> Program:
     """sum_J far[T J] s[J]  ->  before + sum_J (far[T J] and not far[T-1 J]) s[J], for s that no query changes.
 
-    Law: if `before` is the sum at the query before (T-1, and L-1 of the length), the value is unchanged.  The sum becomes
-    an output: it is the next query's `before`.  The mask may only grow from query to query, and must follow from
-    positions; ProgramError quotes one that does not.
+    Law: if `before` is the sum at the query before (T-1, and L-1 of the length), the value is unchanged.  The sum
+    becomes an output: it is the next query's `before`.  The mask may only grow from query to query, and must follow
+    from positions; ProgramError quotes one that does not.
     """
     b = Builder.resume(program)
     b.equations = []
@@ -60,10 +58,11 @@ def carry(program: Program) -> Program:
         if mask is None:
             b.equations.append(eq)
             continue
-        before = b.input(f"{eq.out.name}{BEFORE}", tuple(a for a in eq.out.axes if a != "T"))
+        name = eq.out.name.removesuffix("_prefix").removesuffix("_all")
+        before = b.input(f"{name}_state", tuple(a for a in eq.out.axes if a != "T"))
         fresh = b.map("fresh", _fresh(mask, definitions), *definitions[mask].args)
         args = tuple(fresh if v == mask else v for v in eq.args)
-        new = b.contract(f"{eq.out.name}_new", eq.out.axes, *args)
+        new = b.contract(f"{name}_new", eq.out.axes, *args)
         b.equations.append(Equation(eq.out, Map(placeholder(0) + placeholder(1)), (before, new)))
         states.append(eq.out)
     return replace(
