@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from splagen import settings
 from splagen.codegen.decoding import Decoding, decoding
 from splagen.codegen.kernel import Array
 from splagen.errors import InputError
@@ -101,15 +102,25 @@ class SPLACache:
     # -- steps --------------------------------------------------------------------------------------------
 
     def tensors(self, spec_text: str) -> tuple[Tensor, ...]:
-        """What the kernels of a module take.  Raises ValueError for the module of another spec."""
+        """What the kernels of a module take, checked where SPLAGEN_CHECK_CACHE asks for it and no graph is captured.
+
+        Raises:
+            ValueError: the module is of another spec.
+            InputError: as for `check`.
+        """
         if spec_text != self.spec_text:
             raise ValueError(
                 f"this cache is of {self.library.spec.name} {digest(self.library.spec)[:8]}, the step of another spec: "
                 "make a cache with the library of that step"
             )
+        if settings.check_cache() and not torch.compiler.is_compiling() and not self._captured():
+            self.check(room=1)
         return (
             self.page_table, self.seqlens, *self.pages.values(), *self.states.values(), *self.scratch.values()
         )  # fmt: skip
+
+    def _captured(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, *others: Tensor, out: Tensor | None = None) -> Tensor:
         """One token per slot: o [sequences, Hq, E]; the library's step on this cache."""

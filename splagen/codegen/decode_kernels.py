@@ -16,6 +16,7 @@ from splagen.codegen.step_rows import (
     PAGES,
     SEQLENS,
     CompleteRows,
+    NewRow,
     PagedRows,
     StepRows,
     query_heads,
@@ -116,12 +117,11 @@ class DecodeCode:
     ) -> Kernel:
         """Writes the token, its query's features, statistics of the cell that it completes, and what became far."""
         geometry = self.geometry
-        token_rows = StepRows(geometry, "key", False)
-        paged = PagedRows(geometry, "key", False)
+        new = NewRow(geometry, "key", False)
         lines = []
         for v in pages:
-            lines.append(f"{v.name} = {token_rows.load(tokens[v])}  # [1, {tokens[v].width[0]}]")
-            lines.append(paged.store(pages[v], v.name))
+            lines.append(f"{v.name} = {new.load(tokens[v])}  # [1, {tokens[v].width[0]}]")
+            lines.append(new.store(pages[v], v.name))
         queries = self.row_code("query", "BLOCK_M", StepRows, tokens)
         queries.loaded.add(self.program.inputs[0])
         piece = queries.compute(list(features), {})

@@ -117,42 +117,37 @@ def _check_coverage(program: Program, kernels: list[Kernel]) -> None:
         raise PartitionError("no kernel of a step computes " + "; ".join(map(equation_text, left)))
 
 
-def decode_schedule(kernel: Kernel, geometry: Geometry, dtype: str) -> dict[str, int]:
+def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> dict[str, int]:
     """The Schedule of one kernel of a step."""
     wide = DTYPES[dtype] == 4
     widest = max(geometry.width(("d",), pad=True), geometry.width(("e",), pad=True))
     match kernel.template:
         case "decode_append":
-            columns = max(
-                (a.width[1] for a in kernel.outputs if a.layout == "sequences" and len(a.width) > 1), default=16
-            )
-            found = {"BLOCK_N": min(geometry.block, 32), "BLOCK_E": min(columns, 32), "num_warps": 4, "num_stages": 2}
+            columns = [a.width[1] for a in kernel.outputs if a.layout == "sequences" and len(a.width) > 1]
+            block_e = min(max(columns, default=16), 32)
+            return {"BLOCK_N": min(geometry.block, 32), "BLOCK_E": block_e, "num_warps": 4, "num_stages": 2}
         case "decode_score":
-            block_c = 64 if widest <= 128 and not wide else 32
-            found = {"BLOCK_C": block_c, "num_warps": 4, "num_stages": 3}
+            return {"BLOCK_C": 64 if widest <= 128 and not wide else 32, "num_warps": 4, "num_stages": 3}
         case "decode_select":
             block_j = max(16, min(512, 1024 // geometry.cells))
-            found = {"BLOCK_J": block_j, "BLOCK_S": 16, "num_warps": 4, "num_stages": 1}
+            return {"BLOCK_J": block_j, "BLOCK_S": 16, "num_warps": 4, "num_stages": 1}
         case "decode_settle":
-            found = {"BLOCK_K": max(512, 2 * int(str(kernel.holes["kept"]))), "num_warps": 4, "num_stages": 1}
+            return {"BLOCK_K": max(512, 2 * int(str(kernel.holes["kept"]))), "num_warps": 4, "num_stages": 1}
         case "decode_attend":
-            block_n = min(geometry.block, 32 if widest <= 128 and not wide else 16)
-            found = {
-                "BLOCK_N": block_n,
-                "num_warps": 8 if block_n == 32 else 4,
-                "num_stages": 3 if widest <= 128 else 2,
-            }
+            stages = 3 if widest <= 128 and not wide else 2
+            found = {"BLOCK_N": 16, "num_warps": 4, "num_stages": stages}
+            # three programs of 4 warps fit a multiprocessor: enough rows are on their way while others are multiplied
+            fits = widest <= 128 and not wide and arch in ("sm_90", "sm_100")
+            return found | ({"maxnreg": 168} if fits else {})
         case "decode_merge":
-            found = {"BLOCK_S": 16, "num_warps": 4, "num_stages": 1}
-        case _:
-            raise PartitionError(f"{kernel.name} has no Schedule", hint=f"give the template {kernel.template} one")
-    return found
+            return {"BLOCK_S": 16, "num_warps": 4, "num_stages": 1}
+    raise PartitionError(f"{kernel.name} has no Schedule", hint=f"give the template {kernel.template} one")
 
 
-SPLITTING = {"score": 264, "attend": 264, "chunk": 512}
+SPLITTING = {"score": 264, "attend": 396, "chunk": 512}
 """Programs that score and attend have at the most over all sequences and KV heads; blocks that one select sorts.
 
-264 is 2 for each of 132 multiprocessors, as many as fit at a time: none waits for a second wave.
+264 is 2 for each of 132 multiprocessors, and 396 is 3, as many as fit at a time: none waits for a second wave.
 """
 
 
@@ -160,7 +155,8 @@ def decode_schedules(part: Decoding) -> dict[str, dict[str, dict[str, dict[str, 
     """Schedules by architecture and dtype, and how work is split."""
     return {
         arch: {
-            d: {k.name: decode_schedule(k, part.geometry, d) for k in part.kernels} | {"splitting": dict(SPLITTING)}
+            d: {k.name: decode_schedule(k, part.geometry, arch, d) for k in part.kernels}
+            | {"splitting": dict(SPLITTING)}
             for d in DTYPES
         }
         for arch in TARGETS

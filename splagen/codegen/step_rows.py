@@ -19,8 +19,7 @@ class StepRows(Rows):
     def _place(self, array: Array) -> str:
         if array.layout == "head_rows":
             return super()._place(array)
-        head = self.head if self.side == "query" else "h + tl.arange(0, 1)"
-        place = f"b * {array.name}_t + ({head}) * {array.name}_h"
+        place = f"b * {array.name}_t + {self.head} * {array.name}_h"
         return f"({place})[:, None]" if array.features else place
 
 
@@ -36,6 +35,25 @@ class PagedRows(Rows):
         if array.layout != "pages":
             return super()._place(array)
         return f"({self.position} * {array.width[0]})[:, None]"
+
+
+class NewRow(PagedRows):
+    """The row of the token that a step takes in: what it is given, and its place in pages."""
+
+    @property
+    def mask(self) -> str:
+        """The vector that says whether it has a page."""
+        return "new_ok"
+
+    @property
+    def position(self) -> str:
+        """Its place."""
+        return "new_place"
+
+    def _place(self, array: Array) -> str:
+        if array.layout == "pages":
+            return super()._place(array)
+        return f"(b * {array.name}_t + (h + tl.arange(0, 1)) * {array.name}_h)[:, None]"
 
 
 class CompleteRows(PagedRows):
