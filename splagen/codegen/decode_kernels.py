@@ -28,6 +28,7 @@ from splagen.ir.text import equation_text
 
 ROW_MAX = Array("row_max_parts", "sequences", dtype="float32")  # [B, Hkv, splits, GROUP]
 ROW_SUM = Array("row_sum_parts", "sequences", dtype="float32")
+MULTIPROCESSORS = 132  # of an H200
 _COLUMNS = (("d",), ("e",), ("s", "d"))
 
 
@@ -139,8 +140,12 @@ class DecodeCode:
             "states": [],
             "state_rows": "",
             "left_size": 0,
+            "right_size": 0,
         }
         arrays = [s.array(geometry) for s in self.states]
+        columns = max((a.width[1] for a in arrays if len(a.width) > 1), default=1)
+        # with few sequences and heads, slices of columns have programs of their own
+        folds = f"max(1, min({columns} // BLOCK_E, {MULTIPROCESSORS} // (B * Hkv)))"
         covers = [*piece.equations, *(statistics.equations if statistics else ())]
         read = [*piece.arrays]
         if self.states:
@@ -152,13 +157,13 @@ class DecodeCode:
             more, equations, parameters = self._state_rows({**tokens, **pages})
             holes["state_rows"] = "\n".join(more)
             holes["left_size"] = arrays[0].width[0]
+            holes["right_size"] = columns
             holes["states"] = [self._fold(s, a) for s, a in zip(self.states, arrays, strict=True)]
             covers += [*equations, *(eq for s in self.states for eq in (s.blocks, s.new))]
             covers += [self.program.definitions[s.after] for s in self.states]
             read += parameters
         inputs = [SEQLENS, PAGES, *(tokens[v] for v in (q, *pages)), *(a for a in read if a.layout != "pages")]
         made = [LENGTHS, *pages.values(), *features.values(), *(statistics.arrays.values() if statistics else ())]
-        columns = max((a.width[1] for a in arrays if len(a.width) > 1), default=1)
         return Kernel(
             "append",
             "decode_append",
@@ -166,7 +171,7 @@ class DecodeCode:
             tuple({a.name: a for a in inputs}.values()),
             (*made, *arrays),
             holes,
-            f"(B * Hkv, 1 + cdiv({columns}, BLOCK_E))" if arrays else "(B * Hkv, 1)",
+            f"(B * Hkv, 1 + {folds})" if arrays else "(B * Hkv, 1)",
             scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES"),
             tunable=("BLOCK_N", "BLOCK_E"),
         )
@@ -188,17 +193,17 @@ class DecodeCode:
         base = f"{name}_ptr + (b * Hkv + h) * {array.width[0] * (array.width[1] if s.right else 1)}"
         if s.right is None:
             add = f"{name} += tl.sum({s.left.name}.to(tl.float32), axis=0)"
-            # each program of the block adds it up, one stores it
+            # every slice of columns adds it up, the first stores it
             return {
                 "name": name,
                 "address": f"{base} + left",
                 "add": add,
-                "mask": ", mask=left + tl.program_id(1) * LEFT < 2 * LEFT",
+                "mask": ", mask=left + first * LEFT < LEFT",
             }
-        add = f'{name} = tl.dot(tl.trans({s.left.name}), {s.right.name}, {name}, input_precision="ieee")'
+        add = f'{name} = tl.dot(tl.trans({s.right.name}), {s.left.name}, {name}, input_precision="ieee")'
         return {
             "name": name,
-            "address": f"{base} + left[:, None] * {array.width[1]} + right[None, :]",
+            "address": f"{base} + right[:, None] + left[None, :] * {array.width[1]}",  # [BLOCK_E, LEFT]
             "add": add,
             "mask": "",
         }

@@ -125,9 +125,10 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
         case "decode_append":
             columns = [a.width[1] for a in kernel.outputs if a.layout == "sequences" and len(a.width) > 1]
             block_e = min(max(columns, default=16), 32)
-            return {"BLOCK_N": min(geometry.block, 32), "BLOCK_E": block_e, "num_warps": 4, "num_stages": 2}
+            return {"BLOCK_N": 16, "BLOCK_E": block_e, "num_warps": 8 if wide else 4, "num_stages": 2}
         case "decode_score":
-            return {"BLOCK_C": 64 if widest <= 128 and not wide else 32, "num_warps": 4, "num_stages": 3}
+            block_c = 64 if widest <= 128 and not wide and arch != "gfx942" else 32
+            return {"BLOCK_C": block_c, "num_warps": 4, "num_stages": 3 if widest * (1 + wide) <= 256 else 2}
         case "decode_select":
             block_j = max(16, min(512, 1024 // geometry.cells))
             return {"BLOCK_J": block_j, "BLOCK_S": 16, "num_warps": 4, "num_stages": 1}
@@ -135,7 +136,7 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
             return {"BLOCK_K": max(512, 2 * int(str(kernel.holes["kept"]))), "num_warps": 4, "num_stages": 1}
         case "decode_attend":
             stages = 3 if widest <= 128 and not wide else 2
-            found = {"BLOCK_N": 16, "num_warps": 4, "num_stages": stages}
+            found = {"BLOCK_N": 16, "num_warps": 8 if wide or widest > 128 else 4, "num_stages": stages}
             # three programs of 4 warps fit a multiprocessor: enough rows are on their way while others are multiplied
             fits = widest <= 128 and not wide and arch in ("sm_90", "sm_100")
             return found | ({"maxnreg": 168} if fits else {})
