@@ -121,11 +121,14 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
     """The Schedule of one kernel of a step."""
     wide = DTYPES[dtype] == 4
     widest = max(geometry.width(("d",), pad=True), geometry.width(("e",), pad=True))
+    # three programs of 4 warps fit a multiprocessor: enough rows are on their way while others are multiplied
+    fits = {"maxnreg": 168} if widest <= 128 and not wide and arch in ("sm_90", "sm_100") else {}
     match kernel.template:
         case "decode_append":
             columns = [a.width[1] for a in kernel.outputs if a.layout == "sequences" and len(a.width) > 1]
             block_e = min(max(columns, default=16), 32)
-            return {"BLOCK_N": 16, "BLOCK_E": block_e, "num_warps": 8 if wide else 4, "num_stages": 2}
+            found = {"BLOCK_N": 16, "BLOCK_E": block_e, "num_warps": 8 if wide else 4, "num_stages": 2}
+            return found | fits
         case "decode_score":
             block_c = 64 if widest <= 128 and not wide and arch != "gfx942" else 32
             return {"BLOCK_C": block_c, "num_warps": 4, "num_stages": 3 if widest * (1 + wide) <= 256 else 2}
@@ -137,9 +140,7 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
         case "decode_attend":
             stages = 3 if widest <= 128 and not wide else 2
             found = {"BLOCK_N": 16, "num_warps": 8 if wide or widest > 128 else 4, "num_stages": stages}
-            # three programs of 4 warps fit a multiprocessor: enough rows are on their way while others are multiplied
-            fits = widest <= 128 and not wide and arch in ("sm_90", "sm_100")
-            return found | ({"maxnreg": 168} if fits else {})
+            return found | fits
         case "decode_merge":
             return {"BLOCK_S": 16, "num_warps": 4, "num_stages": 1}
     raise PartitionError(f"{kernel.name} has no Schedule", hint=f"give the template {kernel.template} one")

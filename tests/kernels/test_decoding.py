@@ -58,6 +58,13 @@ def test_a_step_is_the_last_row_of_the_definition(name: str, tmp_path: Path, dev
         assert torch.equal(free, last_row(spec, rows, 76, None, wanted="free"))
 
 
+def test_a_step_in_float16(tmp_path: Path, device: torch.device) -> None:
+    cache = cache_of(SMALL, tmp_path, device, sequences=1, kv_heads=1, tokens=96, dtype=torch.float16)
+    cache.allocate(96)
+    rows = inputs(SMALL, 1, 76, 1, torch.float16, device)
+    assert errors(SMALL, cache, rows, range(1, 77), every=19) < LIMIT[torch.float16]
+
+
 def split(cache_spec: SPLASpec, folder: Path, device: torch.device, **sizes: object) -> SPLACache:
     """A cache whose steps have several splits and chunks."""
     library = generate_decoding(cache_spec, folder)
