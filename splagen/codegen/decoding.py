@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from splagen.codegen.decode_kernels import DecodeCode, State
 from splagen.codegen.decode_selection import kept, selection_kernels, statistics_code
 from splagen.codegen.geometry import Geometry, array_of, features_of, is_key_row, is_query_row, is_state, is_tile_value
-from splagen.codegen.kernel import Array, Kernel
+from splagen.codegen.kernel import Array, Choice, Kernel
 from splagen.codegen.schedule import DTYPES, TARGETS
 from splagen.codegen.selection import Selection
 from splagen.codegen.step_rows import paged_array, step_array
@@ -46,9 +46,24 @@ class Decoding:
         return Geometry.of(self.program)
 
     @property
-    def columns(self) -> int:
-        """Columns of a state, 1 where none has any."""
-        return max((a.width[1] for a in self.states if len(a.width) > 1), default=1)
+    def all_kernels(self) -> tuple[Kernel, ...]:
+        """All of them run in every step."""
+        return self.kernels
+
+    @property
+    def strategies(self) -> tuple[Choice, ...]:
+        """Ways between which a Schedule chooses: none."""
+        return ()
+
+    @property
+    def group_size(self) -> int:
+        """Query heads of a KV head."""
+        return self.geometry.group
+
+    @property
+    def wide(self) -> frozenset[str]:
+        """Inputs that are float32 beside 16-bit q, k and v: none need to be."""
+        return frozenset()
 
 
 def decoding(spec: SPLASpec) -> Decoding:
