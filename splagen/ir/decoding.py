@@ -33,13 +33,18 @@ def step_program(spec: SPLASpec) -> Program:
     if spec.select and spec.select.tile != 1:
         what = f"select.granularity is {spec.select.granularity!r}: a query chooses together with later ones"
         raise SpecError(what, 'decoding takes specs with granularity="token"')
-    return run(spla_program(spec), (*LOWERING, carry))
+    return run(_by_query(spla_program(spec)), (*LOWERING, carry))
 
 
 def state_pairs(program: Program) -> list[tuple[Var, Var]]:
     """The states of a step: (before, after)."""
     definitions = program.definitions
     return [(definitions[after].args[0], after) for after in program.outputs[1:]]
+
+
+def _by_query(program: Program) -> Program:
+    """The definition with tiles of one query: where nothing is selected, a tile of any size means the same."""
+    return replace(program, axes=tuple((a, 1 if a == "m" else e) for a, e in program.axes))
 
 
 def carry(program: Program) -> Program:

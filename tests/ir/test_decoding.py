@@ -31,6 +31,7 @@ SPECS = {
     "order 1": replace(SMALL, select=replace(SELECT, metric=lib.taylor(order=1))),
     "no residual": replace(SMALL, linear=None, combine="none"),
     "dense": replace(SMALL, linear=None, select=None, combine="none"),
+    "dense window": replace(SMALL, linear=None, select=None, combine="none", score=lib.sliding_window(20)),
 }
 LENGTH = 82
 KEYS = ("k", "v")
@@ -47,6 +48,8 @@ def stepped(spec: SPLASpec, rows: dict[str, torch.Tensor], lengths: range) -> to
         layout = Blocked(program, batch, length, heads)
         seen = {n: x[:, :length] if n in KEYS else x[:, length - 1 :][:, :1] for n, x in rows.items() if n in BY_TOKEN}
         given = blocked(spec, rows | seen)
+        if not spec.select:  # tiles of many queries there, of one here
+            given["q"] = given["q"][:, :, :, :, :1]
         for before, _ in state_pairs(program):
             shape = [layout.sizes[a] for a in before.axes]
             given[before.name] = states.get(before.name, torch.zeros(shape, dtype=torch.float64))

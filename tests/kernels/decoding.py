@@ -9,6 +9,7 @@ from splagen.ir.frontend_spla import spla_program
 from splagen.ir.reference import evaluate
 from splagen.paged_cache import SPLACache
 from splagen.spec import SPLASpec
+from splagen.verification import relative_error
 from tests.ir.blocked import blocked, plain_rows
 
 BY_TOKEN = ("q", "k", "v", "gate_s", "gate_r")
@@ -62,27 +63,30 @@ def chosen_blocks(cache: SPLACache, blocks: int) -> Tensor | None:
 def last_row(spec: SPLASpec, rows: Mapping[str, Tensor], length: int, free: Tensor | None, wanted: str = "o") -> Tensor:
     """The definition at query length - 1 of sequences of that length, in float64; `free` replaces the choice."""
     program = spla_program(spec)
+    tiled = spec.select is not None  # where nothing is selected, tiles have many queries: all rows, of which the last
     seen = {}
     for n, x in rows.items():
         x = x.double()
-        x = x[:, :length] if n in ("k", "v") else x[:, length - 1 : length] if n in BY_TOKEN else x
+        x = x[:, :length] if n in BY_TOKEN else x
+        x = x[:, length - 1 :] if n in BY_TOKEN and n not in ("k", "v") and tiled else x
         seen[n] = x.unflatten(0, (-1, spec.group_size)) if n.startswith("gamma") else x
     arrays = blocked(spec, seen)
     blocks = arrays["k"].shape[2]
-    sizes = {"T": 1, "J": blocks, "Jw": blocks}
+    sizes = {"T": 1, "J": blocks, "Jw": blocks} if tiled else {}
     given = {} if free is None else {"free": free[..., :blocks]}
     name = program.outputs[0].name if wanted == "o" else wanted
+    offsets = {"T": length - 1} if tiled else {}
+    asked = [program.var(name)]
     found = evaluate(
-        program, arrays, scalars={"L": length}, sizes=sizes, offsets={"T": length - 1}, given=given,
-        wanted=[program.var(name)],
-    )[name]  # fmt: skip
-    return plain_rows(found, 1)[:, 0] if wanted == "o" else found
+        program, arrays, scalars={"L": length}, sizes=sizes, offsets=offsets, given=given, wanted=asked
+    )  # fmt: skip
+    return plain_rows(found[name], 1 if tiled else length)[:, -1] if wanted == "o" else found[name]
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    """The largest difference, relative to the largest value."""
+    """The relative RMS error, as `verify` measures it."""
     assert torch.isfinite(got).all()
-    return float((got.double() - want).abs().max() / want.abs().max().clamp(min=1e-9))
+    return relative_error(got, want)
 
 
 def errors(

@@ -32,7 +32,7 @@ SPECS = {
     "order 1": replace(SMALL, select=replace(SELECT, metric=lib.taylor(order=1))),
     "cumulant": replace(SMALL, select=replace(SELECT, metric=lib.cumulant(clamp=2.0))),
     "no residual": replace(SMALL, linear=None, combine="none"),
-    "dense": replace(SMALL, linear=None, select=None, combine="none"),
+    "dense window": replace(SMALL, linear=None, select=None, combine="none", score=lib.sliding_window(20)),
     "dense below": replace(SMALL, dense_below=68),
     "head 24 value 40 group 3": replace(SMALL, head_dim=24, value_dim=40, group_size=3, scale=0.3),
     "group 1": replace(SMALL, group_size=1),
