@@ -51,6 +51,8 @@ _HOME = {
     "kernels": "pipeline",
     "source": "pipeline",
     "generate": "pipeline",
+    "generate_decoding": "pipeline",
+    "SPLACache": "paged_cache",
     "load": "pipeline",
     "Library": "pipeline",
     "verify": "pipeline",
@@ -81,8 +83,10 @@ if TYPE_CHECKING:
     from splagen.library import softmax as softmax
     from splagen.library import taylor as taylor
     from splagen.library import topk_softmax as topk_softmax
+    from splagen.paged_cache import SPLACache as SPLACache
     from splagen.pipeline import Library as Library
     from splagen.pipeline import generate as generate
+    from splagen.pipeline import generate_decoding as generate_decoding
     from splagen.pipeline import kernels as kernels
     from splagen.pipeline import load as load
     from splagen.pipeline import lowered as lowered

@@ -16,6 +16,8 @@ from splagen.autotune.device import this_device
 from splagen.autotune.search import EFFORTS, Progress
 from splagen.autotune.tuned import TunedSchedules
 from splagen.autotune.tuner import Target, Tuned
+from splagen.codegen.decode_module import decode_module_text
+from splagen.codegen.decoding import decoding
 from splagen.codegen.files import import_file, write_generated
 from splagen.codegen.partition import Partition
 from splagen.codegen.sequence_partition import SequencePartition
@@ -45,6 +47,18 @@ class Library:
     def op(self) -> Callable[..., Any]:
         """The differentiable torch op of the spec."""
         return getattr(self.module, self.spec.name)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class DecodingLibrary(Library):
+    """A generated module of decoding steps on disk."""
+
+    spec: SPLASpec
+
+    @property
+    def op(self) -> Callable[..., Any]:
+        """The step: one token per sequence of a cache."""
+        return getattr(self.module, f"{self.spec.name}_step")  # type: ignore[no-any-return]
 
 
 def program(spec: Spec) -> Program:
@@ -98,6 +112,19 @@ def generate(spec: Spec, out: str | Path) -> Library:
     path = Path(out) / f"{spec.name}_{digest(spec)[:8]}.py"
     write_generated(path, source(spec))
     return Library(spec, path)
+
+
+def generate_decoding(spec: SPLASpec, out: str | Path) -> DecodingLibrary:
+    """Write `{name}_decode_{digest8}.py` into `out`: the step of one token per sequence of an `SPLACache`.
+
+    Raises:
+        SpecError: a query of the spec depends on later tokens.
+        GeneratedFileError: a foreign file is in the way.
+    """
+    short = digest(spec)[:8]
+    path = Path(out) / f"{spec.name}_decode_{short}.py"
+    write_generated(path, decode_module_text(decoding(spec), spec, digest=short, spec_text=to_toml(spec)))
+    return DecodingLibrary(spec, path)
 
 
 def load(spec: Spec) -> Callable[..., Any]:

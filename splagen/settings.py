@@ -20,6 +20,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "splagen"
 
 
+def check_cache() -> bool:
+    """True if SPLAGEN_CHECK_CACHE asks a decoding step to check lengths and page tables first, which waits for them."""
+    return os.environ.get("SPLAGEN_CHECK_CACHE", "0") not in ("", "0")
+
+
 def interpreted() -> bool:
     """True if TRITON_INTERPRET asks Triton to run kernels on the CPU, read as Triton reads it."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on", "y", "yes"}

@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, TypeAlias
 
+from splagen.codegen.decoding import Decoding
 from splagen.codegen.index_kernels import SCHEDULE as INDEX_SCHEDULE
 from splagen.codegen.index_kernels import index_kernels
 from splagen.codegen.kernel import Array, Kernel
@@ -39,6 +40,7 @@ _LENGTHS, _HEADS = (_LENGTH, 65_537), (_KV_HEADS, 1, 3, 4, 8, 16)  # all that it
 _SECONDS = 600  # for one kernel
 ALIGNMENT = 16
 
+Module: TypeAlias = Partition | SequencePartition | Decoding
 Kept: TypeAlias = dict[str, Any]  # what `machine_code.machine_code` returns
 
 
@@ -69,7 +71,7 @@ class Built:
 
 def compile_module(
     path: str | Path,
-    part: Partition | SequencePartition,
+    part: Module,
     *,
     targets: Sequence[str] = tuple(TARGETS),
     dtypes: Sequence[str] = ("bf16",),
@@ -100,7 +102,7 @@ def compile_module(
 
 def keep_module(
     path: str | Path,
-    part: Partition | SequencePartition,
+    part: Module,
     *,
     targets: Sequence[str] = tuple(TARGETS),
     dtypes: Sequence[str] = ("bf16",),
@@ -124,7 +126,7 @@ def keep_module(
 
 
 def _wanted(
-    path: str | Path, part: Partition | SequencePartition, targets: Sequence[str], dtypes: Sequence[str]
+    path: str | Path, part: Module, targets: Sequence[str], dtypes: Sequence[str]
 ) -> list[tuple[Kernel, str, str, Schedule]]:
     _known("target", targets, TARGETS)
     _known("dtype", dtypes, DTYPES)
@@ -139,7 +141,7 @@ def _wanted(
     return chosen + [(k, arch, d, dict(INDEX_SCHEDULE)) for k in index for arch in targets for d in dtypes]
 
 
-def launched(part: Partition | SequencePartition, schedules: Mapping[str, Schedule]) -> list[Kernel]:
+def launched(part: Module, schedules: Mapping[str, Schedule]) -> list[Kernel]:
     """The kernels that a module launches with these Schedules, by name: the chosen strategies', and the first ones'.
 
     A call falls back to the first strategy where another's parts would not fit into memory.
@@ -159,7 +161,7 @@ class Compiler:
     def __init__(
         self,
         path: str | Path,
-        part: Partition | SequencePartition,
+        part: Module,
         jobs: int | None = None,
         kv_heads: int = _KV_HEADS,
     ) -> None:
@@ -228,7 +230,7 @@ def _schedules(path: Path) -> dict[str, dict[str, dict[str, Schedule]]]:
     raise InputError(f"{path} has no Schedules", hint="give a module that splagen has generated")
 
 
-def _undescribed(path: Path, part: Partition | SequencePartition) -> list[Built]:
+def _undescribed(path: Path, part: Module) -> list[Built]:
     """Kernels in the file that no Kernel describes would go unchecked: each is a failure."""
     known = {f"{k.name}_kernel" for k in (*part.all_kernels, *index_kernels(part.kernels))}
     loose = [n for n in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE) if n not in known]
@@ -242,7 +244,7 @@ def _undescribed(path: Path, part: Partition | SequencePartition) -> list[Built]
 
 def _request(
     path: Path,
-    part: Partition | SequencePartition,
+    part: Module,
     kernel: Kernel,
     arch: str,
     dtype: str,
@@ -276,7 +278,7 @@ def _request(
     }
 
 
-def _element(array: Array, argument: str, part: Partition | SequencePartition, dtype: str) -> str:
+def _element(array: Array, argument: str, part: Module, dtype: str) -> str:
     """What a pointer argument of an array points to, in an op whose q has `dtype`."""
     if array.layout in ("plan", "routing"):
         return "int32" if argument.removesuffix("_ptr") in _INTEGERS else "float32"
@@ -285,7 +287,7 @@ def _element(array: Array, argument: str, part: Partition | SequencePartition, d
     return array.dtype
 
 
-def _strides(array: Array, part: Partition | SequencePartition, kv_heads: int, length: int) -> list[int]:
+def _strides(array: Array, part: Module, kv_heads: int, length: int) -> list[int]:
     """Strides of a contiguous array in elements, in the order of its stride names."""
     heads = kv_heads * (part.group_size if array.layout.startswith(("query", "value")) else 1)
     width = array.width[-1] if array.width else 1

@@ -195,14 +195,16 @@ class Rows:
         conditions.insert(0, f"{self.mask}[:, None]" if array.features else self.mask)
         return f"tl.store({address}, {value}, mask={' & '.join(conditions)})"
 
-    def _address(self, array: Array, column: str | None) -> tuple[str, list[str]]:
-        name, g = array.name, self.geometry
+    def _place(self, array: Array) -> str:
+        """Source of where the rows begin, as a column where they have features."""
+        name = array.name
         if array.layout == "head_rows":
-            place = f"({self.head} * {name}_h)[:, None]" if self.side == "query" else f"{self.head} * {name}_h"
-        else:
-            place = f"{self.position} * {name}_l + {self.head} * {name}_h"
-            place = f"({place})[:, None]" if array.features else place
-            place = f"b * {name}_b + {place}"
+            return f"({self.head} * {name}_h)[:, None]" if self.side == "query" else f"{self.head} * {name}_h"
+        place = f"{self.position} * {name}_l + {self.head} * {name}_h"
+        return f"b * {name}_b + " + (f"({place})[:, None]" if array.features else place)
+
+    def _address(self, array: Array, column: str | None) -> tuple[str, list[str]]:
+        name, g, place = array.name, self.geometry, self._place(array)
         if not array.features:
             return f"{name}_ptr + {place}", []
         conditions = []

@@ -34,6 +34,10 @@ Layout: TypeAlias = Literal[
     "slot_rows",  # [(partitions, )slots, HV(, width)]
     "group_totals",  # [groups, HV]: partial sums of a number per head
     "routing",  # tensors of the router, contiguous
+    # arrays of decoding (decoding.py): contiguous but for the rows of a token, which are token_rows
+    "pages",  # [pages, Hkv, rows of a page, width]: keys, values and statistics of every sequence
+    "sequences",  # [B, Hkv, ...]: states, and what one step hands from kernel to kernel
+    "table",  # what says where sequences lie and how long they are
     "unions",  # [programs, blocks, 2] int64: room for the union of lists that a program makes (unions.py)
 ]
 

@@ -25,7 +25,8 @@ class Piece:
 class RowCode:
     """Prints row code of one side; remembers which columns and rows the kernel has already defined.
 
-    `available` maps each variable that lies in memory to its array; `tile_rows` is the constexpr that counts rows.
+    `available` maps each variable that lies in memory to its array; `tile_rows` is the constexpr that counts rows;
+    `row_type` says how arrays are addressed.
     """
 
     program: Program
@@ -35,11 +36,12 @@ class RowCode:
     available: Mapping[Var, Array]
     defined_columns: set[str] = field(default_factory=set)
     loaded: set[Var] = field(default_factory=set)
+    row_type: type[Rows] = Rows
 
     def rows(self, equations: Iterable[Equation]) -> Rows:
         """The rank that these equations need: 3 where the feature map has two signs."""
         signed = any("s" in v.axes for eq in equations for v in (eq.out, *eq.args))
-        return Rows(self.geometry, self.side, signed)
+        return self.row_type(self.geometry, self.side, signed)
 
     def columns(self, features: tuple[str, ...]) -> list[str]:
         """Lines that define the columns of these features, once per kernel."""
@@ -74,7 +76,7 @@ class RowCode:
                 array, source = self.available[v], v.name
                 arrays.append(array)
                 if v not in self.loaded:
-                    lines.append(f"{v.name} = {Rows(self.geometry, self.side, False).load(array)}")
+                    lines.append(f"{v.name} = {self.row_type(self.geometry, self.side, False).load(array)}")
                     self.loaded.add(v)
             names[v] = self._lifted(source, v, rows, exact=v in bound)
         region = Region(rows.dims, self.program.order, self.program.extents)
@@ -145,7 +147,7 @@ class RowCode:
         value = source
         if array.padded and self.geometry.is_padded(array.features):
             value = f"tl.where({self.padding(array.features)}, {source}, 0.0)"
-        return [*lines, Rows(self.geometry, self.side, False).store(array, value)]
+        return [*lines, self.row_type(self.geometry, self.side, False).store(array, value)]
 
     def _store_partial(self, array: Array, source: str) -> list[str]:
         features, width = array.features[:-1], array.width[0]

@@ -40,20 +40,22 @@ class CellRows(Rows):
 
 def selection_kernels(selection: Selection, available: Mapping[Var, Array]) -> list[Kernel]:
     """`statistics`, `score_lse` and `score_topk`, in launch order."""
-    code = _Code(selection, dict(available))
+    code = SelectionCode(selection, dict(available))
     return [code.statistics(), code.score_lse(), code.score_topk()]
 
 
 @dataclass
-class _Code:
+class SelectionCode:
     """Prints the three kernels; `available` grows by what the earlier ones store."""
 
     selection: Selection
     available: dict[Var, Array]
+    row_type: type[Rows] = Rows
+    cell_type: type[Rows] = CellRows
 
     def __post_init__(self) -> None:
         self.program, self.geometry = self.selection.program, self.selection.geometry
-        self.cells = CellRows(self.geometry, "key", False)
+        self.cells = self.cell_type(self.geometry, "key", False)
         self.lse_array = array_of(self.selection.lse.out, self.geometry, internal=True)
 
     # -- statistics ---------------------------------------------------------------------------------------
@@ -102,7 +104,7 @@ class _Code:
         """The log-sum-exp of the metric over the cells that a query may use."""
         selection = self.selection
         exponent, weight = selection.mass()
-        lines, names = self._scores()
+        lines, names = self.scores()
         usable = names.pop(selection.usable.name)
         text = triton_text(exponent, names)
         mass = _times("tl.exp2(exponent - safe[:, None])", weight, names)
@@ -110,9 +112,9 @@ class _Code:
         holes = {
             "cells": self.geometry.cells,
             "columns": "\n".join(self.geometry.columns(("d",))),
-            "rows": "\n".join(self._rows()),
+            "rows": "\n".join(self.rows()),
             "bounds": "\n".join(selection.bounds(selection.usable, CELL, QUERY, ("first_query", "last_query"), "nC")),
-            "loads": "\n".join(self._loads()),
+            "loads": "\n".join(self.loads()),
             "scores": "\n".join(lines),
             "exponent": text if usable == "True" else f'tl.where({usable}, {text}, -float("inf"))',
             "mass": mass,
@@ -121,8 +123,8 @@ class _Code:
         return Kernel(
             "score_lse",
             "score_lse",
-            self._covers([selection.lse.out], [*self.program.inputs, *selection.statistics]),
-            (*self._inputs(),),
+            self.covers([selection.lse.out], [*self.program.inputs, *selection.statistics]),
+            (*self.inputs(),),
             (self.lse_array,),
             holes,
             "(cdiv(L * GROUP, BLOCK_M), B * Hkv)",
@@ -134,18 +136,18 @@ class _Code:
         selection, geometry = self.selection, self.geometry
         lse = selection.lse.out
         exponent, weight = selection.mass()
-        lines, names = self._scores()
+        lines, names = self.scores()
         usable = names.pop(selection.usable.name)
         load = Rows(geometry, "query", False).load(self.lse_array).replace("other=0.0", 'other=float("inf")')
         rows = [
             *_ROW_INDEX,
-            *self._rows(),
+            *self.rows(),
             f"norm = {load} * {_LOG2E}  # base 2; rows that do not exist have no share",
         ]
         share = _times(f"tl.exp2({triton_text(exponent, names)} - norm[:, None])", weight, names)
         lines.append(f"share = {share if usable == 'True' else f'tl.where({usable}, {share}, 0.0)'}")
         heads = 1 << (geometry.group - 1).bit_length()
-        carried, pool = self._pool()
+        carried, pool = self.pool()
         op = selection.topk.op
         assert isinstance(op, TopK)
         holes = {
@@ -156,26 +158,27 @@ class _Code:
             "columns": "\n".join(geometry.columns(("d",))),
             "rows": "\n".join(rows),
             "bounds": "\n".join(selection.bounds(selection.far, BLOCK, TILE, ("first_tile", "last_tile"), "nJ")),
-            "loads": "\n".join(self._loads()),
+            "loads": "\n".join(self.loads()),
             "share": "\n".join(lines),
             "carried": "\n".join(carried),
             "pool": "\n".join(pool),
-            "far": "\n".join(self._far()),
+            "far": "\n".join(self.far()),
             "any_array": self.lse_array.name,
         }
         rows_of_tile = holes["rows_of_tile"]
         return Kernel(
             "score_topk",
             "score_topk",
-            self._covers([selection.topk.out], [*self.program.inputs, *selection.statistics, lse]),
-            (*self._inputs(), self.lse_array),
+            self.covers([selection.topk.out], [*self.program.inputs, *selection.statistics, lse]),
+            (*self.inputs(), self.lse_array),
             (INDICES, COUNTS),
             holes,
             f"(cdiv(nT * {rows_of_tile}, max(BLOCK_M, {rows_of_tile})), B * Hkv)",
             tunable=("BLOCK_M", "BLOCK_C"),
         )
 
-    def _inputs(self) -> list[Array]:
+    def inputs(self) -> list[Array]:
+        """The arrays that the scores read: rows of queries, then statistics."""
         rows = [self.available[v] for v in self.available if v in self._loaded()]
         return [*rows, *(self.available[v] for v in self.selection.statistics)]
 
@@ -186,20 +189,21 @@ class _Code:
             v for v in self.selection.rows if v in self.available
         }
 
-    def _rows(self) -> list[str]:
+    def rows(self) -> list[str]:
         """Lines that load and compute the rows of the products, as their operands."""
-        code = RowCode(self.program, self.geometry, "query", "BLOCK_M", self.available)
+        code = RowCode(self.program, self.geometry, "query", "BLOCK_M", self.available, row_type=self.row_type)
         code.defined_columns.add("d")
         scales = {p.row: triton_text(p.scale, {}) for p in self.selection.products if p.scale != 1}
         return list(code.operands(self.selection.rows, scales).lines)
 
-    def _loads(self) -> list[str]:
+    def loads(self) -> list[str]:
+        """Lines that load the statistics of a tile of cells."""
         width = self.geometry.width(("d",), pad=True)
         return [
             f"{v.name} = {self.cells.load(self.available[v])}  # [BLOCK_C, {width}]" for v in self.selection.statistics
         ]
 
-    def _scores(self) -> tuple[list[str], dict[str, str]]:
+    def scores(self) -> tuple[list[str], dict[str, str]]:
         """Lines that bring the products, the mask and what else the metric reads; source by name."""
         selection = self.selection
         lines = [
@@ -210,23 +214,23 @@ class _Code:
         dims = (Dim(frozenset("bhgTm")), Dim(frozenset("JC")))
         places: dict[tuple[str, ...], str] = {("T", "m"): "query[:, None]", ("J", "C"): "cell[None, :]"}
         wanted = [*selection.others, selection.usable]
-        more, names = self._emit(wanted, dims, places)
+        more, names = self.emit(wanted, dims, places)
         if not selection.holds(selection.usable, _inside(self.geometry.cell, CELL)):
             mask = names[selection.usable.name]
             names[selection.usable.name] = "cell_ok[None, :]" if mask == "True" else f"{mask} & cell_ok[None, :]"
         return lines + more, names | {p.out.name: p.out.name for p in selection.products}
 
-    def _far(self) -> list[str]:
+    def far(self) -> list[str]:
         """Lines that define `far` [TILES, BLOCK_J]."""
         selection = self.selection
         dims = (Dim(frozenset("T")), Dim(frozenset("J")))
-        lines, names = self._emit([selection.far], dims, {("T",): "tile[:, None]", ("J",): "block[None, :]"})
+        lines, names = self.emit([selection.far], dims, {("T",): "tile[:, None]", ("J",): "block[None, :]"})
         far = names[selection.far.name]
         if not selection.holds(selection.far, _inside(self.geometry.block, BLOCK)):
             far = "(block < nJ)[None, :]" if far == "True" else f"{far} & (block < nJ)[None, :]"
         return [*lines, f"far = {far}"] if far != "far" else lines
 
-    def _pool(self) -> tuple[list[str], list[str]]:
+    def pool(self) -> tuple[list[str], list[str]]:
         """Lines before the loop, and lines that turn the mass of cells [TILES, BLOCK_C] into that of blocks.
 
         Windows of the block before may reach into a block: the largest of them is handed on, from the last block of a
@@ -253,7 +257,7 @@ class _Code:
             "before = tl.sum(tl.where(lane == BLOCK_J - 1, last, 0.0), axis=1)",
         ]
 
-    def _emit(
+    def emit(
         self, wanted: list[Var], dims: tuple[Dim, ...], places: Mapping[tuple[str, ...], str]
     ) -> tuple[list[str], dict[str, str]]:
         """Region lines for variables that follow from positions; source of the wanted ones by name."""
@@ -263,7 +267,8 @@ class _Code:
         lines, names = region.emit(equations, bound)
         return lines, {v.name: names[v] for v in wanted}
 
-    def _covers(self, wanted: list[Var], stop: list[Var]) -> tuple[Equation, ...]:
+    def covers(self, wanted: list[Var], stop: list[Var]) -> tuple[Equation, ...]:
+        """The equations between, but for positions."""
         equations = slice_back(self.program, wanted, stop)
         return tuple(eq for eq in equations if not isinstance(eq.op, Iota))
 

@@ -9,6 +9,7 @@ from splagen import pipeline
 from splagen.codegen import compile as ahead_of_time
 from splagen.codegen.compile import Built, Compiler, compile_module, launched, raise_if_failed
 from splagen.codegen.compile_worker import register_a_wgmmas, resources
+from splagen.codegen.decoding import decoding
 from splagen.codegen.geometry import Geometry
 from splagen.codegen.schedule import DTYPES, TARGETS, default_schedule
 from splagen.codegen.unions import visits_union
@@ -39,6 +40,15 @@ def test_every_kernel_of_a_small_spec_compiles_for_every_target(rows: list[Built
     names = [k.name for k in pipeline.kernels(SMALL).kernels if k not in UNIONS]
     expected = [(arch, name) for arch in TARGETS for name in names] + [(arch, "index") for arch in TARGETS]
     assert [(r.arch, r.kernel) for r in rows] == expected
+
+
+def test_kernels_of_a_decoding_step_compile_for_every_target(tmp_path: Path) -> None:
+    """None has a product with A in registers, which Triton before 3.7.1 may miscompile on Hopper."""
+    spec = SPLASpec(head_dim=128, group_size=4, select=Select(budget=61))
+    found = compile_module(pipeline.generate_decoding(spec, tmp_path).path, decoding(spec), progress=False)
+    raise_if_failed(found)
+    assert len(found) == 6 * len(TARGETS)
+    assert all(not r.spilled and not r.register_a for r in found if r.arch == "sm_90")
 
 
 def test_kernels_by_union_which_no_default_chooses_compile_for_every_target(tmp_path: Path) -> None:

@@ -1,0 +1,172 @@
+"""Decoding with SPLA: one token per sequence inside a CUDA graph, beside its floor and dense attention by cuDNN.
+
+python -m benchmarks.spla_step [--schedules JSON] [--kernels] [--out DIR]
+
+The sequences hold random keys and values of the length given; statistics and states are those of these keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.floors import PEAK_BYTES
+from benchmarks.record import write
+from benchmarks.timing import time_ms
+from splagen.paged_cache import SPLACache
+from splagen.pipeline import DecodingLibrary, generate_decoding
+from splagen.spec import Select, SPLASpec
+
+HQ, D, BLOCK = 32, 128, 64
+FREE = 61  # beside one sink, one local block and the current one: 64 blocks
+CASES = [
+    (16, 8, 131_072, 150.0),
+    (64, 2, 131_072, 150.0),
+    (1, 8, 131_072, 30.0),
+    (1, 2, 131_072, 30.0),
+    (1, 2, 1_048_576, 35.0),
+]
+DENSE_BYTES = 40 << 30  # of keys and values for cuDNN, beside those of the cache
+
+
+def spec_of(kv_heads: int) -> SPLASpec:
+    """The spec of the cases: 64 of all blocks exact."""
+    return SPLASpec(head_dim=D, group_size=HQ // kv_heads, select=Select(block_size=BLOCK, budget=FREE))
+
+
+def filled(library: DecodingLibrary, batch: int, kv_heads: int, length: int) -> SPLACache:
+    """A cache whose sequences have `length - 33` random tokens: no block is completed during the measurement."""
+    cache = SPLACache(library, sequences=batch, kv_heads=kv_heads, tokens=length, dtype=torch.bfloat16)
+    draw = torch.Generator(device="cuda").manual_seed(0)
+    for _ in range(batch):
+        cache.allocate(length)
+    keys = cache.pages["k_pages"]
+    for x in (keys, cache.pages["v_pages"]):
+        x.normal_(generator=draw)
+    for page in range(0, keys.shape[0], 256):
+        cells = keys[page : page + 256].unflatten(2, (-1, BLOCK)).float()
+        cache.pages["mean_pages"][page : page + 256].copy_(cells.mean(3))
+        cache.pages["variance_pages"][page : page + 256].copy_(cells.var(3, correction=0))
+    for state in cache.states.values():
+        state.normal_(generator=draw)
+    cache.seqlens.fill_(length - 33)
+    return cache
+
+
+def given(spec: SPLASpec, batch: int, kv_heads: int) -> list[Tensor]:
+    """What a step takes: q, k, v and the gains of the norms."""
+    draw = torch.Generator(device="cuda").manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, device="cuda")
+
+    rows = [normal(batch, h, D).to(torch.bfloat16) for h in (HQ, kv_heads, kv_heads)]
+    return [*rows, *(1 + normal(HQ, spec.value_dim) / 4 for _ in range(2))]
+
+
+def floor_us(batch: int, kv_heads: int, length: int) -> float:
+    """Microseconds of the bytes that a step must read: statistics of all blocks, keys and values of 64, states."""
+    blocks, exact = length // BLOCK, FREE + 3
+    read = kv_heads * (blocks * 2 * D * 2 + exact * BLOCK * 2 * D * 2 + 2 * D * D * 4)
+    return 1e6 * batch * read / PEAK_BYTES
+
+
+def replay_us(cache: SPLACache, tokens: list[Tensor], repeats: int = 50) -> float:
+    """Median microseconds of one replay, L2 flushed before; the lengths stay within a block."""
+    out = torch.empty_like(tokens[0])
+    start = cache.seqlens.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            cache.step(*tokens, out=out)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cache.step(*tokens, out=out)
+    found = []
+    for _ in range(repeats // 10):
+        cache.seqlens.copy_(start)
+        found.append(1e3 * time_ms(graph.replay, 10, 1, asleep=True).median)
+    assert torch.isfinite(out).all()
+    return sorted(found)[len(found) // 2]
+
+
+def dense_us(batch: int, kv_heads: int, length: int) -> float | None:
+    """Dense attention of one query per sequence by cuDNN in a graph; None where keys and values do not fit."""
+    if 4 * batch * kv_heads * length * D > DENSE_BYTES:
+        return None
+    q = torch.randn(batch, HQ, 1, D, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(batch, kv_heads, length, D, device="cuda", dtype=torch.bfloat16) for _ in "kv")
+
+    def run() -> None:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    run(), torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return 1e3 * time_ms(graph.replay, 20, 3, asleep=True).median
+
+
+def kernel_us(cache: SPLACache, tokens: list[Tensor]) -> dict[str, float]:
+    """Microseconds of each kernel by torch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    start = cache.seqlens.clone()
+    out = torch.empty_like(tokens[0])
+    cache.step(*tokens, out=out)
+    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(10):
+            flush.zero_()
+            cache.step(*tokens, out=out)
+        torch.cuda.synchronize()
+    cache.seqlens.copy_(start)
+    times = {e.key.removesuffix("_kernel"): e.device_time for e in found.key_averages()}
+    return {name: round(us, 2) for name, us in times.items() if name in cache.library.module.SCHEDULES["sm_90"]["bf16"]}
+
+
+def main() -> None:
+    """Time every case, write the record and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--schedules", type=json.loads, default={}, help="fields that replace those of the Schedules")
+    parser.add_argument("--kernels", action="store_true", help="also the time of each kernel")
+    parser.add_argument("--dense", action="store_true", help="also dense attention by cuDNN")
+    parser.add_argument("--cases", type=int, nargs="+", default=[*range(len(CASES))])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows = []
+    for batch, kv_heads, length, aim in (CASES[i] for i in args.cases):
+        spec = spec_of(kv_heads)
+        library = generate_decoding(spec, "build")
+        chosen = library.module.SCHEDULES["sm_90"]["bf16"]
+        for name, fields in args.schedules.items():
+            chosen[name] = {**chosen[name], **fields}
+        row: dict[str, Any] = {"batch": batch, "kv_heads": kv_heads, "length": length, "aim_us": aim}
+        if args.dense or args.out:
+            row["dense_us"] = dense_us(batch, kv_heads, length)
+            torch.cuda.empty_cache()
+        cache, tokens = filled(library, batch, kv_heads, length), given(spec, batch, kv_heads)
+        row["floor_us"] = floor_us(batch, kv_heads, length)
+        row["us"] = replay_us(cache, tokens)
+        row["share_of_floor"] = row["floor_us"] / row["us"]
+        if args.kernels:
+            row["kernels"] = kernel_us(cache, tokens)
+        rows.append(row)
+        print({n: round(f, 3) if isinstance(f, float) else f for n, f in row.items()}, flush=True)
+        del cache
+        torch.cuda.empty_cache()
+    if args.out:
+        write("spla_step", {"heads": HQ, "head_dim": D, "block": BLOCK, "blocks": FREE + 3, "rows": rows}, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,413 @@
+"""The kernels of a decoding step around the selection: append, attend over blocks in splits, merge the splits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from splagen.codegen.decode_selection import PLACES, Statistics
+from splagen.codegen.geometry import Geometry, Rows, features_of, is_key_row
+from splagen.codegen.kernel import Array, Kernel
+from splagen.codegen.predicates import J, visit
+from splagen.codegen.region import slice_back
+from splagen.codegen.row_code import RowCode
+from splagen.codegen.step_rows import (
+    LENGTHS,
+    PAGES,
+    SEQLENS,
+    CompleteRows,
+    NewRow,
+    PagedRows,
+    StepRows,
+    query_heads,
+)
+from splagen.codegen.tile_code import COUNTS, INDICES, TileCode, Walk, operands, row_scalars, sums_of_tiles
+from splagen.errors import PartitionError
+from splagen.ir.program import Contract, Equation, Iota, Lse, Program, Reduce, Var
+from splagen.ir.text import equation_text
+
+ROW_MAX = Array("row_max_parts", "sequences", dtype="float32")  # [B, Hkv, splits, GROUP]
+ROW_SUM = Array("row_sum_parts", "sequences", dtype="float32")
+MULTIPROCESSORS = 132  # of an H200
+_COLUMNS = (("d",), ("e",), ("s", "d"))
+
+
+@dataclass(frozen=True)
+class State:
+    """A sum over far blocks that is carried: after = before + sum of `blocks` that became far; `read` by the queries.
+
+    `left` are rows of features of keys; `right` the rows of values, None where the features alone are summed.
+    """
+
+    before: Var
+    after: Var
+    fresh: Var
+    blocks: Equation
+    new: Equation
+    read: Equation
+    row: Var
+    left: Var
+    right: Var | None
+
+    @classmethod
+    def of(cls, program: Program, before: Var, after: Var) -> State:
+        """Find how a state is made and read; PartitionError quotes what no kernel does."""
+        definitions = program.definitions
+        new = next(definitions[v] for v in definitions[after].args if v != before)
+        (fresh,) = [v for v in new.args if v.kind == "bool"]
+        (summed,) = [v for v in new.args if v.kind == "real"]
+        blocks = definitions[summed]
+        reads = [eq for eq in program.equations if after in eq.args]
+        rows = [v for v in blocks.args if v.kind == "real"]
+        left = [v for v in rows if "d" in features_of(v)]
+        right = [v for v in rows if v not in left]
+        if len(reads) != 1 or not isinstance(reads[0].op, Contract) or len(reads[0].args) != 2:
+            raise PartitionError(f"{after} is not read by one product: {'; '.join(map(equation_text, reads))}")
+        if len(left) != 1 or len(right) > 1 or not all(is_key_row(v) for v in rows):
+            raise PartitionError(f"`{equation_text(blocks)}` is not one outer product of rows of keys")
+        (row,) = [v for v in reads[0].args if v != after]
+        return cls(before, after, fresh, blocks, new, reads[0], row, left[0], right[0] if right else None)
+
+    def array(self, geometry: Geometry) -> Array:
+        """[B, Hkv, left(, right)] float32."""
+        features = features_of(self.before)
+        left = geometry.width([a for a in features if a != "e"], pad=True)
+        width = (left, geometry.width(["e"], pad=True)) if self.right else (left,)
+        return Array(self.before.name, "sequences", features, width, "float32", True)
+
+
+@dataclass
+class DecodeCode:
+    """What the three kernels have in common; `available` has tokens, pages and features of queries."""
+
+    walk: Walk
+    available: Mapping[Var, Array]
+    states: Sequence[State]
+
+    def __post_init__(self) -> None:
+        self.program, self.geometry = self.walk.program, self.walk.geometry
+        self.heads = query_heads(self.geometry, product=True)
+        self.columns = "\n".join(line for f in _COLUMNS for line in self.geometry.columns(f))
+        (self.lse,) = [eq for eq in self.program.equations if isinstance(eq.op, Lse) and "n" in eq.op.axes]
+        self.output = self.program.outputs[0]
+        stop = [*self.program.inputs, *(s.after for s in self.states)]
+        self.forward = slice_back(self.program, [self.output], stop)
+        self.sums = sums_of_tiles(self.program, self.forward, to_keys=False)
+        definitions = self.program.definitions
+        self.softmax = [s for s in self.sums if any(self.lse.out in definitions[v].args for v in s.factors)]
+        self.linear = [s for s in self.sums if s not in self.softmax]
+
+    def row_code(self, side: str, tile_rows: str, row_type: type[Rows], available: Mapping[Var, Array]) -> RowCode:
+        """Prints rows; all columns are defined at the top of each kernel."""
+        names = {"".join(f) for f in _COLUMNS}
+        return RowCode(self.program, self.geometry, side, tile_rows, available, names, set(), row_type)
+
+    def ordered(self, equations: Sequence[Equation]) -> tuple[Equation, ...]:
+        """Each equation once, in the program's order."""
+        wanted = set(equations)
+        return tuple(eq for eq in self.program.equations if eq in wanted and not isinstance(eq.op, Iota))
+
+    # -- append -------------------------------------------------------------------------------------------
+
+    def append(
+        self,
+        tokens: Mapping[Var, Array],
+        pages: Mapping[Var, Array],
+        features: Mapping[Var, Array],
+        statistics: Statistics | None,
+    ) -> Kernel:
+        """Writes the token, its query's features, statistics of the cell that it completes, and what became far."""
+        geometry = self.geometry
+        new = NewRow(geometry, "key", False)
+        lines = []
+        for v in pages:
+            lines.append(f"{v.name} = {new.load(tokens[v])}  # [1, {tokens[v].width[0]}]")
+            lines.append(new.store(pages[v], v.name))
+        queries = self.row_code("query", "BLOCK_M", StepRows, tokens)
+        queries.loaded.add(self.program.inputs[0])
+        piece = queries.compute(list(features), {})
+        stores = [line for v, a in features.items() for line in queries.store(a, piece.names[v])]
+        q = self.program.inputs[0]
+        holes: dict[str, object] = {
+            "heads": self.heads,
+            "cells": geometry.cells,
+            "columns": self.columns,
+            "q_load": StepRows(geometry, "query", False).load(tokens[q]),
+            "rows": "\n".join(lines),
+            "features": "\n".join([*piece.lines, *stores]),
+            "statistics": statistics.holes if statistics else None,
+            "fresh": None,
+            "states": [],
+            "state_rows": "",
+            "left_size": 0,
+            "right_size": 0,
+        }
+        arrays = [s.array(geometry) for s in self.states]
+        columns = max((a.width[1] for a in arrays if len(a.width) > 1), default=1)
+        # with few sequences and heads, slices of columns have programs of their own
+        folds = f"max(1, min({columns} // BLOCK_E, {MULTIPROCESSORS} // (B * Hkv)))"
+        covers = [*piece.equations, *(statistics.equations if statistics else ())]
+        read = [*piece.arrays]
+        if self.states:
+            setup, count, block = visit(
+                self.walk.predicates.intervals(self.states[0].fresh, J, {}),
+                "fresh", {"T": "tile", "L": "L"}, "nJ", "i",
+            )  # fmt: skip
+            holes["fresh"] = {"setup": "\n".join(setup), "count": count, "block": block}
+            more, equations, parameters = self._state_rows({**tokens, **pages})
+            holes["state_rows"] = "\n".join(more)
+            holes["left_size"] = arrays[0].width[0]
+            holes["right_size"] = columns
+            holes["states"] = [self._fold(s, a) for s, a in zip(self.states, arrays, strict=True)]
+            covers += [*equations, *(eq for s in self.states for eq in (s.blocks, s.new))]
+            covers += [self.program.definitions[s.after] for s in self.states]
+            read += parameters
+        inputs = [SEQLENS, PAGES, *(tokens[v] for v in (q, *pages)), *(a for a in read if a.layout != "pages")]
+        made = [LENGTHS, *pages.values(), *features.values(), *(statistics.arrays.values() if statistics else ())]
+        return Kernel(
+            "append",
+            "decode_append",
+            self.ordered(covers),
+            tuple({a.name: a for a in inputs}.values()),
+            (*made, *arrays),
+            holes,
+            f"(B * Hkv, 1 + {folds})" if arrays else "(B * Hkv, 1)",
+            scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES"),
+            tunable=("BLOCK_N", "BLOCK_E"),
+        )
+
+    def _state_rows(self, available: Mapping[Var, Array]) -> tuple[list[str], list[Equation], list[Array]]:
+        """Lines that bring the rows of a part of a block to its states."""
+        code = self.row_code("key", "BLOCK_N", PagedRows, available)
+        wanted = list(dict.fromkeys(s.left for s in self.states))
+        piece = code.operands(wanted)
+        lines = list(piece.lines)
+        for v in dict.fromkeys(s.right for s in self.states if s.right):
+            assert v is not None
+            load = PagedRows(self.geometry, "key", False).load(available[v], column="right")
+            lines.append(f"{v.name} = {load}  # [BLOCK_N, BLOCK_E]")
+        return lines, list(piece.equations), [a for a in piece.arrays if a.layout != "token_rows"]
+
+    def _fold(self, s: State, array: Array) -> dict[str, str]:
+        name = array.name
+        base = f"{name}_ptr + (b * Hkv + h) * {array.width[0] * (array.width[1] if s.right else 1)}"
+        if s.right is None:
+            add = f"{name} += tl.sum({s.left.name}.to(tl.float32), axis=0)"
+            # every slice of columns adds it up, the first stores it
+            return {
+                "name": name,
+                "address": f"{base} + left",
+                "add": add,
+                "mask": ", mask=left + first * LEFT < LEFT",
+            }
+        add = f'{name} = tl.dot(tl.trans({s.right.name}), {s.left.name}, {name}, input_precision="ieee")'
+        return {
+            "name": name,
+            "address": f"{base} + right[:, None] + left[None, :] * {array.width[1]}",  # [BLOCK_E, LEFT]
+            "add": add,
+            "mask": "",
+        }
+
+    # -- attend -------------------------------------------------------------------------------------------
+
+    @property
+    def accumulated(self) -> list[Var]:
+        """What each split adds up: sums of tiles, and what the queries read of the states."""
+        return list(dict.fromkeys([*(s.into for s in self.sums), *(s.read.out for s in self.states)]))
+
+    def part(self, v: Var) -> Array:
+        """[B, Hkv, splits, GROUP(, width)] float32: a sum of each split."""
+        features = features_of(v)
+        width = (self.geometry.width(features, pad=True),) if features else ()
+        return Array(f"{v.name}_parts", "sequences", features, width, "float32", True)
+
+    def attend(self) -> Kernel:
+        """Softmax over blocks with every other sum on the same tiles, in splits."""
+        loops, used = [], []
+        tiles, arrays = [], [LENGTHS, PAGES]
+        covers: list[Equation] = []
+        for title, facts, walk in self._walks():
+            code = TileCode(self.walk, facts, to_keys=False)
+            active = [s for s in self.linear if s.in_loop(code.facts)]
+            tile = code.body([*self.lse.args, *code.wanted(active)])
+            keys = operands(tile.products, [*self.softmax, *active], of_queries=False)
+            complete = self.walk.chosen is not None and facts.get(self.walk.chosen, False)
+            rows = self.row_code("key", "BLOCK_N", CompleteRows if complete else PagedRows, self.available)
+            piece = rows.operands(keys)
+            covers += [*piece.equations, *tile.products, *tile.equations]
+            used += list(piece.arrays)
+            score, mask = (tile.names[v] for v in self.lse.args)
+            lines = [code.product_line(eq) for eq in tile.products] + list(tile.lines)
+            if mask != "True":
+                lines.append(f'{self.lse.args[0].name} = tl.where({mask}, {score}, -float("inf"))')
+                score = self.lse.args[0].name
+            loops.append(walk | {
+                "title": title,
+                "loads": "\n".join(["key_ok = kpos < L", *piece.lines]),
+                "scores": "\n".join(lines),
+                "score": score,
+                "softmax": [{"name": s.into.name, "operand": s.operand.name} for s in self.softmax if s.operand],
+                "linear": "\n".join(code.sum_line(s, tile.names) for s in active),
+            })  # fmt: skip
+            tiles.append(tile)
+        queries = self.row_code("query", "BLOCK_M", StepRows, self.available)
+        wanted = operands([eq for t in tiles for eq in t.products], [], of_queries=True)
+        piece = queries.operands([*wanted, *row_scalars(tiles, self.linear)])
+        states = [self._read(s) for s in self.states]
+        made = {v: self.part(v) for v in self.accumulated}
+        holes = {
+            "heads": self.heads,
+            "columns": self.columns,
+            "prologue": "\n".join(piece.lines),
+            "loops": loops,
+            "accumulators": [
+                {"name": v.name, "shape": self._shape(v, "BLOCK_M"), "store": self._store(v, a)}
+                for v, a in made.items()
+            ],
+            "states": states,
+            "left_size": self.states[0].array(self.geometry).width[0] if states else 0,
+        }
+        arrays += [*piece.arrays, *used, *(s.array(self.geometry) for s in self.states)]
+        arrays += [self.available[s.row] for s in self.states]
+        arrays += [INDICES, PLACES, COUNTS] if self.walk.chosen else []
+        covers += [*piece.equations, *(s.equation for s in self.sums), *(s.read for s in self.states)]
+        return Kernel(
+            "attend",
+            "decode_attend",
+            self.ordered(covers),
+            tuple({a.name: a for a in arrays}.values()),
+            (ROW_MAX, ROW_SUM, *made.values()),
+            holes,
+            "(B * Hkv, SPLITS)",
+            scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES", "SPLITS"),
+            tunable=("BLOCK_N",),
+        )
+
+    def _walks(self) -> list[tuple[str, dict[Var, bool], dict[str, object]]]:
+        """The loops: title, facts, and how a block is found one visit ahead of its keys."""
+        names = {"T": "tile", "L": "L"}
+        setup, count, block = self.walk.forced("J", names, "nJ", "i")
+        _, _, following = self.walk.forced("J", names, "nJ", "following")
+        page = "tl.load(page_table_ptr + b * MAX_PAGES + ({}) * BLOCK // PAGE, mask={}, other=0)"
+        forced: dict[str, object] = {
+            "setup": "\n".join(setup),
+            "count": count,
+            "ahead": f"following = first // PARTS\nahead = {page.format(following, 'first < last')}",
+            "visit": "\n".join([
+                f"j = {block}",
+                "page = tl.where((ahead >= 0) & (ahead < PAGES), ahead, 0).to(tl.int64)",
+                "origin_of_block = (page * Hkv + h) * PAGE + j * BLOCK % PAGE",
+                "following = (step + 1) // PARTS",
+                f"ahead = {page.format(following, 'step + 1 < last')}",
+            ]),
+        }  # fmt: skip
+        found = [("blocks seen by position", self.walk.forced_facts, forced)]
+        if not self.walk.chosen:
+            return found
+        at = "(b * Hkv + h) * BUDGET"
+        loads = (
+            "ahead = tl.load(block_indices_ptr + list_at + following, mask={0}, other=0)\n"
+            "ahead_place = tl.load(block_places_ptr + list_at + following, mask={0}, other=0)"
+        )
+        chosen: dict[str, object] = {
+            "setup": f"list_at = {at}\nchosen = tl.load(block_counts_ptr + b * Hkv + h)",
+            "count": "chosen",
+            "ahead": "following = first // PARTS\n" + loads.format("first < last"),
+            "visit": "\n".join([
+                "j = ahead",
+                "origin_of_block = ahead_place.to(tl.int64) * BLOCK",
+                "following = (step + 1) // PARTS",
+                loads.format("step + 1 < last"),
+            ]),
+        }  # fmt: skip
+        return [*found, ("blocks chosen", self.walk.chosen_facts, chosen)]
+
+    def _shape(self, v: Var, rows: str) -> str:
+        features = features_of(v)
+        return f"({rows}, {self.geometry.width(features, pad=True)})" if features else f"({rows},)"
+
+    def _store(self, v: Var, a: Array) -> str:
+        if not a.width:
+            return f"tl.store({a.name}_ptr + at, {v.name}, mask=row_ok)"
+        column = "".join(a.features)
+        place = f"{a.name}_ptr + at[:, None] * {a.width[0]} + {column}[None, :]"
+        return f"tl.store({place}, {v.name}, mask=row_ok[:, None])"
+
+    def _read(self, s: State) -> dict[str, str]:
+        """What a piece of a state's rows gives to the queries."""
+        array, row = s.array(self.geometry), self.available[s.row]
+        left = array.width[0]
+        place = f"b * {row.name}_t + head * {row.name}_h"
+        load = f"tl.load({row.name}_ptr + ({place})[:, None] + left[None, :], mask=row_ok[:, None], other=0.0)"
+        base = f"{array.name}_ptr + (b * Hkv + h) * {left * (array.width[1] if s.right else 1)}"
+        if s.right is None:
+            add = f"{s.read.out.name} += tl.sum(piece_of_row.to(tl.float32) * tl.load({base} + left)[None, :], axis=1)"
+        else:
+            state = f"tl.load({base} + left[:, None] * {array.width[1]} + e[None, :])"
+            add = f"{s.read.out.name} += dot_split(piece_of_row, {state})"
+        return {"row": "piece_of_row", "load_row": load, "add": add}
+
+    # -- merge --------------------------------------------------------------------------------------------
+
+    def merge(self, tokens: Mapping[Var, Array], output: Array) -> Kernel:
+        """Adds up the splits and finishes the rows."""
+        held = {v: v.name for v in self.accumulated} | {self.lse.out: self.lse.out.name}
+        finish = [f"{s.into.name} = {s.into.name} / row_sum[:, None]" for s in self.softmax]
+        finish.append(f"{self.lse.out.name} = row_max + tl.log(row_sum)")
+        counts, counted, covers = self._counts()
+        rows = self.row_code("query", "1", StepRows, tokens)
+        piece = rows.compute([self.output], held | counted)
+        outs = [{"name": piece.names[self.output], "store": "\n".join(rows.store(output, piece.names[self.output]))}]
+        parts = {v: self.part(v) for v in self.accumulated}
+        holes = {
+            "columns": self.columns,
+            "accumulators": [
+                {"name": v.name, "shape": self._shape(v, "1"), "merge": self._merge(v, a)} for v, a in parts.items()
+            ],
+            "epilogue": "\n".join([*finish, *counts, *piece.lines]),
+            "outputs": outs,
+        }
+        arrays = [LENGTHS, ROW_MAX, ROW_SUM, *parts.values(), *piece.arrays]
+        arrays += [COUNTS] if counts else []
+        definitions = self.program.definitions
+        weights = [definitions[v] for s in self.softmax for v in s.factors]
+        return Kernel(
+            "merge",
+            "decode_merge",
+            self.ordered([*piece.equations, *covers, self.lse, *weights]),
+            tuple({a.name: a for a in arrays}.values()),
+            (SEQLENS, output),
+            holes,
+            "(B * Hq,)",
+            scalars=("Hkv", "SPLITS"),
+            tunable=("BLOCK_S",),
+        )
+
+    def _merge(self, v: Var, a: Array) -> str:
+        softmax = any(s.into == v for s in self.softmax)
+        weight, scale = (
+            ("weight", f"{v.name} * rescale" + ("[:, None]" if a.width else "")) if softmax else ("", v.name)
+        )
+        if not a.width:
+            part = f"tl.load({a.name}_ptr + part, mask=split_ok, other=0.0)"
+            return f"{v.name} = {scale} + tl.sum({part}{' * ' + weight if weight else ''}, axis=0)"
+        place = f"{a.name}_ptr + part[:, None] * {a.width[0]} + {''.join(a.features)}[None, :]"
+        part = f"tl.load({place}, mask=split_ok[:, None], other=0.0)"
+        part = f"{part} * weight[:, None]" if weight else part
+        return f"{v.name} = {scale} + tl.sum({part}, axis=0, keep_dims=True)"
+
+    def _counts(self) -> tuple[list[str], dict[Var, str], list[Equation]]:
+        lines: list[str] = []
+        held: dict[Var, str] = {}
+        covers: list[Equation] = []
+        for eq in self.forward if self.walk.chosen else ():
+            if not isinstance(eq.op, Reduce) or eq.args not in ((self.walk.eligible,), (self.walk.chosen,)):
+                continue
+            lines.append("chosen = tl.load(block_counts_ptr + b * Hkv + h)")
+            if eq.args == (self.walk.eligible,):
+                lines += self.walk.eligible_count()
+            name = "eligible" if eq.args == (self.walk.eligible,) else "chosen"
+            lines.append(f"{eq.out.name} = ({name} + tl.zeros((1,), tl.int32)).to(tl.float32)")
+            held[eq.out] = eq.out.name
+            covers.append(eq)
+        return list(dict.fromkeys(lines)), held, covers

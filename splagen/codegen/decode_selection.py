@@ -1,0 +1,164 @@
+"""Block selection in a decoding step: scores of cells in splits, the best blocks of chunks, and the best of those.
+
+A step has one query per sequence: its scores are few enough to be stored, and a chunk of blocks is sorted by a program
+of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from splagen.codegen.kernel import Array, Kernel
+from splagen.codegen.moments import BLOCK, MEAN, VARIANCE, Moments
+from splagen.codegen.selection import CELL, QUERY, TILE, Selection
+from splagen.codegen.selection_kernels import SelectionCode
+from splagen.codegen.step_rows import LENGTHS, PAGES, PagedCells, PagedRows, StepRows, paged_array, query_heads
+from splagen.codegen.tile_code import COUNTS, INDICES
+from splagen.codegen.triton_expr import triton_text
+from splagen.ir.program import Equation, TopK, Var
+
+SCORES = Array("scores", "sequences", dtype="float32")  # [B, Hq, cells of a full table], base 2
+SCORE_MAX = Array("score_max", "sequences", dtype="float32")  # [B, Hq, splits]
+SCORE_SUM = Array("score_sum", "sequences", dtype="float32")
+CANDIDATES = Array("candidates", "sequences", dtype="int64")  # [B, Hkv, chunks, kept]: keys of merge_topk, ascending
+PLACES = Array("block_places", "sequences", dtype="int32")  # [B, Hkv, budget]: blocks by where their keys lie
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """How the append kernel makes the statistics of a cell: holes of its template, arrays and equations."""
+
+    holes: dict[str, object]
+    arrays: dict[Var, Array]
+    equations: tuple[Equation, ...]
+    keys: Var
+
+
+def statistics_code(selection: Selection, keys: Array) -> Statistics:
+    """Every statistic of a cell whose window of keys is complete; `keys` are their pages."""
+    geometry = selection.geometry
+    moments = Moments(selection.program, geometry)
+    values = {v: moments.statistic(v)[0] for v in selection.statistics}
+    width = selection.window(moments) * geometry.cell
+    (source,) = moments.keys
+    arrays = {v: paged_array(v, geometry, padded=True) for v in values}
+    cells = PagedCells(geometry, "key", False)
+    lines = []
+    for v, expr in values.items():
+        value = triton_text(expr, {MEAN.name: "mu", VARIANCE.name: "var"})
+        lines.append(cells.store(arrays[v], value))
+    usable = selection.bounds(selection.usable, CELL, QUERY, ("first_query", "last_query"), "nC")
+    holes: dict[str, object] = {
+        "cell": geometry.cell,
+        "width": width,
+        "second": any(expr.has(VARIANCE) for expr in values.values()),
+        "load": PagedRows(geometry, "key", False).load(keys),
+        "new": source.name,
+        "store": "\n".join(lines),
+        "bounds": "\n".join(_completed(usable)),
+    }
+    return Statistics(holes, arrays, tuple(moments.equations), source)
+
+
+def _completed(usable: list[str]) -> list[str]:
+    """From the cells that a query may use to those that the query before might not: where the bounds ended for it."""
+    return [
+        "first_query = before - 1",
+        "last_query = before - 1",
+        *usable,
+        "low = tl.maximum(high, 0)",
+        "first_query = before",
+        "last_query = before",
+        *(line for line in usable if line.startswith("high")),
+    ]
+
+
+def selection_kernels(selection: Selection, available: Mapping[Var, Array]) -> list[Kernel]:
+    """`score`, `select` and `settle`; `available` has the rows of the token and the pages of statistics."""
+    code = SelectionCode(selection, dict(available), StepRows, PagedCells)
+    return [_score(code), _select(code), _settle(code)]
+
+
+def _score(code: SelectionCode) -> Kernel:
+    selection, geometry = code.selection, code.geometry
+    exponent, weight = selection.mass()
+    lines, names = code.scores()
+    usable = names.pop(selection.usable.name)
+    score = triton_text(exponent, names)
+    if weight != 1:
+        score = f"{score} + tl.log2({triton_text(weight, names)})"
+    holes = {
+        "heads": query_heads(geometry, product=True),
+        "cells": geometry.cells,
+        "cell_size": geometry.cell,
+        "columns": "\n".join(geometry.columns(("d",))),
+        "rows": "\n".join(code.rows()),
+        "bounds": "\n".join(selection.bounds(selection.usable, CELL, QUERY, ("first_query", "last_query"), "nC")),
+        "loads": "\n".join(code.loads()),
+        "scores": "\n".join(lines),
+        "usable": "cell_ok[None, :]" if usable == "True" else f"{usable} & cell_ok[None, :]",
+        "score": score,
+    }
+    covers = code.covers([selection.lse.out], [*code.program.inputs, *selection.statistics])
+    return Kernel(
+        "score",
+        "decode_score",
+        covers,
+        (LENGTHS, PAGES, *code.inputs()),
+        (SCORES, SCORE_MAX, SCORE_SUM),
+        holes,
+        "(B * Hkv, SPLITS)",
+        scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES", "SPLITS"),
+        tunable=("BLOCK_C",),
+    )
+
+
+def _select(code: SelectionCode) -> Kernel:
+    selection, geometry = code.selection, code.geometry
+    carried, pool = code.pool()
+    holes = {
+        "heads": query_heads(geometry, product=False),
+        "kept": kept(selection),
+        "cells": geometry.cells,
+        "cell_size": geometry.cell,
+        "usable": "\n".join(selection.bounds(selection.usable, CELL, QUERY, ("first_query", "last_query"), "nC")),
+        "bounds": "\n".join(selection.bounds(selection.far, BLOCK, TILE, ("first_tile", "last_tile"), "nJ")),
+        "carried": "\n".join(carried),
+        "pool": "\n".join(pool),
+        "far": "\n".join(code.far()),
+    }
+    lse = selection.lse.out
+    covers = code.covers([selection.topk.out], [*code.program.inputs, *selection.statistics, lse])
+    return Kernel(
+        "select",
+        "decode_select",
+        covers,
+        (LENGTHS, SCORES, SCORE_MAX, SCORE_SUM),
+        (CANDIDATES,),
+        holes,
+        "(B * Hkv, CHUNKS)",
+        scalars=("Hkv", "PAGE", "MAX_PAGES", "SPLITS", "CHUNKS"),
+        tunable=("BLOCK_J", "BLOCK_S"),
+    )
+
+
+def _settle(code: SelectionCode) -> Kernel:
+    return Kernel(
+        "settle",
+        "decode_settle",
+        (code.selection.topk,),
+        (PAGES, CANDIDATES),
+        (INDICES, PLACES, COUNTS),
+        {"kept": kept(code.selection)},
+        "(B * Hkv,)",
+        scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES", "CHUNKS"),
+        tunable=("BLOCK_K",),
+    )
+
+
+def kept(selection: Selection) -> int:
+    """Entries of a list of candidates: the budget, padded."""
+    op = selection.topk.op
+    assert isinstance(op, TopK)
+    return max(2, 1 << (op.k - 1).bit_length())

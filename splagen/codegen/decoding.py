@@ -1,0 +1,180 @@
+"""The kernels of a decoding step, and the arrays of a cache: from the same definition as prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from splagen.codegen.decode_kernels import DecodeCode, State
+from splagen.codegen.decode_selection import kept, selection_kernels, statistics_code
+from splagen.codegen.geometry import Geometry, array_of, features_of, is_key_row, is_query_row, is_state, is_tile_value
+from splagen.codegen.kernel import Array, Choice, Kernel
+from splagen.codegen.schedule import DTYPES, TARGETS
+from splagen.codegen.selection import Selection
+from splagen.codegen.step_rows import paged_array, step_array
+from splagen.codegen.tile_code import Walk
+from splagen.errors import PartitionError
+from splagen.ir.check import check
+from splagen.ir.decoding import state_pairs, step_program
+from splagen.ir.program import Contract, Equation, Iota, Program, Var
+from splagen.ir.text import equation_text
+from splagen.spec import SPLASpec
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """The kernels of a step in launch order, and every array by its part.
+
+    `tokens` are what a caller gives for each step, `pages` keys, values and statistics, `states` what is carried,
+    `scratch` what one kernel hands to the next, `output` o.
+    """
+
+    program: Program
+    kernels: tuple[Kernel, ...]
+    tokens: tuple[Array, ...]
+    pages: tuple[Array, ...]
+    states: tuple[Array, ...]
+    scratch: tuple[Array, ...]
+    output: Array
+    overhang: int
+    kept: int
+    budget: int
+
+    @property
+    def geometry(self) -> Geometry:
+        """The sizes of the program."""
+        return Geometry.of(self.program)
+
+    @property
+    def all_kernels(self) -> tuple[Kernel, ...]:
+        """All of them run in every step."""
+        return self.kernels
+
+    @property
+    def strategies(self) -> tuple[Choice, ...]:
+        """Ways between which a Schedule chooses: none."""
+        return ()
+
+    @property
+    def group_size(self) -> int:
+        """Query heads of a KV head."""
+        return self.geometry.group
+
+    @property
+    def wide(self) -> frozenset[str]:
+        """Inputs that are float32 beside 16-bit q, k and v: none need to be."""
+        return frozenset()
+
+
+def decoding(spec: SPLASpec) -> Decoding:
+    """Cut the step of a spec into kernels.
+
+    Raises:
+        SpecError: a query depends on later tokens.
+        PartitionError: no kernel computes an equation.
+    """
+    program = check(step_program(spec))
+    geometry, walk = Geometry.of(program), Walk.of(program)
+    pairs = state_pairs(program)
+    given = [v for v in program.inputs if v not in [before for before, _ in pairs]]
+    tokens = {v: step_array(v, geometry) for v in given}
+    keys = [v for v in given if is_key_row(v)]
+    pages = {v: paged_array(v, geometry, padded=False) for v in keys}
+    states = tuple(State.of(program, *pair) for pair in pairs)
+    features = _features(program, tokens)
+    available = {**tokens, **pages, **features}
+    code = DecodeCode(walk, available, states)
+    selection = Selection.of(program)
+    statistics = statistics_code(selection, pages[keys[0]]) if selection else None
+    kernels = [code.append(tokens, pages, features, statistics)]
+    if selection and statistics:
+        kernels += selection_kernels(selection, {**tokens, **statistics.arrays})
+    output = replace(array_of(code.output, geometry, internal=False), layout="token_rows", name="o")
+    kernels += [code.attend(), code.merge(tokens, output)]
+    _check_coverage(program, kernels)
+    paged = (*pages.values(), *(statistics.arrays.values() if statistics else ()))
+    carried = tuple(s.array(geometry) for s in states)
+    known = {a.name for a in (*tokens.values(), *paged, *carried, output)} | {"seqlens", "page_table"}
+    scratch = {a.name: a for k in kernels for a in k.arrays if a.name not in known}
+    window = int(str(statistics.holes["width"])) if statistics else geometry.cell
+    return Decoding(
+        program,
+        tuple(kernels),
+        tuple(tokens.values()),
+        paged,
+        carried,
+        tuple(scratch.values()),
+        output,
+        window - geometry.cell,
+        kept(selection) if selection else 0,
+        walk.budget,
+    )
+
+
+def _features(program: Program, tokens: Mapping[Var, Array]) -> dict[Var, Array]:
+    """Rows of features of queries that products read: formed once per token."""
+    geometry = Geometry.of(program)
+    found: dict[Var, Array] = {}
+    for eq in program.equations:
+        if isinstance(eq.op, Contract) and (is_tile_value(eq.out) or any(is_state(v) for v in eq.args)):
+            for v in eq.args:
+                if is_query_row(v) and not is_state(v) and features_of(v) and v not in tokens and v.kind == "real":
+                    found[v] = step_array(v, geometry, internal=True)
+    return found
+
+
+def _check_coverage(program: Program, kernels: list[Kernel]) -> None:
+    covered: set[Equation] = {eq for k in kernels for eq in k.covers}
+    left = [
+        eq for eq in program.equations if eq not in covered and eq.out.kind == "real" and not isinstance(eq.op, Iota)
+    ]
+    if left:
+        raise PartitionError("no kernel of a step computes " + "; ".join(map(equation_text, left)))
+
+
+def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> dict[str, int]:
+    """The Schedule of one kernel of a step."""
+    wide = DTYPES[dtype] == 4
+    widest = max(geometry.width(("d",), pad=True), geometry.width(("e",), pad=True))
+    # three programs of 4 warps fit a multiprocessor: enough rows are on their way while others are multiplied
+    fits = {"maxnreg": 168} if widest <= 128 and not wide and arch in ("sm_90", "sm_100") else {}
+    match kernel.template:
+        case "decode_append":
+            columns = [a.width[1] for a in kernel.outputs if a.layout == "sequences" and len(a.width) > 1]
+            block_e = min(max(columns, default=16), 32)
+            found = {"BLOCK_N": 16, "BLOCK_E": block_e, "num_warps": 8 if wide else 4, "num_stages": 2}
+            return found | fits
+        case "decode_score":
+            block_c = 64 if widest <= 128 and not wide and arch != "gfx942" else 32
+            return {"BLOCK_C": block_c, "num_warps": 4, "num_stages": 3 if widest * (1 + wide) <= 256 else 2}
+        case "decode_select":
+            block_j = max(16, min(512, 1024 // geometry.cells))
+            return {"BLOCK_J": block_j, "BLOCK_S": 16, "num_warps": 4, "num_stages": 1}
+        case "decode_settle":
+            return {"BLOCK_K": max(512, 2 * int(str(kernel.holes["kept"]))), "num_warps": 4, "num_stages": 1}
+        case "decode_attend":
+            stages = 3 if widest <= 128 and not wide else 2
+            found = {"BLOCK_N": 16, "num_warps": 8 if wide or widest > 128 else 4, "num_stages": stages}
+            return found | fits
+        case "decode_merge":
+            return {"BLOCK_S": 16, "num_warps": 4, "num_stages": 1}
+    raise PartitionError(f"{kernel.name} has no Schedule", hint=f"give the template {kernel.template} one")
+
+
+SPLITTING = {"score": 264, "attend": 396, "chunk": 512}
+"""Programs that score and attend have at the most over all sequences and KV heads; blocks that one select sorts.
+
+264 is 2 for each of 132 multiprocessors, and 396 is 3, as many as fit at a time: none waits for a second wave.
+"""
+
+
+def decode_schedules(part: Decoding) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    """Schedules by architecture and dtype, and how work is split."""
+    return {
+        arch: {
+            d: {k.name: decode_schedule(k, part.geometry, arch, d) for k in part.kernels}
+            | {"splitting": dict(SPLITTING)}
+            for d in DTYPES
+        }
+        for arch in TARGETS
+    }

@@ -1,0 +1,91 @@
+"""Where the rows of a decoding step lie: those of the new token of each sequence, and those of its past in pages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from splagen.codegen.geometry import Geometry, Rows, array_of, features_of, is_parameter
+from splagen.codegen.kernel import Array
+from splagen.ir.program import Var
+
+LENGTHS = Array("lengths", "table", dtype="int32")  # [B]: with the new token; 0 and below: the sequence is left out
+SEQLENS = Array("seqlens", "table", dtype="int32")  # [B]: before the step
+PAGES = Array("page_table", "table", dtype="int32")  # [B, MAX_PAGES]
+
+
+class StepRows(Rows):
+    """Rows of one token per sequence."""
+
+    def _place(self, array: Array) -> str:
+        if array.layout == "head_rows":
+            return super()._place(array)
+        place = f"b * {array.name}_t + {self.head} * {array.name}_h"
+        return f"({place})[:, None]" if array.features else place
+
+
+class PagedRows(Rows):
+    """Rows in pages, numbered by `place` over all pages, heads and rows of a page."""
+
+    @property
+    def position(self) -> str:
+        """The vector of places, wide enough for addresses."""
+        return "place"
+
+    def _place(self, array: Array) -> str:
+        if array.layout != "pages":
+            return super()._place(array)
+        return f"({self.position} * {array.width[0]})[:, None]"
+
+
+class NewRow(PagedRows):
+    """The row of the token that a step takes in: what it is given, and its place in pages."""
+
+    @property
+    def mask(self) -> str:
+        """The vector that says whether it has a page."""
+        return "new_ok"
+
+    @property
+    def position(self) -> str:
+        """Its place."""
+        return "new_place"
+
+    def _place(self, array: Array) -> str:
+        if array.layout == "pages":
+            return super()._place(array)
+        return f"(b * {array.name}_t + (h + tl.arange(0, 1)) * {array.name}_h)[:, None]"
+
+
+class CompleteRows(PagedRows):
+    """Rows in pages that all exist."""
+
+    def load(self, array: Array, *, mask: bool = True, column: str | None = None) -> str:
+        """As `Rows.load`, without the mask of rows."""
+        return super().load(array, mask=False, column=column)
+
+
+class PagedCells(PagedRows):
+    """Statistics in pages."""
+
+    @property
+    def mask(self) -> str:
+        """The vector that says which cells exist."""
+        return "cell_ok"
+
+
+def step_array(v: Var, geometry: Geometry, *, internal: bool = False) -> Array:
+    """The array of an input or output of a step: [B, heads(, width)], or a parameter."""
+    found = array_of(v, geometry, internal=internal)
+    return found if is_parameter(v) else replace(found, layout="token_rows")
+
+
+def paged_array(v: Var, geometry: Geometry, *, padded: bool) -> Array:
+    """The pages of key rows or of statistics, in the input type."""
+    features = features_of(v)
+    return Array(f"{v.name}_pages", "pages", features, (geometry.width(features, pad=padded),), "input", padded)
+
+
+def query_heads(geometry: Geometry, *, product: bool) -> int:
+    """Rows of a tile of the query heads of a KV head; a product of tiles takes 16 or more."""
+    rows = 1 << (geometry.group - 1).bit_length()
+    return max(16, rows) if product else rows

@@ -1,0 +1,311 @@
+"""The cache of decoding: keys, values and statistics in pages, and a state per sequence, all allocated once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from splagen import settings
+from splagen.codegen.decoding import Decoding, decoding
+from splagen.codegen.kernel import Array
+from splagen.errors import InputError
+from splagen.pipeline import DecodingLibrary
+from splagen.spec import digest, to_toml
+
+NO_PAGE = -1
+NO_SEQUENCE = -1
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class SPLACache:
+    """Sequences of one layer in pages, for `{name}_step` of a decoding module.
+
+    A sequence has a slot; its keys, values and statistics lie in pages that its row of `page_table` lists, and what
+    far blocks add up to lies in its states.  Pages are given out on the host, for as many tokens as a sequence may get:
+    steps then run without it.  `seqlens` counts tokens on the device; steps skip a slot of length -1, which has none.
+
+    Attributes:
+        page_table: int32 [sequences, pages of `tokens`], -1 where there is no page.
+        seqlens: int32 [sequences].
+        pages: keys, values and statistics by name, [pages, Hkv, rows of a page, width].
+        states: float32 sums over far blocks by name, [sequences, Hkv, ...].
+        scratch: what a step hands from kernel to kernel.
+    """
+
+    def __init__(
+        self,
+        library: DecodingLibrary,
+        *,
+        sequences: int,
+        kv_heads: int,
+        tokens: int,
+        pages: int | None = None,
+        page_size: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cuda",
+    ) -> None:
+        """Allocate everything.
+
+        Args:
+            library: of `generate_decoding`.
+            sequences: slots; every step takes one token for each.
+            kv_heads: Hkv.
+            tokens: the longest that a sequence may get.
+            pages: of all sequences together; None has room for every one at its longest.
+            page_size: tokens of a page, a multiple of the block; None is 256, or a block where that is larger.
+            dtype: of keys, values and statistics.
+            device: where it lies.
+
+        Raises:
+            InputError: a size that is out of range.
+        """
+        self.library, self.part = library, decoding(library.spec)
+        self.spec_text = to_toml(library.spec)
+        block = self.part.geometry.block
+        page_size = max(256, block) if page_size is None else page_size
+        for name, value in (("sequences", sequences), ("kv_heads", kv_heads), ("tokens", tokens)):
+            if value < 1:
+                raise InputError(f"{name} is {value}", "give at least 1")
+        if page_size < block or page_size % block:
+            raise InputError(f"page_size is {page_size}", f"a multiple of the block of {block} tokens")
+        if dtype not in DTYPES:
+            raise InputError(f"dtype is {dtype}", f"one of {', '.join(map(str, DTYPES))}")
+        self.page_size, self.width = page_size, -(-tokens // page_size)
+        total = sequences * self.width if pages is None else pages
+        if total < 1 or total * kv_heads * (page_size // block) >= 2**31:
+            raise InputError(f"pages is {total}", "1 or more, and fewer than 2**31 blocks over all heads")
+        self.sequences, self.kv_heads, self.dtype, self.device = sequences, kv_heads, dtype, torch.device(device)
+
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.device)
+
+        self.page_table = zeros(sequences, self.width, dtype=torch.int32).fill_(NO_PAGE)
+        self.seqlens = zeros(sequences, dtype=torch.int32).fill_(NO_SEQUENCE)
+        self.pages = {
+            a.name: zeros(total, kv_heads, page_size // _span(a, self.part), *a.width, dtype=dtype)
+            for a in self.part.pages
+        }
+        self.states = {a.name: zeros(sequences, kv_heads, *a.width, dtype=torch.float32) for a in self.part.states}
+        module = library.module
+        like = torch.empty(sequences, kv_heads * self.part.geometry.group, 1, dtype=dtype, device=self.device)
+        self.scratch: dict[str, Tensor] = module.scratch(
+            module.schedules_for(like), sequences, kv_heads, self.width * page_size, dtype, self.device
+        )
+        self._free = list(range(total))[::-1]
+        self._uses: Counter[int] = Counter()
+        self._held: dict[int, list[int]] = {}
+
+    # -- steps --------------------------------------------------------------------------------------------
+
+    def tensors(self, spec_text: str) -> tuple[Tensor, ...]:
+        """What the kernels of a module take, checked where SPLAGEN_CHECK_CACHE asks for it and no graph is captured.
+
+        Raises:
+            ValueError: the module is of another spec.
+            InputError: as for `check`.
+        """
+        if spec_text != self.spec_text:
+            raise ValueError(
+                f"this cache is of {self.library.spec.name} {digest(self.library.spec)[:8]}, the step of another spec: "
+                "make a cache with the library of that step"
+            )
+        if settings.check_cache() and not torch.compiler.is_compiling() and not self._captured():
+            self.check(room=1)
+        return (
+            self.page_table, self.seqlens, *self.pages.values(), *self.states.values(), *self.scratch.values()
+        )  # fmt: skip
+
+    def _captured(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, *others: Tensor, out: Tensor | None = None) -> Tensor:
+        """One token per slot: o [sequences, Hq, E]; the library's step on this cache."""
+        made: Tensor = self.library.op(q, k, v, *others, cache=self, out=out)
+        return made
+
+    def check(self, room: int = 0) -> None:
+        """Check lengths and page tables on the device, with room for `room` more tokens; waits for the device.
+
+        Raises:
+            InputError: names the sequence, and what is wrong with it.
+        """
+        lengths = self.seqlens.long()
+        columns = torch.arange(self.width, device=self.device)
+        needed = (lengths + room + self.page_size - 1) // self.page_size
+        some = self.pages[self.part.pages[0].name].shape[0]
+        wrong = (
+            ((self.page_table < 0) | (self.page_table >= some)) & (columns < needed[:, None]) & (lengths >= 0)[:, None]
+        )
+        held = torch.tensor([slot in self._held for slot in range(self.sequences)], device=self.device)
+        kinds = torch.stack([
+            lengths < NO_SEQUENCE, (lengths < 0) & held, lengths + room > self.width * self.page_size, wrong.any(1),
+        ])  # fmt: skip
+        first = torch.where(wrong.any(1), wrong.to(torch.int32).argmax(1), 0)
+        found = kinds.tolist()
+        for slot in range(self.sequences):
+            n, column = int(lengths[slot]), int(first[slot]) if found[3][slot] else 0
+            if found[0][slot] or found[1][slot]:
+                raise InputError(
+                    f"sequence {slot} has length {n}", "lengths are 0 or more, -1 for a slot without sequence"
+                )
+            if found[2][slot]:
+                most = self.width * self.page_size
+                raise InputError(
+                    f"sequence {slot} has {n} tokens: no room for {room} more in {most}", "make a longer cache"
+                )
+            if found[3][slot]:
+                page = int(self.page_table[slot, column])
+                what = f"sequence {slot} of {n} tokens has page {page} at {column} of its page table"
+                raise InputError(what, f"pages are 0 to {some - 1}; -1 is none: reserve() more tokens")
+
+    # -- sequences ----------------------------------------------------------------------------------------
+
+    def allocate(self, tokens: int) -> int:
+        """The slot of a new, empty sequence with pages for `tokens` tokens.
+
+        Raises:
+            InputError: no slot or not enough pages are left, or more tokens than a sequence may get.
+        """
+        slot = next((s for s in range(self.sequences) if s not in self._held), None)
+        if slot is None:
+            raise InputError(f"all {self.sequences} slots have a sequence", "free() one, or make a larger cache")
+        self._held[slot] = []
+        try:
+            self.reserve(slot, tokens)
+        except InputError:
+            del self._held[slot]
+            raise
+        self.reset(slot)
+        return slot
+
+    def reserve(self, slot: int, tokens: int) -> None:
+        """Pages for a sequence to get `tokens` tokens in all; those that it has stay.
+
+        Raises:
+            InputError: the slot has no sequence, too many tokens, or not enough pages are left.
+        """
+        held = self._pages_of(slot)
+        if not 0 <= tokens <= self.width * self.page_size:
+            raise InputError(
+                f"{tokens} tokens for sequence {slot}", f"0 to {self.width * self.page_size} in this cache"
+            )
+        missing = -(-tokens // self.page_size) - len(held)
+        if missing > len(self._free):
+            what = f"sequence {slot} needs {missing} more pages of {self.page_size} tokens, {len(self._free)} are free"
+            raise InputError(what, "free() another sequence, or make a cache with more pages")
+        held += [self._take() for _ in range(missing)]
+        self._write_table(slot)
+
+    def reset(self, slot: int) -> None:
+        """An empty sequence in the same pages.  Raises InputError where other sequences share some of them."""
+        held = self._pages_of(slot)
+        if any(self._uses[p] > 1 for p in held):
+            raise InputError(f"sequence {slot} shares pages with a fork", "free() it and allocate() another")
+        self.seqlens[slot] = 0
+        for state in self.states.values():
+            state[slot].zero_()
+
+    def free(self, slot: int) -> None:
+        """Give a sequence's slot back, and its pages once no fork shares them."""
+        for page in self._pages_of(slot):
+            self._uses[page] -= 1
+            if not self._uses[page]:
+                self._free.append(page)
+        del self._held[slot]
+        self.page_table[slot] = NO_PAGE
+        self.seqlens[slot] = NO_SEQUENCE
+
+    def fork(self, slot: int, tokens: int | None = None) -> int:
+        """The slot of a sequence that goes on from where this one stands, with pages for `tokens` (None: as many).
+
+        Complete pages are shared, with their statistics; the last page and the states are copied.  Reads the length,
+        which waits for the device.
+
+        Raises:
+            InputError: the slot has no sequence, or as for `allocate`.
+        """
+        held = self._pages_of(slot)
+        length = int(self.seqlens[slot])
+        # a window that reaches into the next page is written with that page's keys: its page is not shared before
+        shared = max(0, length - self.part.overhang) // self.page_size
+        wanted = max(length, len(held) * self.page_size if tokens is None else tokens)
+        fresh = -(-wanted // self.page_size) - shared
+        if fresh > len(self._free):
+            what = f"a fork of sequence {slot} needs {fresh} pages, {len(self._free)} are free"
+            raise InputError(what, "free() another sequence, or make a cache with more pages")
+        new = self.allocate(0)
+        for page in held[:shared]:
+            self._uses[page] += 1
+        self._held[new] = held[:shared]
+        self.reserve(new, wanted)
+        for old, copy in zip(held[shared:], self._held[new][shared:], strict=False):
+            for pool in self.pages.values():
+                pool[copy].copy_(pool[old])
+        for state in self.states.values():
+            state[new].copy_(state[slot])
+        self.seqlens[new] = length
+        return new
+
+    def _pages_of(self, slot: int) -> list[int]:
+        if slot not in self._held:
+            held = ", ".join(map(str, sorted(self._held))) or "none"
+            raise InputError(f"slot {slot} has no sequence", f"slots that have one: {held}")
+        return self._held[slot]
+
+    def _take(self) -> int:
+        page = self._free.pop()
+        self._uses[page] = 1
+        return page
+
+    def _write_table(self, slot: int) -> None:
+        held = self._held[slot]
+        row = held + [NO_PAGE] * (self.width - len(held))
+        self.page_table[slot].copy_(torch.tensor(row, dtype=torch.int32))
+
+    # -- save and restore ---------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        """Everything that makes the sequences, as tensors and plain values that torch.save takes."""
+        return {
+            "spec": self.spec_text,
+            "dtype": str(self.dtype),
+            "page_size": self.page_size,
+            "held": {slot: list(pages) for slot, pages in self._held.items()},
+            "page_table": self.page_table.clone(),
+            "seqlens": self.seqlens.clone(),
+            "pages": {n: x.clone() for n, x in self.pages.items()},
+            "states": {n: x.clone() for n, x in self.states.items()},
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Take up what `save` of a cache of the same spec, dtype and sizes gave.
+
+        Raises:
+            InputError: another spec, dtype or size; nothing is changed.
+        """
+        for name, own in (("spec", self.spec_text), ("dtype", str(self.dtype)), ("page_size", self.page_size)):
+            if saved[name] != own:
+                theirs = "another" if name == "spec" else saved[name]
+                raise InputError(f"what was saved has {theirs} {name}", "restore it into a cache made like the first")
+        pairs = [(self.page_table, saved["page_table"]), (self.seqlens, saved["seqlens"])]
+        pairs += [(x, saved["pages"][n]) for n, x in self.pages.items()]
+        pairs += [(x, saved["states"][n]) for n, x in self.states.items()]
+        for mine, theirs in pairs:
+            if mine.shape != theirs.shape:
+                what = f"what was saved has sizes {tuple(theirs.shape)}, this cache {tuple(mine.shape)}"
+                raise InputError(what, "restore it into a cache made like the first")
+        for mine, theirs in pairs:
+            mine.copy_(theirs)
+        self._held = {slot: list(pages) for slot, pages in saved["held"].items()}
+        self._uses = Counter(page for pages in self._held.values() for page in pages)
+        total = self.pages[self.part.pages[0].name].shape[0]
+        self._free = [p for p in range(total) if not self._uses[p]][::-1]
+
+
+def _span(a: Array, part: Decoding) -> int:
+    """Tokens of one row of a page."""
+    return 1 if a.name in ("k_pages", "v_pages") else part.geometry.cell

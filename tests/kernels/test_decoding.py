@@ -1,0 +1,305 @@
+"""Kernels of a decoding step: small specs in the interpreter, real sizes on a GPU."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from splagen import library as lib
+from splagen.errors import InputError, SpecError
+from splagen.paged_cache import SPLACache
+from splagen.pipeline import generate_decoding
+from splagen.spec import Residual, Select, SPLASpec, windows
+from tests.kernels.cases import CELLS, USER
+from tests.kernels.decoding import chosen_blocks, errors, inputs, last_row, relative, tokens
+
+pytestmark = pytest.mark.usefixtures("fast_sort")
+
+SELECT = Select(block_size=16, budget=1, sinks=1, local=1)
+SMALL = SPLASpec(head_dim=16, group_size=2, select=SELECT)
+SPECS = {
+    "default": SMALL,
+    "no sinks, no local": replace(SMALL, select=replace(SELECT, sinks=0, local=0)),
+    "normaliser": replace(SMALL, linear=Residual(normaliser=True), combine="add"),
+    "temperature, gate": replace(SMALL, linear=Residual(lib.softmax, temperature=True), combine="gate"),
+    "user map, softcap": replace(SMALL, linear=Residual(USER), score=lib.softcap(5.0), combine="rms_residual"),
+    "alibi": replace(SMALL, score=lib.alibi()),
+    "cells": replace(SMALL, select=replace(SELECT, block_size=32, sinks=0, local=0, statistics=CELLS)),
+    "windows": replace(SMALL, select=replace(SELECT, block_size=32, sinks=0, local=0, statistics=windows())),
+    "order 1": replace(SMALL, select=replace(SELECT, metric=lib.taylor(order=1))),
+    "cumulant": replace(SMALL, select=replace(SELECT, metric=lib.cumulant(clamp=2.0))),
+    "no residual": replace(SMALL, linear=None, combine="none"),
+    "dense window": replace(SMALL, linear=None, select=None, combine="none", score=lib.sliding_window(20)),
+    "dense below": replace(SMALL, dense_below=68),
+    "head 24 value 40 group 3": replace(SMALL, head_dim=24, value_dim=40, group_size=3, scale=0.3),
+    "group 1": replace(SMALL, group_size=1),
+}
+LIMIT = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+def cache_of(spec: SPLASpec, folder: Path, device: torch.device, **sizes: object) -> SPLACache:
+    block = spec.select.block_size if spec.select else 64
+    given = {"sequences": 2, "kv_heads": 2, "tokens": 112, "page_size": max(32, block), "dtype": torch.float32} | sizes
+    return SPLACache(generate_decoding(spec, folder), device=device, **given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_step_is_the_last_row_of_the_definition(name: str, tmp_path: Path, device: torch.device) -> None:
+    spec = SPECS[name]
+    cache = cache_of(spec, tmp_path, device, sequences=1, kv_heads=1)
+    cache.allocate(96)
+    rows = inputs(spec, 1, 96, 1, torch.float32, device)
+    assert errors(spec, cache, rows, range(1, 77), every=6) < LIMIT[torch.float32]
+    free = chosen_blocks(cache, -(-76 // cache.part.geometry.block))
+    if free is not None:
+        assert torch.equal(free, last_row(spec, rows, 76, None, wanted="free"))
+
+
+def test_a_step_in_float16(tmp_path: Path, device: torch.device) -> None:
+    cache = cache_of(SMALL, tmp_path, device, sequences=1, kv_heads=1, tokens=96, dtype=torch.float16)
+    cache.allocate(96)
+    rows = inputs(SMALL, 1, 76, 1, torch.float16, device)
+    assert errors(SMALL, cache, rows, range(1, 77), every=19) < LIMIT[torch.float16]
+
+
+def split(cache_spec: SPLASpec, folder: Path, device: torch.device, **sizes: object) -> SPLACache:
+    """A cache whose steps have several splits and chunks."""
+    library = generate_decoding(cache_spec, folder)
+    for by_dtype in library.module.SCHEDULES.values():
+        for schedules in by_dtype.values():
+            schedules["splitting"] = {"score": 3 * 4, "attend": 5 * 4, "chunk": 4}
+            schedules["select"] = schedules["select"] | {"BLOCK_J": 16}
+    return cache_of(cache_spec, folder, device, **sizes)
+
+
+def step_each(cache: SPLACache, rows: Mapping[str, Tensor], starts: list[int | None], t: int) -> Tensor:
+    """A step in which sequence b takes its token t - starts[b]; None and times before the start are left out."""
+    given = []
+    for n, x in rows.items():
+        if n in ("q", "k", "v"):
+            picked = [x[b, t - s] if s is not None and t >= s else x[b, 0] for b, s in enumerate(starts)]
+            given.append(torch.stack(picked))
+        else:
+            given.append(x)
+    return cache.step(*given)
+
+
+def test_sequences_of_different_lengths_in_splits(tmp_path: Path, device: torch.device) -> None:
+    """Slots in pages of any order; one without a sequence; one that joins later; several splits and chunks."""
+    cache = split(SMALL, tmp_path, device, sequences=3, tokens=128)
+    rows = inputs(SMALL, 3, 100, 2, torch.float32, device)
+    slots = [cache.allocate(128), cache.allocate(100), cache.allocate(0)]
+    assert slots == [0, 1, 2]
+    cache.free(2)
+    cache.seqlens[1] = -1  # joins later
+    assert cache.scratch["score_max"].shape[2] == 2
+    assert cache.scratch["row_max_parts"].shape[2] == 3
+    assert cache.scratch["candidates"].shape[2] == 2
+    for t in range(80):
+        if t == 10:
+            cache.seqlens[1] = 0
+        o = step_each(cache, rows, [0, 10, None], t)
+        assert not o[2].any()
+        if t % 13 == 0 or t > 77:
+            free = chosen_blocks(cache, 8)
+            assert free is not None
+            for b, start in ((0, 0), (1, 10)):
+                if t < start:
+                    continue
+                alone = {n: x[b : b + 1] if n in ("q", "k", "v") else x for n, x in rows.items()}
+                want = last_row(SMALL, alone, t - start + 1, free[b : b + 1])
+                assert relative(o[b : b + 1], want) < LIMIT[torch.float32]
+    assert cache.seqlens.tolist() == [80, 70, -1]
+
+
+def test_a_step_beyond_the_pages_writes_nothing(tmp_path: Path, device: torch.device) -> None:
+    cache = cache_of(SMALL, tmp_path, device, sequences=2, kv_heads=1, tokens=32, page_size=16, pages=3)
+    cache.allocate(16)
+    cache.allocate(32)
+    rows = inputs(SMALL, 2, 33, 1, torch.float32, device)
+    for t in range(16):
+        cache.step(*tokens(rows, t))
+    before = {n: x.clone() for n, x in cache.pages.items()}
+    o = cache.step(*tokens(rows, 16))
+    assert o[0].isnan().all()
+    assert torch.isfinite(o[1]).all()
+    assert cache.seqlens.tolist() == [16, 17]
+    mine = cache.page_table[0, 0].item()
+    assert all(torch.equal(x[mine], before[n][mine]) for n, x in cache.pages.items())
+    for t in range(17, 33):
+        o = cache.step(*tokens(rows, t))
+    assert o.isnan().all()
+    assert cache.seqlens.tolist() == [16, 32]
+
+
+def test_what_is_checked_on_the_device(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = cache_of(SMALL, tmp_path, device, sequences=2, kv_heads=1, tokens=32, page_size=16)
+    cache.allocate(32)
+    rows = inputs(SMALL, 2, 2, 1, torch.float32, device)
+    monkeypatch.setenv("SPLAGEN_CHECK_CACHE", "1")
+    cache.step(*tokens(rows, 0))
+    for length, message in ((-1, "sequence 0 has length -1"), (-5, "length -5"), (32, "sequence 0 has 32 tokens")):
+        cache.seqlens[0] = length
+        with pytest.raises(InputError, match=message):
+            cache.step(*tokens(rows, 1))
+    cache.seqlens[0] = 17
+    cache.page_table[0, 1] = 99
+    with pytest.raises(InputError, match="sequence 0 of 17 tokens has page 99 at 1"):
+        cache.step(*tokens(rows, 1))
+    cache.seqlens[0] = 3
+    cache.step(*tokens(rows, 1))  # the page is not needed yet
+
+
+def test_a_fork_goes_on_alone(tmp_path: Path, device: torch.device) -> None:
+    """Prefix pages are shared, the last one and the states are not; neither sequence sees the other's tokens."""
+    spec = replace(SMALL, select=replace(SELECT, block_size=32, sinks=0, local=0, statistics=windows()))
+    cache = cache_of(spec, tmp_path, device, sequences=2, kv_heads=1, tokens=128, page_size=32, pages=7)
+    rows = inputs(spec, 2, 110, 1, torch.float32, device)
+    first = cache.allocate(128)
+    for t in range(70):
+        cache.step(*tokens(rows, t))
+    second = cache.fork(first, tokens=100)
+    shared = (cache.page_table[0] == cache.page_table[1]).tolist()
+    assert shared == [True, False, False, False]  # a window of the second page takes keys of the third
+    with pytest.raises(InputError, match="shares pages"):
+        cache.reset(first)
+    joined = {
+        n: torch.cat([x[:1].expand(2, *x.shape[1:])[:, :70], x[:, 70:]], 1) for n, x in rows.items() if n in "qkv"
+    }
+    joined |= {n: x for n, x in rows.items() if n not in joined}
+    for t in range(70, 98):
+        o = cache.step(*tokens(joined, t))
+    assert relative(o, last_row(spec, joined, 98, chosen_blocks(cache, 4))) < LIMIT[torch.float32]
+    cache.free(first)
+    assert len(cache._free) == 3
+    cache.free(second)
+    assert len(cache._free) == 7
+
+
+def test_saved_and_restored_sequences_go_on_alike(tmp_path: Path, device: torch.device) -> None:
+    made = [cache_of(SMALL, tmp_path, device, sequences=1, kv_heads=1, tokens=96) for _ in range(2)]
+    rows = inputs(SMALL, 1, 82, 1, torch.float32, device)
+    made[0].allocate(96)
+    for t in range(66):
+        made[0].step(*tokens(rows, t))
+    saved = made[0].save()
+    made[1].restore(saved)
+    for t in range(66, 82):
+        one, two = (cache.step(*tokens(rows, t)) for cache in made)
+        assert torch.equal(one, two)
+    with pytest.raises(InputError, match="sizes"):
+        cache_of(SMALL, tmp_path, device, sequences=1, kv_heads=2, tokens=96).restore(saved)
+    with pytest.raises(InputError, match="another spec"):
+        cache_of(replace(SMALL, head_dim=32), tmp_path, device, sequences=1, kv_heads=1, tokens=96).restore(saved)
+
+
+def test_pages_are_given_out_and_taken_back(tmp_path: Path, device: torch.device) -> None:
+    cache = cache_of(SMALL, tmp_path, device, sequences=2, kv_heads=1, tokens=64, page_size=16, pages=5)
+    one = cache.allocate(33)
+    assert (cache.page_table[one] >= 0).sum() == 3
+    with pytest.raises(InputError, match="needs 3 more pages of 16 tokens, 2 are free"):
+        cache.allocate(48)
+    assert cache.allocate(17) == 1
+    with pytest.raises(InputError, match="all 2 slots"):
+        cache.allocate(1)
+    with pytest.raises(InputError, match="65 tokens for sequence 0"):
+        cache.reserve(one, 65)
+    cache.free(one)
+    for use in (cache.fork, cache.free, cache.reset):
+        with pytest.raises(InputError, match="slot 0 has no sequence"):
+            use(one)
+    cache.reserve(1, 64)
+    assert cache.seqlens.tolist() == [-1, 0]
+
+
+def test_what_does_not_fit_is_refused_before_anything_runs(tmp_path: Path, device: torch.device) -> None:
+    cache = cache_of(SMALL, tmp_path, device, kv_heads=1, tokens=32, page_size=16)
+    rows = inputs(SMALL, 2, 2, 1, torch.float32, device)
+    q, k, v, *rest = tokens(rows, 0)
+    for given, message in (
+        ((q[:1], k, v), "q has shape"),
+        ((q, k[:, :0], v), "k has shape"),
+        ((q, k.half(), v), "k is torch.float16"),
+        ((q.mT.contiguous().mT, k, v), "stride"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cache.step(*given, *rest)
+    other = generate_decoding(replace(SMALL, head_dim=32), tmp_path)
+    with pytest.raises(ValueError, match="another spec"):
+        other.op(q, k, v, *rest, cache=cache)
+    with pytest.raises(InputError, match="a multiple of the block"):
+        cache_of(SMALL, tmp_path, device, page_size=24)
+    with pytest.raises(SpecError, match="causal"):
+        generate_decoding(replace(SMALL, causal=False), tmp_path)
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+REAL = SPLASpec(head_dim=128, group_size=4, select=Select(block_size=64, budget=4))
+GPU = {
+    "default": REAL,
+    "group 16": replace(REAL, group_size=16),
+    "cells, value 64": replace(REAL, value_dim=64, select=replace(REAL.select, statistics=CELLS)),  # type: ignore[type-var]
+    "no residual, head 80": replace(REAL, head_dim=80, linear=None, combine="none"),
+    "normaliser": replace(REAL, linear=Residual(lib.elu1, normaliser=True), combine="add"),
+    "head 256": replace(REAL, head_dim=256, value_dim=256),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", GPU)
+def test_steps_on_a_gpu(name: str, dtype: torch.dtype, tmp_path: Path, device: torch.device) -> None:
+    spec = GPU[name]
+    cache = cache_of(spec, tmp_path, device, tokens=1024, page_size=128, dtype=dtype)
+    rows = inputs(spec, 2, 1000, 2, dtype, device)
+    cache.allocate(1024), cache.allocate(1024)
+    assert errors(spec, cache, rows, range(1, 1001), every=37) < LIMIT[dtype]
+
+
+@pytest.mark.gpu
+def test_a_captured_step_is_replayed_up_to_the_capacity(tmp_path: Path, device: torch.device) -> None:
+    """One graph serves every length; it gives what steps outside of it give, bit by bit."""
+    made = [cache_of(REAL, tmp_path, device, tokens=700, page_size=64, dtype=torch.bfloat16) for _ in range(2)]
+    rows = inputs(REAL, 2, 704, 2, torch.bfloat16, device)
+    for cache in made:
+        cache.allocate(704), cache.allocate(640)
+    static = [x.clone() for x in tokens(rows, 0)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        made[0].step(*static)
+    torch.cuda.current_stream().wait_stream(stream)
+    made[0].reset(0), made[0].reset(1)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = made[0].step(*static)
+    for t in range(704):
+        for x, y in zip(static, tokens(rows, t), strict=True):
+            x.copy_(y)
+        graph.replay()
+        assert torch.equal(out.nan_to_num(7.0), made[1].step(*static).nan_to_num(7.0))
+    assert made[0].seqlens.tolist() == [704, 640]
+    assert out[1].isnan().all()
+
+
+@pytest.mark.gpu
+def test_a_step_waits_for_nothing_and_allocates_nothing(tmp_path: Path, device: torch.device) -> None:
+    cache = cache_of(REAL, tmp_path, device, tokens=128, page_size=64, dtype=torch.bfloat16)
+    cache.allocate(128), cache.allocate(128)
+    rows = inputs(REAL, 2, 4, 2, torch.bfloat16, device)
+    given = [tokens(rows, t) for t in range(4)]
+    out = torch.empty_like(given[0][0])
+    for t in range(3):
+        cache.step(*given[t], out=out)
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_stats()["allocation.all.allocated"]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cache.step(*given[3], out=out)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] <= held + 1  # an empty one of the repetition
