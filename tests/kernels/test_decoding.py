@@ -13,6 +13,7 @@ from splagen.errors import InputError, SpecError
 from splagen.paged_cache import SPLACache
 from splagen.pipeline import generate_decoding
 from splagen.spec import Residual, Select, SPLASpec, windows
+from splagen.verification import TOLERANCE
 from tests.kernels.cases import CELLS, USER
 from tests.kernels.decoding import chosen_blocks, errors, inputs, last_row, relative, tokens
 
@@ -37,7 +38,7 @@ SPECS = {
     "head 24 value 40 group 3": replace(SMALL, head_dim=24, value_dim=40, group_size=3, scale=0.3),
     "group 1": replace(SMALL, group_size=1),
 }
-LIMIT = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+LIMIT = {dtype: limits[0] for dtype, limits in TOLERANCE.items()}
 
 
 def cache_of(spec: SPLASpec, folder: Path, device: torch.device, **sizes: object) -> SPLACache:
