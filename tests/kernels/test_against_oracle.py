@@ -59,7 +59,7 @@ def test_the_gpu_agrees_with_the_oracle(
 
 
 def test_every_axis_has_a_case() -> None:
-    """The tables name each value of the axes that issue 2 lists."""
+    """The tables name each value of the axes of a spec."""
     for cases in (SMALL, GPU):
         specs = [c.spec for c in cases]
         selects = [s.select for s in specs if s.select]
