@@ -21,7 +21,16 @@ from splagen.codegen.step_rows import (
     StepRows,
     query_heads,
 )
-from splagen.codegen.tile_code import COUNTS, INDICES, TileCode, Walk, operands, row_scalars, sums_of_tiles
+from splagen.codegen.tile_code import (
+    COUNTS,
+    INDICES,
+    TileCode,
+    Walk,
+    follows_softmax,
+    operands,
+    row_scalars,
+    sums_of_tiles,
+)
 from splagen.errors import PartitionError
 from splagen.ir.program import Contract, Equation, Iota, Lse, Program, Reduce, Var
 from splagen.ir.text import equation_text
@@ -93,8 +102,7 @@ class DecodeCode:
         stop = [*self.program.inputs, *(s.after for s in self.states)]
         self.forward = slice_back(self.program, [self.output], stop)
         self.sums = sums_of_tiles(self.program, self.forward, to_keys=False)
-        definitions = self.program.definitions
-        self.softmax = [s for s in self.sums if any(self.lse.out in definitions[v].args for v in s.factors)]
+        self.softmax = [s for s in self.sums if follows_softmax(self.program, s)]
         self.linear = [s for s in self.sums if s not in self.softmax]
 
     def row_code(self, side: str, tile_rows: str, row_type: type[Rows], available: Mapping[Var, Array]) -> RowCode:

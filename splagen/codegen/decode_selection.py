@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.moments import BLOCK, MEAN, VARIANCE, Moments
 from splagen.codegen.selection import CELL, QUERY, TILE, Selection
-from splagen.codegen.selection_kernels import SelectionCode
+from splagen.codegen.selection_kernels import SelectionCode, kept
 from splagen.codegen.step_rows import LENGTHS, PAGES, PagedCells, PagedRows, StepRows, paged_array, query_heads
 from splagen.codegen.tile_code import COUNTS, INDICES
 from splagen.codegen.triton_expr import triton_text
-from splagen.ir.program import Equation, TopK, Var
+from splagen.ir.program import Equation, Var
 
 SCORES = Array("scores", "sequences", dtype="float32")  # [B, Hq, cells of a full table], base 2
 SCORE_MAX = Array("score_max", "sequences", dtype="float32")  # [B, Hq, splits]
@@ -155,10 +155,3 @@ def _settle(code: SelectionCode) -> Kernel:
         scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES", "CHUNKS"),
         tunable=("BLOCK_K",),
     )
-
-
-def kept(selection: Selection) -> int:
-    """Entries of a list of candidates: the budget, padded."""
-    op = selection.topk.op
-    assert isinstance(op, TopK)
-    return max(2, 1 << (op.k - 1).bit_length())

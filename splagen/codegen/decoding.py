@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from splagen.codegen.decode_kernels import DecodeCode, State
-from splagen.codegen.decode_selection import kept, selection_kernels, statistics_code
+from splagen.codegen.decode_selection import selection_kernels, statistics_code
 from splagen.codegen.geometry import Geometry, array_of, features_of, is_key_row, is_query_row, is_state, is_tile_value
 from splagen.codegen.kernel import Array, Choice, Kernel
 from splagen.codegen.schedule import DTYPES, TARGETS
 from splagen.codegen.selection import Selection
+from splagen.codegen.selection_kernels import kept
 from splagen.codegen.step_rows import paged_array, step_array
 from splagen.codegen.tile_code import Walk
 from splagen.errors import PartitionError

@@ -13,9 +13,7 @@ INDEX = Kernel(
     template="index",
     covers=(),
     inputs=(
-        Array(
-            "places", "index", dtype="int64"
-        ),  # [heads, N]: where the chosen blocks stood, in the order of heads and blocks
+        Array("places", "index", dtype="int64"),  # [heads, N]: where the chosen blocks stood, by head and block
         Array("begins", "index", dtype="int32"),  # [heads, nJ + 1]: where those of each block begin among all heads
         Array("seen", "index", dtype="int32"),  # [nJ]
     ),

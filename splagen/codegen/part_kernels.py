@@ -17,13 +17,14 @@ from splagen.codegen.tile_code import (
     TileCode,
     Walk,
     apart,
+    follows_softmax,
     operands,
     part_array,
     row_scalars,
     store_part,
     sums_of_tiles,
 )
-from splagen.ir.program import Equation, Lse, Program, Var
+from splagen.ir.program import Equation, Lse, Var
 
 
 def parts_kernels(
@@ -41,18 +42,13 @@ def parts_kernels(
     kernels: list[Kernel] = []
     parts: dict[Var, Array] = {}
     for group in apart(code, [], [s for s in sums if s.in_loop(walk.chosen_facts)]):
-        softmax = [s for s in group.to_rows if _follows(program, s, lse)]
+        softmax = [s for s in group.to_rows if follows_softmax(program, s)]
         name = "block_sparse_parts" if softmax else "linear_parts"
         name += f"_{len(kernels)}" if any(k.name == name for k in kernels) else ""
         kernel, made = _parts_kernel(name, walk, code, available, lse if softmax else None, group.to_rows)
         kernels.append(kernel)
         parts |= made
     return kernels, parts
-
-
-def _follows(program: Program, s: Sum, lse: Equation) -> bool:
-    """True for a sum weighted by the softmax."""
-    return any(lse.out in program.definitions[v].args for v in s.factors if v in program.definitions)
 
 
 def _parts_kernel(
@@ -62,7 +58,7 @@ def _parts_kernel(
     program, geometry = walk.program, walk.geometry
     side = QuerySide(walk, available)
     side.use([WORK])
-    softmax = [s for s in sums if lse and _follows(program, s, lse)]
+    softmax = [s for s in sums if lse and follows_softmax(program, s)]
     linear = [s for s in sums if s not in softmax]
     tile = code.body([*(lse.args if lse else ()), *code.wanted(linear)])
     keys = operands(tile.products, [*softmax, *linear], of_queries=False)

@@ -230,7 +230,7 @@ def forward_kernel(
     (lse,) = [eq for eq in program.equations if isinstance(eq.op, Lse) and "n" in eq.op.axes]
     forward = slice_back(program, [v for v, _ in outputs], [*program.inputs, *available])
     sums = [s for s in sums_of_tiles(program, forward, to_keys=False)]
-    softmax = [s for s in sums if any(lse.out in definitions[v].args for v in s.factors if v in definitions)]
+    softmax = [s for s in sums if follows_softmax(program, s)]
     linear = [s for s in sums if s not in softmax]
     loops, tiles, keys_used = [], [], {}
     chosen: Chosen = "parts" if parts else "union" if union else "list"

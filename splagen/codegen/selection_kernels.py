@@ -148,12 +148,10 @@ class SelectionCode:
         lines.append(f"share = {share if usable == 'True' else f'tl.where({usable}, {share}, 0.0)'}")
         heads = 1 << (geometry.group - 1).bit_length()
         carried, pool = self.pool()
-        op = selection.topk.op
-        assert isinstance(op, TopK)
         holes = {
             "heads": heads,
             "rows_of_tile": geometry.tile * heads,
-            "kept": max(2, 1 << (op.k - 1).bit_length()),
+            "kept": kept(selection),
             "cells": geometry.cells,
             "columns": "\n".join(geometry.columns(("d",))),
             "rows": "\n".join(rows),
@@ -271,6 +269,13 @@ class SelectionCode:
         """The equations between, but for positions."""
         equations = slice_back(self.program, wanted, stop)
         return tuple(eq for eq in equations if not isinstance(eq.op, Iota))
+
+
+def kept(selection: Selection) -> int:
+    """Entries of a list of candidates: the budget, padded."""
+    op = selection.topk.op
+    assert isinstance(op, TopK)
+    return max(2, 1 << (op.k - 1).bit_length())
 
 
 _ROW_INDEX = (
