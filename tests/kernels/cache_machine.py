@@ -21,10 +21,17 @@ PAGE = 16
 
 @dataclass(frozen=True)
 class Sequence:
-    """What a slot should hold: rows of its tokens by name, [1, tokens, ...], and how many pages it was given."""
+    """What a slot should hold: rows of its tokens by name, [1, tokens, ...]; how many pages it was given.
+
+    `before` counts the tokens before its last step.
+    """
 
     rows: dict[str, Tensor]
     pages: int
+    before: int = 0
+
+    def cut(self, length: int) -> "Sequence":
+        return replace(self, rows={n: x[:, :length] if n in BY_TOKEN else x for n, x in self.rows.items()})
 
     @property
     def length(self) -> int:
@@ -50,7 +57,8 @@ class CacheMachine(RuleBasedStateMachine):
     page_size: ClassVar[int] = PAGE
     width: ClassVar[int] = 6  # pages of the longest sequence
     pages: ClassVar[int] = 9  # fewer than all slots could take
-    runs: ClassVar[tuple[int, ...]] = (1, 3, 17)  # tokens that a rule steps
+    step_tokens: ClassVar[int] = 8
+    runs: ClassVar[tuple[int, ...]] = (1, 3)  # steps of one rule
 
     saves = Bundle("saves")
 
@@ -64,6 +72,7 @@ class CacheMachine(RuleBasedStateMachine):
             tokens=self.width * self.page_size,
             pages=self.pages,
             page_size=self.page_size,
+            step_tokens=self.step_tokens,
             dtype=self.dtype,
             device=self.device,
         )
@@ -86,52 +95,68 @@ class CacheMachine(RuleBasedStateMachine):
     def room(self, slot: int) -> int:
         return self.live[slot].pages * self.page_size - self.live[slot].length
 
-    def compare(self, slot: int, o: Tensor, rows: dict[str, Tensor], length: int) -> None:
-        """A row of the output, [1, Hq, E], beside the definition at that length, with the kernels' choice."""
+    def compare(self, row: int, o: Tensor, sequence: Sequence) -> None:
+        """A token's output [1, Hq, E], row `row` of the step's, beside the definition, with the kernels' choice."""
         scratch, free = self.cache.scratch, None
         if "block_indices" in scratch:
-            blocks = -(-length // self.cache.part.geometry.block)
-            index = scratch["block_indices"][slot].long()
+            blocks = -(-sequence.length // self.cache.part.geometry.block)
+            index = scratch["block_indices"][row].long()
             mask = torch.zeros(self.kv_heads, blocks + 1, dtype=torch.bool, device=self.device)
             free = mask.scatter(1, torch.where(index < 0, blocks, index), True)[None, :, None, :blocks]
-            assert selection_gap(self.library, rows, length, free) <= TOLERANCE[self.dtype][2]
-        assert relative(o, last_row(self.spec, rows, length, free)) <= TOLERANCE[self.dtype][0]
+            gap = selection_gap(self.library, sequence.rows, sequence.length, free)
+            assert gap <= TOLERANCE[self.dtype][2]
+        error = relative(o, last_row(self.spec, sequence.rows, sequence.length, free))
+        assert error <= TOLERANCE[self.dtype][0]
 
     # -- steps --------------------------------------------------------------------------------------------
 
     @precondition(lambda self: self.live)
-    @rule(run=st.sampled_from(range(3)))
-    def step(self, run: int) -> None:
-        for _ in range(self.runs[run]):
-            new = self.drawn(1)
-            o = self.cache.step(*(x[:, 0] if n in BY_TOKEN else x for n, x in new.items()))
+    @rule(tokens=st.integers(1, 8), several=st.integers(0, 1))
+    def step(self, tokens: int, several: int) -> None:
+        """A few steps of so many tokens; the last one's first and last token are compared."""
+        for _ in range(self.runs[several]):
+            new = self.drawn(tokens)
+            given = {n: x[:, 0] if tokens == 1 and n in BY_TOKEN else x for n, x in new.items()}
+            o = self.cache.step(*given.values())
+            o = o[:, None] if tokens == 1 else o
             for slot in range(self.slots):
                 if slot not in self.live:
                     assert not o[slot].any()
-                elif self.room(slot) < 1:
-                    assert o[slot].isnan().all()
-                else:
-                    self.live[slot] = self.longer(slot, new)
+                    continue
+                full = self.room(slot) < tokens
+                assert bool(o[slot].isnan().all()) == full
+                self.live[slot] = self.longer(slot, new, 0 if full else tokens)
         for slot, sequence in self.live.items():
-            if not o[slot].isnan().any():
-                self.compare(slot, o[slot : slot + 1], sequence.rows, sequence.length)
+            if sequence.length > sequence.before:
+                for token in {0, tokens - 1}:
+                    seen = sequence.cut(sequence.length - tokens + token + 1)
+                    self.compare(slot * tokens + token, o[slot : slot + 1, token], seen)
 
-    def longer(self, slot: int, new: dict[str, Tensor]) -> Sequence:
+    def longer(self, slot: int, new: dict[str, Tensor], tokens: int) -> Sequence:
         old = self.live[slot]
-        rows = {n: torch.cat([old.rows[n], x[slot : slot + 1]], 1) if n in BY_TOKEN else x for n, x in new.items()}
-        return replace(old, rows=rows)
+        rows = {n: torch.cat([old.rows[n], x[slot, :tokens][None]], 1) if n in BY_TOKEN else x for n, x in new.items()}
+        return replace(old, rows=rows, before=old.length)
+
+    @precondition(lambda self: self.live)
+    @rule(counts=st.lists(st.integers(-1, 9), min_size=8, max_size=8))
+    def accept(self, counts: list[int]) -> None:
+        given = torch.tensor(counts[: self.slots], dtype=torch.int32, device=self.device)
+        self.cache.accept(given)
+        for slot, sequence in self.live.items():
+            kept = min(max(counts[slot], 0), self.step_tokens)
+            self.live[slot] = sequence.cut(min(sequence.length, sequence.before + kept))
 
     # -- sequences ----------------------------------------------------------------------------------------
 
     @rule(pages=st.integers(0, 6))
     def allocate(self, pages: int) -> None:
         if len(self.live) == self.slots or pages > self.free_pages:
-            with pytest.raises(InputError, match="slots have a sequence|pages"):
+            with pytest.raises(InputError, match=r"slots have a sequence|pages"):
                 self.cache.allocate(pages * self.page_size)
             return
         slot = self.cache.allocate(pages * self.page_size)
         assert slot not in self.live
-        self.live[slot] = Sequence({n: x[:1, :0] if n in BY_TOKEN else x for n, x in self.drawn(1).items()}, pages)
+        self.live[slot] = Sequence({n: x[:1] if n in BY_TOKEN else x for n, x in self.drawn(1).items()}, pages).cut(0)
 
     @precondition(lambda self: self.live)
     @rule(pages=st.integers(0, 6), which=st.integers(0, 9))
@@ -163,7 +188,7 @@ class CacheMachine(RuleBasedStateMachine):
             return
         self.cache.reset(slot)
         old = self.live[slot]
-        self.live[slot] = replace(old, rows={n: x[:, :0] if n in BY_TOKEN else x for n, x in old.rows.items()})
+        self.live[slot] = replace(old.cut(0), before=0)
 
     @precondition(lambda self: self.live)
     @rule(which=st.integers(0, 9))
@@ -196,6 +221,8 @@ class CacheMachine(RuleBasedStateMachine):
     def lengths_are_those_of_the_sequences(self) -> None:
         want = [self.live[s].length if s in self.live else -1 for s in range(self.slots)]
         assert self.cache.seqlens.tolist() == want
+        settled = self.cache.settled.tolist()
+        assert all(settled[s] == sequence.before for s, sequence in self.live.items())
         self.cache.check()
 
     @invariant()
