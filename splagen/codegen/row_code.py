@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from splagen.codegen.base_two import to_base2
 from splagen.codegen.geometry import Geometry, Rows, column_name, features_of, is_parameter
 from splagen.codegen.kernel import Array
-from splagen.codegen.region import Region, slice_back
+from splagen.codegen.region import Region, followed, slice_back
 from splagen.ir.program import Equation, Program, Var
 
 
@@ -80,7 +81,7 @@ class RowCode:
                     self.loaded.add(v)
             names[v] = self._lifted(source, v, rows, exact=v in bound)
         region = Region(rows.dims, self.program.order, self.program.extents)
-        body, after = region.emit(equations, names)
+        body, after = region.emit(followed(wanted, to_base2(equations)), names)
         lines += body
         flat = {v: bound.get(v, v.name) for v in needed}
         for v in wanted:
