@@ -49,7 +49,7 @@ def test_a_few_histories(tmp_path: Path, device: torch.device) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPECS)
 def test_histories(name: str, tmp_path: Path, device: torch.device) -> None:
-    histories(SPECS[name], tmp_path, device, examples=15, rules=20)
+    histories(SPECS[name], tmp_path, device, examples=10, rules=12)
 
 
 @pytest.mark.gpu
