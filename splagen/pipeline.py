@@ -57,7 +57,7 @@ class DecodingLibrary(Library):
 
     @property
     def op(self) -> Callable[..., Any]:
-        """The step: one token per sequence of a cache."""
+        """The step: a few tokens per sequence of a cache."""
         return getattr(self.module, f"{self.spec.name}_step")  # type: ignore[no-any-return]
 
 
@@ -115,7 +115,7 @@ def generate(spec: Spec, out: str | Path) -> Library:
 
 
 def generate_decoding(spec: SPLASpec, out: str | Path) -> DecodingLibrary:
-    """Write `{name}_decode_{digest8}.py` into `out`: the step of one token per sequence of an `SPLACache`.
+    """Write `{name}_decode_{digest8}.py` into `out`: the step of a few tokens per sequence of an `SPLACache`.
 
     Raises:
         SpecError: a query of the spec depends on later tokens.

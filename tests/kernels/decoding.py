@@ -174,9 +174,24 @@ def follow(cache: SPLACache, rows: Mapping[str, Tensor], steps: list[tuple[int, 
             for i in range(count):
                 row = b * count + i
                 free = chosen_blocks(cache, cache.width * cache.page_size // cache.part.geometry.block)
+                if free is not None:
+                    free = free[row : row + 1, ..., : -(-(s + i + 1) // cache.part.geometry.block)]
+                    assert selection_gap(spec, alone, s + i + 1, free) <= TOLERANCE[cache.dtype][2]
                 got.append(o[b, i])
-                want.append(last_row(spec, alone, s + i + 1, None if free is None else free[row : row + 1])[0])
+                want.append(last_row(spec, alone, s + i + 1, free)[0])
         cache.accept(torch.tensor(kept, dtype=torch.int32, device=device))
         held = [s + k for s, k in zip(held, kept, strict=True)]
         assert cache.seqlens.tolist() == held
     return relative(torch.stack(got), torch.stack(want))
+
+
+def selection_gap(spec: SPLASpec, rows: dict[str, Tensor], length: int, free: Tensor) -> float:
+    """How far a choice is from the definition's: 0 if equal, small where scores tie, infinite if not a choice."""
+    want = last_row(spec, rows, length, None, wanted="free")
+    if torch.equal(free, want):
+        return 0.0
+    if not torch.equal(free.sum(-1), want.sum(-1)):
+        return float("inf")
+    score = last_row(spec, rows, length, None, wanted="score")
+    gap = score.masked_fill(~want | free, 0).sum(-1) - score.masked_fill(~free | want, 0).sum(-1)
+    return float((gap / score.amax(-1)).max())
