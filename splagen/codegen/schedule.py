@@ -227,7 +227,7 @@ def _score_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) 
     A top-k sorts every tile of blocks once per tile of queries: few tiles per program where the lists are long.
     """
     cells = [a.width[0] for a in kernel.inputs if a.layout == "cell_rows"]
-    rows = len(cells) * cells[0]  # a row operand for each statistic
+    rows = len(cells) * min(cells)  # a row operand for each statistic
     if kernel.template == "score_lse":
         block_m, block_c, warps, stages = (128, 64, 8, 3) if size == 2 else (32, 32, 4, 2)
         if size == 2 and len(cells) == 1:

@@ -32,13 +32,19 @@ SPECS = {
     "windows": replace(SMALL, select=replace(SELECT, block_size=32, sinks=0, local=0, statistics=windows())),
     "order 1": replace(SMALL, select=replace(SELECT, metric=lib.taylor(order=1))),
     "cumulant": replace(SMALL, select=replace(SELECT, metric=lib.cumulant(clamp=2.0))),
+    "rank 4": replace(SMALL, select=replace(SELECT, metric=lib.taylor(covariance="rank4"))),
+    "rank 3, cells, head 24": replace(
+        SMALL,
+        head_dim=24,
+        select=replace(SELECT, block_size=32, statistics=CELLS, metric=lib.cumulant(covariance="rank3")),
+    ),
     "no residual": replace(SMALL, linear=None, combine="none"),
     "dense window": replace(SMALL, linear=None, select=None, combine="none", score=lib.sliding_window(20)),
     "dense below": replace(SMALL, dense_below=68),
     "head 24 value 40 group 3": replace(SMALL, head_dim=24, value_dim=40, group_size=3, scale=0.3),
     "group 1": replace(SMALL, group_size=1),
 }
-OFTEN = ("default", "temperature, gate", "windows", "no residual", "dense below", "head 24 value 40 group 3")
+OFTEN = ("default", "rank 4", "temperature, gate", "windows", "no residual", "dense below", "head 24 value 40 group 3")
 LIMIT = {dtype: limits[0] for dtype, limits in TOLERANCE.items()}
 
 
