@@ -34,14 +34,14 @@ class Geometry:
     signs: int
     head_dim: int
     value_dim: int
-    rank: int = 1
+    rank: int = 0  # factors of a covariance
 
     @classmethod
     def of(cls, program: Program) -> Geometry:
         """Read the extents from the program."""
         names = ("g", "m", "C", "n", "s", "d", "e")
         sizes = {a: e for a, e in program.axes if isinstance(e, int)}
-        return cls(*(sizes[a] for a in names), sizes.get("r", 1))
+        return cls(*(sizes[a] for a in names), rank=sizes.get("r", 0))
 
     @property
     def block(self) -> int:
