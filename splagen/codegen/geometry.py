@@ -39,9 +39,9 @@ class Geometry:
     @classmethod
     def of(cls, program: Program) -> Geometry:
         """Read the extents from the program."""
-        names = ("g", "m", "C", "n", "s", "d", "e")
-        sizes = {a: e for a, e in program.axes if isinstance(e, int)}
-        return cls(*(sizes[a] for a in names), rank=sizes.get("r", 0))
+        names = ("g", "m", "C", "n", "s", "d", "e", "r")
+        sizes = {"r": 0} | {a: e for a, e in program.axes if isinstance(e, int)}
+        return cls(*(sizes[a] for a in names))
 
     @property
     def block(self) -> int:
