@@ -109,7 +109,7 @@ SMALL = (
     small("rank 2", (1, 2, 110), fp16=True, linear=None, select=select(metric=lib.taylor(covariance="rank2"))),
     small("rank 4 tile 16 non-causal", (1, 2, 110), causal=False, linear=None,
           select=select(tile=16, metric=lib.taylor(covariance="rank4"))),
-    small("rank 8 cells head 24", (1, 2, 110), head_dim=24, value_dim=16,
+    small("rank 8 cells head 24", (1, 2, 110), head_dim=24, value_dim=16, linear=None,
           select=select(block_size=32, sinks=0, statistics=CELLS, metric=lib.cumulant(covariance="rank8"))),
     small("many sinks and local", (1, 2, 135), select=select(sinks=3, local=4)),
     small("budget 17", (1, 1, 330), group_size=1, select=select(budget=17, sinks=0, local=0, tile=16)),
