@@ -142,7 +142,11 @@ def recall(m: Masses, budget: int) -> dict[str, dict[str, float]]:
 def measure(
     q: Tensor, k: Tensor, *, blocks: Sequence[int] = BLOCKS, budgets: Sequence[int] = BUDGETS, stretches: int = 32
 ) -> list[dict[str, Any]]:
-    """A row for each block size, budget and metric; queries come from the second half of the sequence."""
+    """A row for each block size, budget and metric; queries come from the second half of the sequence.
+
+    Raises:
+        ValueError: nothing is left to choose, because the sequence is short.
+    """
     length = q.shape[1]
     starts = [int(x) for x in torch.linspace(length // 2, length - STRETCH, stretches)]
     rows = []
@@ -153,6 +157,9 @@ def measure(
                 continue
             for name, figures in recall(found, budget).items():
                 rows.append({"block": block, "budget": budget, "metric": name, **figures})
+    if not rows:
+        what = f"a query of {length} positions has no more far blocks than {min(budgets)}"
+        raise ValueError(f"{what}: give a longer sequence, or smaller blocks")
     return rows
 
 

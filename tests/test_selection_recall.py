@@ -1,10 +1,13 @@
 """The recall of metrics: what the best choice, the exact metric and keys of small rank must give."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.selection_recall import METRICS, masses, measure, recall
+from benchmarks.selection_recall import METRICS, main, masses, measure, recall
 from splagen.library import taylor
 
 
@@ -56,3 +59,17 @@ def test_a_budget_that_holds_all_far_blocks_has_no_row() -> None:
     q, k = rows()
     found = measure(q, k, blocks=[16, 32], budgets=[2, 8], stretches=2)
     assert {(r["block"], r["budget"]) for r in found} == {(16, 2), (16, 8), (32, 2)}
+    with pytest.raises(ValueError, match="longer sequence"):
+        measure(q, k, blocks=[64], budgets=[8], stretches=2)
+
+
+def test_a_file_becomes_a_record_and_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    q, k = rows()
+    torch.save({"q": q, "k": k}, tmp_path / "layer.pt")
+    folders = ["--results", str(tmp_path), "--docs", str(tmp_path / "docs")]
+    main(["--qk", str(tmp_path / "layer.pt"), "--length", "290", "--stretches", "2", "--device", "cpu", *folders])
+    figures = json.loads((tmp_path / "selection_recall.json").read_text())["figures"]
+    assert (figures["source"], figures["length"], figures["queries"]) == ("layer", 290, 32)
+    assert {r["metric"] for r in figures["rows"]} == {"best", *METRICS}
+    assert (tmp_path / "docs/selection_recall.png").read_bytes()[:4] == b"\x89PNG"

@@ -51,6 +51,7 @@ GPU = {
     "default": REAL,
     "group 16": replace(REAL, group_size=16),
     "cells, value 64": replace(REAL, value_dim=64, select=replace(REAL.select, statistics=CELLS)),  # type: ignore[type-var]
+    "rank 4": replace(REAL, select=replace(REAL.select, metric=lib.taylor(covariance="rank4"))),  # type: ignore[type-var]
     "no residual, head 80": replace(REAL, head_dim=80, linear=None, combine="none"),
     "normaliser": replace(REAL, linear=Residual(lib.elu1, normaliser=True), combine="add"),
     "head 256": replace(REAL, head_dim=256, value_dim=256),
