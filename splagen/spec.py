@@ -142,6 +142,9 @@ class Select:
         if self.statistics.width and self.block_size < self.statistics.width:
             what = f"select.statistics.width {self.statistics.width} with select.block_size {self.block_size}"
             raise SpecError(what, "a window must fit into a block: a larger block_size, or Statistics()")
+        if self.statistics.width and self.metric.rank:
+            what = f"select.metric.covariance is {self.metric.covariance!r} with overlapping windows"
+            raise SpecError(what, 'windows take covariance "diag"; a low rank takes Statistics(), of blocks or cells')
 
 
 @dataclass(frozen=True)

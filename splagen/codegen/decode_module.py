@@ -14,7 +14,7 @@ from splagen.errors import PartitionError
 from splagen.ir.text import equation_text
 from splagen.spec import SPLASpec
 
-FUNCTIONS = ("log1p", "tanh", "dot_split", "merge_topk")
+FUNCTIONS = ("log1p", "tanh", "dot_split", "merge_topk", "leading_factor")
 
 
 def decode_module_text(part: Decoding, spec: SPLASpec, *, digest: str, spec_text: str) -> str:

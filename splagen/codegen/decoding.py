@@ -155,10 +155,21 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
             columns = [a.width[1] for a in kernel.outputs if a.layout == "sequences" and len(a.width) > 1]
             block_e = min(max(columns, default=16), 32)
             found = {"BLOCK_N": 16, "BLOCK_E": block_e, "num_warps": 8 if wide else 4, "num_stages": 2}
+            if geometry.rank:  # the keys of a cell stay in registers from factor to factor
+                return found | {"num_warps": 8}
             return found | fits
         case "decode_score":
             block_c = 64 if widest <= 128 and not wide and arch != "gfx942" else 32
-            return {"BLOCK_C": block_c, "num_warps": 4, "num_stages": 3 if widest * (1 + wide) <= 256 else 2}
+            stages = 3 if widest * (1 + wide) <= 256 else 2
+            read = sum(a.width[-1] for a in kernel.inputs if a.layout == "pages")
+            while geometry.rank and DTYPES[dtype] * max(stages - 1, 1) * block_c * read > _half_shared(arch):
+                if block_c > 32 or (stages == 2 and block_c > 16):
+                    block_c //= 2
+                elif stages > 1:
+                    stages -= 1
+                else:
+                    break
+            return {"BLOCK_C": block_c, "num_warps": 4, "num_stages": stages}
         case "decode_select":
             block_j = max(16, min(512, 1024 // geometry.cells))
             return {"BLOCK_J": block_j, "BLOCK_S": 16, "num_warps": 4, "num_stages": 1}
@@ -172,6 +183,11 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
         case "decode_merge":
             return {"BLOCK_S": 16, "num_warps": 4, "num_stages": 1}
     raise PartitionError(f"{kernel.name} has no Schedule", hint=f"give the template {kernel.template} one")
+
+
+def _half_shared(arch: str) -> int:
+    """Bytes that two programs on a multiprocessor have each."""
+    return TARGETS[arch].shared_bytes // 2
 
 
 SPLITTING = {"score": 264, "attend": 264, "chunk": 512}

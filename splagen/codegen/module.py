@@ -28,7 +28,7 @@ from splagen.ir.program import Map, Program, Var
 from splagen.ir.text import equation_text
 
 # device functions that kernels call; a template each
-FUNCTIONS = ("log1p", "tanh", "dot_split", "merge_topk", "union_of")
+FUNCTIONS = ("log1p", "tanh", "dot_split", "merge_topk", "union_of", "leading_factor")
 _HEADS = {"query_rows": "Hq", "query_scalars": "Hq", "key_rows": "Hkv", "cell_rows": "Hkv"}
 GENERATOR = 4  # bumped when the text or the numbers of kernels change on purpose
 

@@ -15,6 +15,7 @@ from splagen.ir.program import (
     CumSum,
     Equation,
     Iota,
+    LowRank,
     Lse,
     Map,
     Op,
@@ -66,7 +67,7 @@ def _active(program: Program, inputs: Sequence[Var]) -> set[Var]:
     """Real variables that depend on an input asked for through differentiable operations."""
     active = set(inputs)
     for eq in program.equations:
-        if eq.out.kind == "real" and not isinstance(eq.op, (Iota, TopK)) and active & set(eq.args):
+        if eq.out.kind == "real" and GRADIENT[type(eq.op)] is not _none and active & set(eq.args):
             active.add(eq.out)
     return active
 
@@ -195,4 +196,5 @@ GRADIENT: dict[type[Op], Rule] = {
     CumSum: _cumsum,
     Rename: _rename,
     UnitInverse: _unit_inverse,
+    LowRank: _none,
 }

@@ -32,6 +32,12 @@ SPECS = {
     "windows": replace(SMALL, select=replace(SELECT, block_size=32, sinks=0, local=0, statistics=windows())),
     "order 1": replace(SMALL, select=replace(SELECT, metric=lib.taylor(order=1))),
     "cumulant": replace(SMALL, select=replace(SELECT, metric=lib.cumulant(clamp=2.0))),
+    "rank 4": replace(SMALL, select=replace(SELECT, metric=lib.taylor(covariance="rank4"))),
+    "rank 3, cells, head 24": replace(
+        SMALL,
+        head_dim=24,
+        select=replace(SELECT, block_size=32, statistics=CELLS, metric=lib.cumulant(covariance="rank3")),
+    ),
     "no residual": replace(SMALL, linear=None, combine="none"),
     "dense window": replace(SMALL, linear=None, select=None, combine="none", score=lib.sliding_window(20)),
     "dense below": replace(SMALL, dense_below=68),
@@ -45,6 +51,7 @@ GPU = {
     "default": REAL,
     "group 16": replace(REAL, group_size=16),
     "cells, value 64": replace(REAL, value_dim=64, select=replace(REAL.select, statistics=CELLS)),  # type: ignore[type-var]
+    "rank 4": replace(REAL, select=replace(REAL.select, metric=lib.taylor(covariance="rank4"))),  # type: ignore[type-var]
     "no residual, head 80": replace(REAL, head_dim=80, linear=None, combine="none"),
     "normaliser": replace(REAL, linear=Residual(lib.elu1, normaliser=True), combine="add"),
     "head 256": replace(REAL, head_dim=256, value_dim=256),
