@@ -308,4 +308,4 @@ class SPLACache:
 
 def _span(a: Array, part: Decoding) -> int:
     """Tokens of one row of a page."""
-    return 1 if a.name in ("k_pages", "v_pages") else part.geometry.cell
+    return 1 if a.name in {f"{t.name}_pages" for t in part.tokens} else part.geometry.cell

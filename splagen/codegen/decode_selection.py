@@ -35,8 +35,8 @@ class Statistics:
     keys: Var
 
 
-def statistics_code(selection: Selection, keys: Array) -> Statistics:
-    """Every statistic of a cell whose window of keys is complete; `keys` are their pages."""
+def statistics_code(selection: Selection, pages: Mapping[Var, Array]) -> Statistics:
+    """Every statistic of a cell whose window of keys is complete; `pages` are those of rows of keys."""
     geometry = selection.geometry
     moments = Moments(selection.program, geometry)
     values = {v: moments.statistic(v)[0] for v in selection.statistics}
@@ -53,7 +53,7 @@ def statistics_code(selection: Selection, keys: Array) -> Statistics:
         "cell": geometry.cell,
         "width": width,
         "second": any(expr.has(VARIANCE) for expr in values.values()),
-        "load": PagedRows(geometry, "key", False).load(keys),
+        "load": PagedRows(geometry, "key", False).load(pages[source]),
         "new": source.name,
         "store": "\n".join(lines),
         "bounds": "\n".join(_completed(usable)),

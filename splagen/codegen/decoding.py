@@ -86,7 +86,7 @@ def decoding(spec: SPLASpec) -> Decoding:
     available = {**tokens, **pages, **features}
     code = DecodeCode(walk, available, states)
     selection = Selection.of(program)
-    statistics = statistics_code(selection, pages[keys[0]]) if selection else None
+    statistics = statistics_code(selection, pages) if selection else None
     kernels = [code.append(tokens, pages, features, statistics)]
     if selection and statistics:
         kernels += selection_kernels(selection, {**tokens, **statistics.arrays})

@@ -79,6 +79,10 @@ class _Frontend:
             return b.program(o_s)
         return b.program(self.combine(o_s, self.residual_branch(far, free)))
 
+    def rows(self, branch: str) -> tuple[Var, Var]:
+        """Queries and keys of one branch alone, such as those without the rotation by position that the softmax sees."""
+        return self.b.input(f"q_{branch}", self.q.axes), self.b.input(f"k_{branch}", self.k.axes)
+
     @property
     def scale(self) -> sp.Expr:
         """The softmax scale: 1/sqrt(d) as such, any other as the decimal that the spec gives."""
@@ -104,10 +108,11 @@ class _Frontend:
     def block_score(self, select: Select) -> Var:
         """score[b h T J]: attention mass that the metric expects in a block, per head normalised, summed over heads."""
         b, cell = self.b, self.cell
+        q, k = self.rows("m") if select.own_rows else (self.q, self.k)
         width = select.statistics.width or cell
         second_order = select.metric.order == 2
-        mean = b.reduce("mean", "mean", ("n",), self.k, self.valid)
-        variance = self.variance(mean) if second_order else None
+        mean = b.reduce("mean", "mean", ("n",), k, self.valid)
+        variance = self.variance(k, mean) if second_order else None
         if select.statistics.width:
             mean, variance = self.windows(mean, variance, width // cell)
         start = b.iota("cell", "J", "C")
@@ -119,12 +124,12 @@ class _Frontend:
 
         mask = b.map("usable", usable, qpos, start)
         scale = self.scale
-        a = b.contract("a", (*ROW, "J", "C"), self.q, mean)
+        a = b.contract("a", (*ROW, "J", "C"), q, mean)
         metric = metric_expression(select.metric)
         args = [a]
         values = {symbol("a"): scale * symbol("x0")}
         if variance is not None:
-            q2 = b.map("q2", lambda x: x * x, self.q)
+            q2 = b.map("q2", lambda x: x * x, q)
             args.append(b.contract("kappa", (*ROW, "J", "C"), q2, variance))
             values[symbol("kappa")] = scale**2 * symbol("x1")
         if not complete:
@@ -144,8 +149,8 @@ class _Frontend:
             return b.reduce("score", "sum", ("g", "m", "C"), share)
         return self.max_pool(share)
 
-    def variance(self, mean: Var) -> Var:
-        square = self.b.map("centred2", lambda x, mu: (x - mu) ** 2, self.k, mean)
+    def variance(self, k: Var, mean: Var) -> Var:
+        square = self.b.map("centred2", lambda x, mu: (x - mu) ** 2, k, mean)
         return self.b.reduce("variance", "mean", ("n",), square, self.valid)
 
     def windows(self, mean: Var, variance: Var | None, cells: int) -> tuple[Var, Var | None]:
@@ -206,9 +211,10 @@ class _Frontend:
         """o_r: linear attention over the far blocks not chosen; exactly 0 where there are none (gate)."""
         b, linear = self.b, self.spec.linear
         assert linear is not None
+        q, k = self.rows("r") if linear.own_rows else (self.q, self.k)
         tau = b.input("temperature", ("h",)) if linear.temperature else None
-        phi_q = self.features("phi_q", self.q, linear.feature_map, tau)
-        phi_k = self.features("phi_k", self.k, linear.feature_map, tau)
+        phi_q = self.features("phi_q", q, linear.feature_map, tau)
+        phi_k = self.features("phi_k", k, linear.feature_map, tau)
         rest = b.map("rest", lambda f, chosen: sp.And(f, sp.Not(chosen)), far, free)
         left = b.reduce("n_unsel", "sum", ("J",), rest)
         total = b.contract("rest_kv", (*ROW, "e"), rest, self.valid, phi_q, phi_k, self.v)

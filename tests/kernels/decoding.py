@@ -12,7 +12,8 @@ from splagen.spec import SPLASpec
 from splagen.verification import relative_error
 from tests.ir.blocked import blocked, plain_rows
 
-BY_TOKEN = ("q", "k", "v", "gate_s", "gate_r")
+ROWS = ("q", "k", "v", "q_m", "k_m", "q_r", "k_r")
+BY_TOKEN = (*ROWS, "gate_s", "gate_r")
 
 
 def inputs(
@@ -40,9 +41,13 @@ def inputs(
         "gate_s": normal(batch, length, heads),
         "gate_r": normal(batch, length, heads),
         "temperature": normal(kv_heads) / 4,
+        "q_m": normal(batch, length, heads, spec.head_dim),
+        "k_m": normal(batch, length, kv_heads, spec.head_dim),
+        "q_r": normal(batch, length, heads, spec.head_dim),
+        "k_r": normal(batch, length, kv_heads, spec.head_dim),
     }
     wanted = [v.name for v in spla_program(spec).inputs]
-    return {n: rows[n].to(device=device, dtype=dtype if n in "qkv" else torch.float32) for n in wanted}
+    return {n: rows[n].to(device=device, dtype=dtype if n in ROWS else torch.float32) for n in wanted}
 
 
 def tokens(rows: Mapping[str, Tensor], t: int) -> list[Tensor]:
@@ -68,7 +73,7 @@ def last_row(spec: SPLASpec, rows: Mapping[str, Tensor], length: int, free: Tens
     for n, x in rows.items():
         x = x.double()
         x = x[:, :length] if n in BY_TOKEN else x
-        x = x[:, length - 1 :] if n in BY_TOKEN and n not in ("k", "v") and tiled else x
+        x = x[:, length - 1 :] if n in BY_TOKEN and n[0] not in "kv" and tiled else x
         seen[n] = x.unflatten(0, (-1, spec.group_size)) if n.startswith("gamma") else x
     arrays = blocked(spec, seen)
     blocks = arrays["k"].shape[2]

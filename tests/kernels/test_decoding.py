@@ -37,8 +37,17 @@ SPECS = {
     "dense below": replace(SMALL, dense_below=68),
     "head 24 value 40 group 3": replace(SMALL, head_dim=24, value_dim=40, group_size=3, scale=0.3),
     "group 1": replace(SMALL, group_size=1),
+    "own rows": replace(SMALL, select=replace(SELECT, own_rows=True), linear=Residual(own_rows=True)),
 }
-OFTEN = ("default", "temperature, gate", "windows", "no residual", "dense below", "head 24 value 40 group 3")
+OFTEN = (
+    "default",
+    "temperature, gate",
+    "windows",
+    "no residual",
+    "dense below",
+    "head 24 value 40 group 3",
+    "own rows",
+)
 LIMIT = {dtype: limits[0] for dtype, limits in TOLERANCE.items()}
 
 
