@@ -80,7 +80,7 @@ class _Frontend:
         return b.program(self.combine(o_s, self.residual_branch(far, free)))
 
     def rows(self, branch: str) -> tuple[Var, Var]:
-        """Queries and keys of one branch alone, such as those without the rotation by position that the softmax sees."""
+        """Queries and keys of one branch alone, such as those before the rotation by position."""
         return self.b.input(f"q_{branch}", self.q.axes), self.b.input(f"k_{branch}", self.k.axes)
 
     @property

@@ -36,8 +36,9 @@ def derive_gradient(program: Program, wrt: Sequence[str] | None = None) -> Progr
     """The program followed by the equations of its gradient.
 
     For every output y a new input dy holds its cotangent; for every real input x in `wrt` (None: those that an output
-    depends on through differentiable operations) `gradients` names the variable that holds dx.  Rewrite, for y = f(x):   dx += (df/dx)^T dy.
-    Law: equals torch autograd of the oracle.  Raises ProgramError if an output does not depend on an input asked for.
+    depends on through differentiable operations) `gradients` names the variable that holds dx.  Rewrite, for y = f(x):
+    dx += (df/dx)^T dy.  Law: equals torch autograd of the oracle.  Raises ProgramError if an output does not depend on
+    an input asked for.
     """
     inputs = [v for v in program.inputs if v.kind == "real" and (wrt is None or v.name in wrt)]
     active = _active(program, inputs)
