@@ -1,0 +1,22 @@
+"""Modules of layers are written once per run; CPU rows of every dtype can go through the equations."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def by_equations(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module], None]:
+    """Have a layer's op evaluate its equations on the CPU, as it does without TRITON_INTERPRET."""
+
+    def apply(layer: nn.Module) -> None:
+        monkeypatch.setitem(layer.generated.op.__globals__, "INTERPRETED", False)  # type: ignore[union-attr]
+
+    return apply
