@@ -89,6 +89,12 @@ class StepCache:
         for _ in range(sequences):
             self.paged.allocate(tokens)
 
+    def reset(self) -> None:
+        """Empty sequences in the same pages."""
+        for slot in range(self.paged.sequences):
+            self.paged.reset(slot)
+        self.length = 0
+
     def attend(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The output [B, L, Hq, E] at L new positions from the op's inputs at these positions, by name.
 

@@ -1,15 +1,9 @@
-"""Modules of layers are written once per run; CPU rows of every dtype can go through the equations."""
+"""CPU rows of every dtype can go through the equations."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from torch import nn
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
 
 
 @pytest.fixture
