@@ -19,6 +19,26 @@ M = TypeVar("M", bound=nn.Module)
 UNCHANGED = ("none", "add", "rms_residual", "gate")
 
 
+def spec_for(model: PreTrainedModel, **fields: Any) -> SPLASpec:
+    """A spec with the head_dim and group_size of a model, to be converted to it.
+
+    Args:
+        model: a causal language model.
+        fields: of `SPLASpec`; combine is "rms_residual" if it is left out, and "none" with `linear=None`.
+
+    Raises:
+        SpecError: a field that `SPLASpec` refuses.
+    """
+    config = model.config
+    heads = config.num_attention_heads
+    sizes = {
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "group_size": heads // config.num_key_value_heads,
+    }
+    combine = "none" if fields.get("linear", True) is None else "rms_residual"
+    return SPLASpec(**{**sizes, "combine": combine, **fields})
+
+
 def convert(model: M, spec: SPLASpec, *, folder: str | Path | None = None) -> M:
     """Replace the attention of a dense causal model by a spec of SPLA, in place; returns the model.
 

@@ -76,6 +76,12 @@ def test_beyond_the_budget_conversion_starts_as_block_sparse_attention(combine: 
     assert (logits(model, ids) - sparse)[:, -1].abs().max() > 1e-4
 
 
+def test_a_spec_has_the_sizes_of_its_model() -> None:
+    assert hf.spec_for(llama(), select=SELECT) == SPEC
+    assert hf.spec_for(qwen3(), select=SELECT, linear=None) == replace(SPEC, linear=None, combine="none")
+    assert hf.spec_for(llama(), combine="gate").combine == "gate"
+
+
 def test_learned_inputs_get_gradients(folder: Path) -> None:
     model, ids = hf.convert(qwen3(), UNROTATED, folder=folder), tokens(1)
     stir(model)
