@@ -102,7 +102,7 @@ def bf16_interpreter() -> None:
 
 @pytest.fixture(scope="session")
 def fast_sort() -> None:
-    """Make Triton's interpreter sort fast for the rest of this process, of which a top-k takes most; none on a GPU."""
+    """Make Triton's interpreter sort fast for the rest of this process: a top-k would take most of the time."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         from tests.interpreter_sort import patch
 

@@ -86,8 +86,8 @@ class SplagenLayer(CacheLayerMixin):  # type: ignore[misc]
 class SplagenCache(Cache):  # type: ignore[misc]
     """`past_key_values` of `generate()` for a model with `attn_implementation="splagen"`.
 
-    A token costs one step of decoding, which reads few blocks of the past; a prompt costs as many steps as it has
-    tokens.  Sequences of a batch have one length.
+    A token costs one step of decoding, which reads few blocks of the past; a prompt costs one for every 8 tokens.
+    Sequences of a batch have one length.
     """
 
     def __init__(self, config: Any, tokens: int, *, folder: str | Path | None = None) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 import splagen
 from splagen import settings
 from splagen.errors import InputError, SpecError
+from splagen.paged_cache import MOST_TOKENS
 from splagen.spec import SPLASpec
 from splagen.sse_spec import SSESpec
 
@@ -55,7 +56,7 @@ def _after(past: int, x: Tensor) -> Tensor:
 
 
 class StepCache:
-    """A `splagen.SPLACache` of one layer: a token costs one step of decoding, a prompt as many as it has tokens.
+    """A `splagen.SPLACache` of one layer: a step of decoding for a token, and one for every 8 tokens of a prompt.
 
     Steps run on a GPU or in Triton's interpreter and have no gradient.
 
@@ -83,8 +84,9 @@ class StepCache:
         """
         library = splagen.generate_decoding(spec, settings.cache_dir() / "kernels" if folder is None else folder)
         self.paged = splagen.SPLACache(
-            library, sequences=sequences, kv_heads=kv_heads, tokens=tokens, dtype=dtype, device=device
-        )
+            library, sequences=sequences, kv_heads=kv_heads, tokens=tokens, dtype=dtype, device=device,
+            step_tokens=MOST_TOKENS,
+        )  # fmt: skip
         self.length, self.tokens = 0, tokens
         for _ in range(sequences):
             self.paged.allocate(tokens)
@@ -106,12 +108,13 @@ class StepCache:
             what = f"{new} more positions after {self.length} in a cache for {self.tokens}"
             raise InputError(what, "make a longer cache")
         given = {n: inputs[n].detach() for n in (a.name for a in self.paged.part.tokens)}
+        by_token = {*KEY_ROWS, *QUERY_ROWS}
         found = [
-            self.paged.step(*(x[:, t] if n in KEY_ROWS + QUERY_ROWS else x for n, x in given.items()))
-            for t in range(new)
+            self.paged.step(*(x[:, t : t + MOST_TOKENS].contiguous() if n in by_token else x for n, x in given.items()))
+            for t in range(0, new, MOST_TOKENS)
         ]
         self.length += new
-        return torch.stack(found, 1)
+        return torch.cat(found, 1)
 
 
 class StateCache:
