@@ -90,7 +90,7 @@ def decoding(spec: SPLASpec) -> Decoding:
     available = {**tokens, **pages, **numbers, **features}
     code = DecodeCode(walk, available, states)
     selection = Selection.of(program)
-    statistics = statistics_code(selection, tokens, pages[keys[0]]) if selection else None
+    statistics = statistics_code(selection, tokens, pages) if selection else None
     kernels = [code.append(tokens, pages, numbers, features, statistics)]
     if selection and statistics:
         kernels += selection_kernels(selection, {**tokens, **statistics.arrays})

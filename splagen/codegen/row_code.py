@@ -114,7 +114,7 @@ class RowCode:
         """
         piece = self.compute(wanted, {})
         lines = list(piece.lines)
-        like = self.program.inputs[0].name
+        like = self._like(piece)
         for v in wanted:
             if v in self.available:
                 continue
@@ -127,6 +127,12 @@ class RowCode:
             else:
                 lines.append(f"{v.name} = {source}.to({like}.dtype)")
         return Piece(tuple(lines), piece.arrays, piece.equations, {v: v.name for v in wanted})
+
+    def _like(self, piece: Piece) -> str:
+        """A row in the input type that the kernel holds: q, or where it is not read another that is."""
+        q = self.program.inputs[0]
+        held = [a.name for a in piece.arrays if a.dtype == "input" and a.features and a.layout != "head_rows"]
+        return q.name if self.side == "key" or q in self.loaded or not held else held[0]
 
     def columns_of(self, variables: Iterable[Var]) -> list[str]:
         """Lines that define the columns of these rows, and of their padding, once per kernel."""
