@@ -52,6 +52,7 @@ _HOME = {
     "source": "pipeline",
     "generate": "pipeline",
     "generate_decoding": "pipeline",
+    "generate_packed": "pipeline",
     "SPLACache": "paged_cache",
     "load": "pipeline",
     "Library": "pipeline",
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     from splagen.pipeline import Library as Library
     from splagen.pipeline import generate as generate
     from splagen.pipeline import generate_decoding as generate_decoding
+    from splagen.pipeline import generate_packed as generate_packed
     from splagen.pipeline import kernels as kernels
     from splagen.pipeline import load as load
     from splagen.pipeline import lowered as lowered

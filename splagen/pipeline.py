@@ -19,6 +19,8 @@ from splagen.autotune.tuner import Target, Tuned
 from splagen.codegen.decode_module import decode_module_text
 from splagen.codegen.decoding import decoding
 from splagen.codegen.files import import_file, write_generated
+from splagen.codegen.packed_module import packed_module_text
+from splagen.codegen.packed_partition import PackedPartition, packed_partition
 from splagen.codegen.partition import Partition
 from splagen.codegen.sequence_partition import SequencePartition
 from splagen.errors import InputError
@@ -59,6 +61,18 @@ class DecodingLibrary(Library):
     def op(self) -> Callable[..., Any]:
         """The step: one token per sequence of a cache."""
         return getattr(self.module, f"{self.spec.name}_step")  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class PackedLibrary(Library):
+    """A generated module for packed sequences on disk."""
+
+    spec: SPLASpec
+
+    @property
+    def op(self) -> Callable[..., Any]:
+        """The differentiable torch op: rows of all sequences one behind the other, and where each begins."""
+        return getattr(self.module, f"{self.spec.name}_varlen")  # type: ignore[no-any-return]
 
 
 def program(spec: Spec) -> Program:
@@ -125,6 +139,29 @@ def generate_decoding(spec: SPLASpec, out: str | Path) -> DecodingLibrary:
     path = Path(out) / f"{spec.name}_decode_{short}.py"
     write_generated(path, decode_module_text(decoding(spec), spec, digest=short, spec_text=to_toml(spec)))
     return DecodingLibrary(spec, path)
+
+
+def generate_packed(spec: SPLASpec, out: str | Path) -> PackedLibrary:
+    """Write `{name}_varlen_{digest8}.py` into `out`: the op on packed sequences, `cu_seqlens` and `max_seqlen`.
+
+    Raises:
+        InputError: the spec is not an SPLASpec.
+        GeneratedFileError: a foreign file is in the way.
+    """
+    if not isinstance(spec, SPLASpec):
+        raise InputError(f"no packed module of kind {spec.kind}", hint="the op of an SSESpec takes cu_seqlens as it is")
+    short = digest(spec)[:8]
+    path = Path(out) / f"{spec.name}_varlen_{short}.py"
+    part = packed_kernels(spec)
+    write_generated(path, packed_module_text(part, name=spec.name, digest=short, spec_text=to_toml(spec)))
+    return PackedLibrary(spec, path)
+
+
+def packed_kernels(spec: SPLASpec) -> PackedPartition:
+    """The kernels of packed sequences."""
+    found = kernels(spec)
+    assert isinstance(found, Partition)
+    return packed_partition(found)
 
 
 def load(spec: Spec) -> Callable[..., Any]:
