@@ -57,6 +57,7 @@ _HOME = {
     "load": "pipeline",
     "Library": "pipeline",
     "verify": "pipeline",
+    "verify_packed": "pipeline",
     "tune": "pipeline",
 }
 __all__ = ["__version__", *_HOME]
@@ -96,6 +97,7 @@ if TYPE_CHECKING:
     from splagen.pipeline import source as source
     from splagen.pipeline import tune as tune
     from splagen.pipeline import verify as verify
+    from splagen.pipeline import verify_packed as verify_packed
     from splagen.spec import Numerics as Numerics
     from splagen.spec import Residual as Residual
     from splagen.spec import Select as Select

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,7 @@ class PackedOracle:
     def parts(self, bounds: Tensor, longest: int) -> Iterator[Part]:
         """The sequences that have a token."""
         ends = bounds.tolist()
-        for number, (first, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+        for number, (first, end) in enumerate(itertools.pairwise(ends)):
             if length := min(end - first, longest):
                 yield Part(number, first, length, self.tile)
 

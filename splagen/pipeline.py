@@ -10,7 +10,7 @@ from typing import Any, overload
 
 import torch
 
-from splagen import settings
+from splagen import packed_verification, settings
 from splagen.autotune import tuner
 from splagen.autotune.device import this_device
 from splagen.autotune.search import EFFORTS, Progress
@@ -240,12 +240,39 @@ def verify(
     """
     if not isinstance(library, Library):
         library = generate(library, settings.cache_dir() / "kernels")
-    if device == "cpu" and not settings.interpreted():
-        raise InputError("the kernels run on a GPU or in Triton's interpreter", hint="set TRITON_INTERPRET=1")
+    _need_kernels(device)
     spec = library.spec
     shapes = default_shapes(spec, device) if shapes is None else shapes
     truth = oracle(to_toml(spec))
     return kind_of(spec).verify(library.module, truth, shapes=shapes, dtypes=dtypes, device=device, seed=seed)
+
+
+def verify_packed(
+    library: PackedLibrary,
+    *,
+    lengths: Sequence[int],
+    heads: int | None = None,
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+    device: str = "cpu",
+    seed: int = 0,
+) -> Report:
+    """Compare the kernels of packed sequences of these lengths with the oracle; `heads` of queries, None is one group.
+
+    On the CPU the kernels run in Triton's interpreter, as in `verify`.
+
+    Raises:
+        InputError: no GPU is asked for, and the kernels are not interpreted.
+    """
+    _need_kernels(device)
+    heads = library.spec.group_size if heads is None else heads
+    return packed_verification.verify(
+        library.module, lengths=lengths, heads=heads, dtypes=dtypes, device=device, seed=seed
+    )
+
+
+def _need_kernels(device: str) -> None:
+    if device == "cpu" and not settings.interpreted():
+        raise InputError("the kernels run on a GPU or in Triton's interpreter", hint="set TRITON_INTERPRET=1")
 
 
 def default_shapes(spec: Spec, device: str) -> list[Shape]:

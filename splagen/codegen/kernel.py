@@ -20,6 +20,7 @@ Layout: TypeAlias = Literal[
     "counts",  # [B, Hkv, nT]
     "work",  # the inverse index: which queries chose each key block, cut into segments; `features` names more of it
     "index",  # what the inverse index is made from and consists of, contiguous
+    "bounds",  # [sequences + 1]: where each of packed sequences begins
     "segments",  # [B, Hkv, segments, BLOCK, width]: partial sums of key rows
     "parts",  # [B, Hkv, nT, budget, TILE * GROUP(, width)]: what each chosen block gives to a query row
     "partials",  # one partial sum per program, summed over programs by the launcher

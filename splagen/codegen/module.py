@@ -226,7 +226,8 @@ def _calls(kernels: list[Kernel], keep: set[str], last: str) -> list[str]:
         call = f"launch_{k.name}({arguments})"
         if any(a.layout == "work" for a in k.inputs):
             indices = "block_indices" if "block_indices" in keep else "None"
-            index = f"work = inverse_index(n, {indices})"
+            given = ", ".join(["n", *(a.name for a in k.inputs if a.layout == "bounds"), indices])
+            index = f"work = inverse_index({given})"
             if index not in lines:
                 lines.append(index)
         outputs = ", ".join(a.name for a in k.outputs)

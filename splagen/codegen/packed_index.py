@@ -53,7 +53,7 @@ def _block_keys(packing: Packing) -> Kernel:
         inputs=(BOUNDS, INDICES),
         outputs=(_KEYS,),
         holes={
-            "doc": "Chosen blocks by one number among those of all sequences and heads; before a head's blocks, no block (-1).",
+            "doc": "Chosen blocks by number, all sequences and heads in one row; no block (-1) stands before a head's.",
             "ends": packing.ends.before(1),
         },
         grid="",

@@ -39,7 +39,7 @@ def packed_module_text(part: PackedPartition, *, name: str, digest: str, spec_te
     forward_out = [a.name for a in (*part.outputs, *part.saved)]
     kernels = [{"device": kernel_text(k), "host": host.launcher(k, constants)} for k in part.kernels]
     index = packed_index_text(walk, part.index)
-    schedules = default_schedules(part.kernels, geometry, part.strategies)
+    schedules = default_schedules(part.batch, geometry, part.strategies)
     content = hashlib.sha256(repr((GENERATOR, kernels, index, schedules)).encode()).hexdigest()[:8]
     return render(
         "packed_module",

@@ -15,10 +15,12 @@ from splagen.codegen.tile_code import Walk
 class PackedPartition(Partition):
     """Kernels for packed sequences; `index` has those that make the inverse index.
 
-    Sequences of one call may be short and long: `dense` is None, the kernels hold for every length.
+    Sequences of one call may be short and long: `dense` is None, the kernels hold for every length.  `batch` has the
+    kernels of a batch, by whose arrays Schedules are chosen: a sequence gets the bits that it gets alone.
     """
 
     index: tuple[Kernel, ...] = ()
+    batch: tuple[Kernel, ...] = ()
 
 
 def packed_partition(part: Partition) -> PackedPartition:
@@ -37,4 +39,5 @@ def packed_partition(part: Partition) -> PackedPartition:
         part.cotangents,
         part.gradients,
         index=packed_index_kernels(walk),
+        batch=tuple(part.kernels),
     )

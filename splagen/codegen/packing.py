@@ -5,7 +5,7 @@ sequence is a batch of one: the lines in the place of `Kernel.batch` load the le
 the sequence's part of the array begins.  What stands below them, predicates over L and addresses, stays as it is.
 
 Arrays by tile, block, chunk or segment have as much room as the sequences before can need: s sequences with together t
-tokens have at most t // unit + s tiles of `unit` tokens.  So `first_token` tells where everything of a sequence lies, and
+tokens have at most t // unit + s tiles of `unit` tokens.  So `first_token` tells where everything of a sequence lies:
 no table of offsets is made.
 """
 
@@ -23,7 +23,7 @@ from splagen.codegen.tile_code import Walk
 from splagen.codegen.unions import lists_text
 from splagen.errors import PartitionError
 
-BOUNDS = Array("bounds", "index", dtype="int32")  # [sequences + 1], never falling, from 0 to the tokens at the most
+BOUNDS = Array("bounds", "bounds", dtype="int32")  # never falling, from 0 to the tokens at the most
 LENGTHS = "lengths"  # of the inverse index: tiles that a segment of each sequence has at the most
 _HEADS = {"Hkv": "Hkv", "Hq": "(Hkv * GROUP)"}
 
@@ -73,7 +73,8 @@ class Packing:
         name = kernel.batch.partition(" ")[0]
         # of arrays that begin where the sequence's do, the sequence is the first
         own = "b = 0" if name == "b" else f"{name} = (tl.program_id(1) % Hkv).to(tl.int64)"
-        lines = [*self.place(f"tl.program_id(1) // {self._heads(kernel)}"), *self.leave(kernel), *self.moves(kernel), own]
+        place = self.place(f"tl.program_id(1) // {self._heads(kernel)}")
+        lines = [*place, *self.leave(kernel), *self.moves(kernel), own]
         return replace(kernel, inputs=(*inputs, BOUNDS), scalars=scalars, batch="\n".join(lines))
 
     def place(self, sequence: str) -> list[str]:
@@ -128,11 +129,13 @@ class Packing:
         grid = kernel.grid.replace("work.segments", "(2 * nJ)")
         for name, value in values.items():
             grid = re.sub(rf"\b{name}\b", str(value), grid)
-        whole = ast.parse(re.sub(r"\bL\b", length, grid), mode="eval").body
+        whole = ast.parse(grid, mode="eval").body
         assert isinstance(whole, ast.Tuple)
-        if not re.search(r"\bL\b", ast.unparse(ast.parse(grid, mode="eval").body.elts[0])):  # type: ignore[attr-defined]
+        first = ast.unparse(whole.elts[0])
+        if not re.search(r"\bL\b", first):
             return ""
-        return ast.unparse((_OnHost() if host else _InKernel()).visit(whole.elts[0]))
+        count = ast.parse(re.sub(r"\bL\b", length, first), mode="eval").body
+        return ast.unparse((_OnHost() if host else _InKernel()).visit(count))
 
     def _programs_before(self, kernel: Kernel, *, host: bool = False) -> str:
         """Programs that the sequences before have at the most; all of them, for the host."""
@@ -248,7 +251,7 @@ class _OnHost(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> ast.expr:
         self.generic_visit(node)
         match node:
-            case ast.Call(ast.Name("cdiv"), [ast.Constant(over), ast.Constant(under)]):
+            case ast.Call(ast.Name("cdiv"), [ast.Constant(int(over)), ast.Constant(int(under))]):
                 return ast.Constant(-(-over // under))
             case ast.Call(ast.Name("cdiv"), [over, ast.Constant(1)]):
                 return over

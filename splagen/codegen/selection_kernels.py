@@ -23,7 +23,6 @@ from splagen.errors import PartitionError
 from splagen.ir.program import Equation, Iota, TopK, Var
 from splagen.ir.text import equation_text
 
-
 LAST_FIRST = "tl.num_programs(0) - 1 - tl.program_id(0)"
 
 
