@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from splagen.codegen.decode_kernels import DecodeCode, State
+from splagen.codegen.decode_kernels import DecodeCode
 from splagen.codegen.decode_selection import selection_kernels, statistics_code
+from splagen.codegen.decode_states import State
 from splagen.codegen.geometry import Geometry, array_of, features_of, is_key_row, is_query_row, is_state, is_tile_value
 from splagen.codegen.kernel import Array, Choice, Kernel
 from splagen.codegen.schedule import DTYPES, TARGETS
@@ -86,7 +87,7 @@ def decoding(spec: SPLASpec) -> Decoding:
     available = {**tokens, **pages, **features}
     code = DecodeCode(walk, available, states)
     selection = Selection.of(program)
-    statistics = statistics_code(selection, pages[keys[0]]) if selection else None
+    statistics = statistics_code(selection, tokens, pages[keys[0]]) if selection else None
     kernels = [code.append(tokens, pages, features, statistics)]
     if selection and statistics:
         kernels += selection_kernels(selection, {**tokens, **statistics.arrays})
@@ -95,7 +96,7 @@ def decoding(spec: SPLASpec) -> Decoding:
     _check_coverage(program, kernels)
     paged = (*pages.values(), *(statistics.arrays.values() if statistics else ()))
     carried = tuple(s.array(geometry) for s in states)
-    known = {a.name for a in (*tokens.values(), *paged, *carried, output)} | {"seqlens", "page_table"}
+    known = {a.name for a in (*tokens.values(), *paged, *carried, output)} | {"seqlens", "settled", "page_table"}
     scratch = {a.name: a for k in kernels for a in k.arrays if a.name not in known}
     window = int(str(statistics.holes["width"])) if statistics else geometry.cell
     return Decoding(
