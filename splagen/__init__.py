@@ -55,6 +55,7 @@ _HOME = {
     "generate_packed": "pipeline",
     "SPLACache": "paged_cache",
     "load": "pipeline",
+    "load_packed": "pipeline",
     "Library": "pipeline",
     "verify": "pipeline",
     "verify_packed": "pipeline",
@@ -92,6 +93,7 @@ if TYPE_CHECKING:
     from splagen.pipeline import generate_packed as generate_packed
     from splagen.pipeline import kernels as kernels
     from splagen.pipeline import load as load
+    from splagen.pipeline import load_packed as load_packed
     from splagen.pipeline import lowered as lowered
     from splagen.pipeline import program as program
     from splagen.pipeline import source as source

@@ -46,9 +46,14 @@ class Library:
         return _imported(self.path)
 
     @property
+    def op_name(self) -> str:
+        """What the op is called in the module."""
+        return self.spec.name
+
+    @property
     def op(self) -> Callable[..., Any]:
         """The differentiable torch op of the spec."""
-        return getattr(self.module, self.spec.name)  # type: ignore[no-any-return]
+        return getattr(self.module, self.op_name)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,9 @@ class DecodingLibrary(Library):
     spec: SPLASpec
 
     @property
-    def op(self) -> Callable[..., Any]:
-        """The step: one token per sequence of a cache."""
-        return getattr(self.module, f"{self.spec.name}_step")  # type: ignore[no-any-return]
+    def op_name(self) -> str:
+        """Its op is the step: one token per sequence of a cache."""
+        return f"{self.spec.name}_step"
 
 
 @dataclass(frozen=True)
@@ -70,9 +75,9 @@ class PackedLibrary(Library):
     spec: SPLASpec
 
     @property
-    def op(self) -> Callable[..., Any]:
-        """The differentiable torch op: rows of all sequences one behind the other, and where each begins."""
-        return getattr(self.module, f"{self.spec.name}_varlen")  # type: ignore[no-any-return]
+    def op_name(self) -> str:
+        """Its op takes rows of all sequences one behind the other, and where each begins."""
+        return f"{self.spec.name}_varlen"
 
 
 def program(spec: Spec) -> Program:
@@ -141,32 +146,47 @@ def generate_decoding(spec: SPLASpec, out: str | Path) -> DecodingLibrary:
     return DecodingLibrary(spec, path)
 
 
-def generate_packed(spec: SPLASpec, out: str | Path) -> PackedLibrary:
+def generate_packed(spec: Spec, out: str | Path) -> PackedLibrary:
     """Write `{name}_varlen_{digest8}.py` into `out`: the op on packed sequences, `cu_seqlens` and `max_seqlen`.
 
     Raises:
         InputError: the spec is not an SPLASpec.
         GeneratedFileError: a foreign file is in the way.
     """
-    if not isinstance(spec, SPLASpec):
-        raise InputError(f"no packed module of kind {spec.kind}", hint="the op of an SSESpec takes cu_seqlens as it is")
-    short = digest(spec)[:8]
+    spec = _packable(spec)
+    short, part = digest(spec)[:8], packed_kernels(spec)
     path = Path(out) / f"{spec.name}_varlen_{short}.py"
-    part = packed_kernels(spec)
     write_generated(path, packed_module_text(part, name=spec.name, digest=short, spec_text=to_toml(spec)))
     return PackedLibrary(spec, path)
 
 
-def packed_kernels(spec: SPLASpec) -> PackedPartition:
-    """The kernels of packed sequences."""
-    found = kernels(spec)
+def packed_kernels(spec: Spec) -> PackedPartition:
+    """The kernels of packed sequences.  Raises InputError if the spec is not an SPLASpec."""
+    found = kernels(_packable(spec))
     assert isinstance(found, Partition)
     return packed_partition(found)
+
+
+def _packable(spec: Spec) -> SPLASpec:
+    if not isinstance(spec, SPLASpec):
+        raise InputError(f"no packed module of kind {spec.kind}", hint="its op takes cu_seqlens as it is: generate it")
+    return spec
 
 
 def load(spec: Spec) -> Callable[..., Any]:
     """The op of a spec, generated under the cache directory and imported; it takes the Schedules that were tuned."""
     library = generate(spec, settings.cache_dir() / "kernels")
+    if not settings.interpreted():
+        vars(library.module)["TUNED"] = TunedSchedules(spec)
+    return library.op
+
+
+def load_packed(spec: SPLASpec) -> Callable[..., Any]:
+    """The op on packed sequences, generated under the cache directory and imported.
+
+    It takes the Schedules that were tuned for the op of a batch of as many sequences of max_seqlen tokens.
+    """
+    library = generate_packed(spec, settings.cache_dir() / "kernels")
     if not settings.interpreted():
         vars(library.module)["TUNED"] = TunedSchedules(spec)
     return library.op

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from splagen import library as lib
 from splagen import pipeline
+from splagen.codegen.compile import compile_module, raise_if_failed
 from splagen.codegen.geometry import Geometry
 from splagen.codegen.packing import Packing
 from splagen.codegen.partition import Partition
@@ -36,6 +37,8 @@ TILES = SPLASpec(
     linear=Residual(lib.elu1, temperature=True, normaliser=True),
     combine="gate",
 )
+REAL = SPLASpec(head_dim=64, group_size=4, select=Select(budget=4))
+REAL_LENGTHS = (1000, 0, 1, 63, 65, 4095, 64)
 LENGTHS = (20, 0, 1, 66, BLOCK)  # empty, one token, below the budget, off the grid of blocks, on it
 BEFORE, BEHIND = 3, 2  # tokens of no sequence
 
@@ -211,6 +214,20 @@ def test_the_op_registers_as_torch_wants_it(tmp_path: Path) -> None:
     torch.library.opcheck(module.forward_op, (q, k, v, bounds, 5), test_utils=checks)
 
 
+@pytest.mark.slow
+def test_one_compiled_graph_serves_all_lengths(tmp_path: Path) -> None:
+    """The whole call is one graph, which knows T, the sequences and max_seqlen by symbols."""
+    op = pipeline.generate_packed(DENSE, tmp_path).op
+    compiled = torch.compile(op, fullgraph=True, dynamic=True, backend="aot_eager")
+    for ends, longest in (([0, 4, 9], 5), ([0, 20, 20, 31], 20), ([0, 12, 40, 41], 28)):
+        q, k, v = rows(DENSE, ends[-1], torch.float32).values()
+        bounds = torch.tensor(ends, dtype=torch.int32)
+        found, right = (f(q, k, v, bounds, longest) for f in (compiled, op))
+        assert torch.equal(found, right)
+        gradients = [torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (found, right)]
+        assert all(torch.equal(x, y) for x, y in zip(*gradients, strict=True))
+
+
 def test_bad_input_is_refused_before_anything_is_launched(tmp_path: Path, nothing_runs) -> None:  # type: ignore[no-untyped-def]
     library = pipeline.generate_packed(DENSE, tmp_path)
     nothing_runs(library)
@@ -270,6 +287,18 @@ def test_a_sequence_longer_than_max_seqlen_is_cut_there(tmp_path: Path) -> None:
     assert torch.equal(gradients["k"][:, :41], right_gradients["k"])
     assert not made["o"][:, 41:60].any()
     assert not gradients["k"][:, 41:60].any()
+
+
+def test_a_loaded_op_takes_schedules_tuned_for_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of as many sequences of max_seqlen tokens: kernels of both have the same names."""
+    monkeypatch.setenv("SPLAGEN_CACHE_DIR", str(tmp_path))
+    assert pipeline.load_packed(DENSE).__name__ == "spla_varlen"
+    module = pipeline.generate_packed(DENSE, tmp_path).module
+    q = torch.zeros(1, 100, 3, 16)
+    sizes = module.sizes_of(q, torch.zeros(6, dtype=torch.int32), 60)
+    assert module.bucket(sizes) == pipeline.generate(DENSE, tmp_path).module.bucket(torch.zeros(5, 60, 3, 16))
+    names = {k.name for k in (*pipeline.kernels(DENSE).kernels, *oracle(to_toml(DENSE)).partition.strategies)}
+    assert module.SCHEDULES["sm_90"]["bf16"].keys() == names
 
 
 # -- room ------------------------------------------------------------------------------------------------------
@@ -332,10 +361,15 @@ def test_kernels_of_a_batch_keep_their_text(tmp_path: Path) -> None:
         assert own[name].template == kernel.template
 
 
-# -- on a GPU --------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_every_kernel_compiles_ahead_of_time(tmp_path: Path) -> None:
+    """Of all strategies: the launcher's types fit, and so does shared memory."""
+    for spec in (REAL, SPLASpec(head_dim=64, group_size=2, select=None, linear=None)):
+        path, part = pipeline.generate_packed(spec, tmp_path).path, pipeline.packed_kernels(spec)
+        raise_if_failed(compile_module(path, part, targets=["sm_90"], jobs=1))
 
-REAL = SPLASpec(head_dim=64, group_size=4, select=Select(budget=4))
-REAL_LENGTHS = (1000, 0, 1, 63, 65, 4095, 64)
+
+# -- on a GPU --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
