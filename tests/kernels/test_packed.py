@@ -1,6 +1,7 @@
 """Packed sequences: each gets what it gets alone, bit for bit, and what the oracle says."""
 
 import itertools
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -161,6 +162,14 @@ def test_every_spec_and_strategy_packs(case, device: torch.device, tmp_path: Pat
             check_alone(case.spec, strategy, dtype, lengths, device, tmp_path)
 
 
+@pytest.mark.slow
+@settings(max_examples=8)
+@given(st.lists(st.integers(0, 90), min_size=1, max_size=4).filter(any), st.integers(0, 2))
+def test_any_lengths_pack(lengths: list[int], strategy: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        check_alone(SPLA, strategy, torch.float32, tuple(lengths), torch.device("cpu"), Path(folder))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_the_kernels_agree_with_the_oracle(dtype: torch.dtype, tmp_path: Path) -> None:
     library = pipeline.generate_packed(SPLA, tmp_path)
@@ -270,8 +279,6 @@ _MODULES: list[ModuleType] = []
 def packed_module() -> ModuleType:
     """One module for all examples."""
     if not _MODULES:
-        import tempfile
-
         _MODULES.append(pipeline.generate_packed(DENSE, tempfile.mkdtemp()).module)
     return _MODULES[0]
 
