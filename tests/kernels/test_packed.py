@@ -25,6 +25,7 @@ from splagen.packed_verification import verify
 from splagen.spec import Residual, Select, SPLASpec, to_toml
 from splagen.verification import random_inputs
 from tests.kernels.cases import SMALL
+from tests.kernels.repeatable import repeatable
 
 BLOCK = 16
 SPARSE = SPLASpec(head_dim=16, group_size=2, select=Select(block_size=BLOCK, budget=1), linear=None)
@@ -306,6 +307,31 @@ def test_a_loaded_op_takes_schedules_tuned_for_a_batch(tmp_path: Path, monkeypat
     assert module.bucket(sizes) == pipeline.generate(DENSE, tmp_path).module.bucket(torch.zeros(5, 60, 3, 16))
     names = {k.name for k in (*pipeline.kernels(DENSE).kernels, *oracle(to_toml(DENSE)).partition.strategies)}
     assert module.SCHEDULES["sm_90"]["bf16"].keys() == names
+
+
+@pytest.mark.parametrize(("spec", "strategy"), [(DENSE, 0), (SPARSE, 1)], ids=["no selection", "by key"])
+def test_a_repeated_call_serves_other_sequences(
+    spec: SPLASpec, strategy: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of where sequences begin is kept from the call that is repeated; another max_seqlen is another call."""
+    found = modules(spec, tmp_path, strategy)
+    inputs = random_inputs(oracle(to_toml(spec)), (1, 2, 24), torch.float32, "cpu", 0)
+    places = [torch.tensor(x, dtype=torch.int32) for x in ([0, 20, 24], [3, 3, 22], [0, 1, 20])]
+
+    def results(bounds: Tensor, longest: int) -> list[Tensor]:
+        made, gradients = found.run_packed(inputs, bounds, longest)
+        return [made[found.part.outputs[0].name], *gradients.values()]
+
+    want = [results(x, 20) for x in places]
+    asked, ran = repeatable(found.packed, monkeypatch)
+    for bounds, right in zip(places, want, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(results(bounds, 20), right, strict=True))
+        assert bool(asked) == (bounds is places[0])
+        asked.clear()
+    assert ran
+    assert all(x.again is not None for x in found.packed.KEPT.values())
+    results(places[2], 19)
+    assert asked
 
 
 # -- room ------------------------------------------------------------------------------------------------------
