@@ -23,9 +23,10 @@ ROWS = [
     {"ir"},
     {"codegen"},
     {"layout"},
-    {"sequence", "ops"},
+    {"sequence", "ops", "packed_ops"},
     {"verification", "sequence_verification"},
     {"kinds"},
+    {"packed_verification"},
     {"autotune"},
     {
         "pipeline",

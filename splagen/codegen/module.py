@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import sympy as sp
@@ -30,6 +30,7 @@ from splagen.ir.text import equation_text
 # device functions that kernels call; a template each
 FUNCTIONS = ("log1p", "tanh", "dot_split", "merge_topk", "union_of", "leading_factor")
 _HEADS = {"query_rows": "Hq", "query_scalars": "Hq", "key_rows": "Hkv", "cell_rows": "Hkv"}
+_SIZES = {"LONGEST": "L"}  # names of sizes in kernels that have another on the host
 GENERATOR = 4  # bumped when the text or the numbers of kernels change on purpose
 
 
@@ -38,7 +39,7 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
     program = part.program
     geometry = Geometry.of(program)
     walk = Walk.of(program)
-    constants = _constants(geometry, walk)
+    constants = constants_of(geometry, walk)
     inputs = [a.name for a in part.inputs]
     cotangents = [a.name for a in part.cotangents]
     residuals = [a.name for a in part.residuals]
@@ -99,24 +100,29 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
             "inputs": ", ".join(inputs),
             "forward_doc": f"Launch the forward kernels: returns {', '.join(forward_out)}.",
             "first": inputs[0],
-            "forward": _chosen_calls(
+            "forward": chosen_calls(
                 part.forward, part.strategies, {*inputs, *forward_out}, f"return {', '.join(forward_out)}"
             ),
             "backward_inputs": ", ".join([*inputs, *residuals, *cotangents]),
             "backward_doc": f"Launch the backward kernels: returns the gradients of {', '.join(gradients)}.",
-            "backward": _backward(part, geometry, {*inputs, *residuals, *cotangents}),
+            "backward": backward_calls(part, geometry, {*inputs, *residuals, *cotangents}),
             "registration": registration,
         },
     )
 
 
-def _launcher(kernel: Kernel, constants: dict[str, int]) -> str:
+def launcher(kernel: Kernel, constants: dict[str, int], allocation: Callable[[Array], str]) -> str:
+    """The launcher of a kernel; `allocation` gives the host source that allocates what it fills."""
     grid = kernel.grid
     for name, value in constants.items():
         grid = re.sub(rf"\b{name}\b", str(value), grid)
     grid = re.sub(r"\b(B|L|Hq|Hkv|nT|nJ|nC)\b", r"n.\1", grid)
-    scalars = [f"work.{s.lower()}" if s.startswith("SEGMENT") else f"n.{s}" for s in kernel.scalars]
-    return launcher_text(kernel, grid, lambda a: _allocation(a, constants), scalars)
+    scalars = [f"work.{s.lower()}" if s.startswith("SEGMENT") else f"n.{_SIZES.get(s, s)}" for s in kernel.scalars]
+    return launcher_text(kernel, grid, allocation, scalars)
+
+
+def _launcher(kernel: Kernel, constants: dict[str, int]) -> str:
+    return launcher(kernel, constants, lambda a: _allocation(a, constants))
 
 
 def _allocation(a: Array, constants: dict[str, int]) -> str:
@@ -145,7 +151,8 @@ def _allocation(a: Array, constants: dict[str, int]) -> str:
     return f"torch.empty({', '.join(shape)}, dtype={dtype}, device=n.device)"
 
 
-def _constants(geometry: Geometry, walk: Walk) -> dict[str, int]:
+def constants_of(geometry: Geometry, walk: Walk) -> dict[str, int]:
+    """What kernels and host know as constants of the spec."""
     constants = {
         "GROUP": geometry.group,
         "TILE": geometry.tile,
@@ -169,7 +176,7 @@ def _host_count(walk: Walk) -> tuple[str, str]:
     return "\n".join(lines), " + ".join(f"max(high_{k} - low_{k}, 0)" for k in range(len(found)))
 
 
-def _chosen_calls(kernels: list[Kernel], choices: Sequence[Choice], keep: set[str], last: str) -> str:
+def chosen_calls(kernels: list[Kernel], choices: Sequence[Choice], keep: set[str], last: str) -> str:
     """Launches in order; those in which the options of a choice differ stand under its Schedule."""
     names = {k.name for k in kernels}
     for c in choices:
@@ -221,7 +228,8 @@ def _calls(kernels: list[Kernel], keep: set[str], last: str) -> list[str]:
         call = f"launch_{k.name}({arguments})"
         if any(a.layout == "work" for a in k.inputs):
             indices = "block_indices" if "block_indices" in keep else "None"
-            index = f"work = inverse_index(n, {indices})"
+            given = ", ".join(["n", *(a.name for a in k.inputs if a.layout == "bounds"), indices])
+            index = f"work = inverse_index({given})"
             if index not in lines:
                 lines.append(index)
         outputs = ", ".join(a.name for a in k.outputs)
@@ -232,12 +240,13 @@ def _calls(kernels: list[Kernel], keep: set[str], last: str) -> list[str]:
     return [*lines, *last.splitlines()]
 
 
-def _backward(part: Partition, geometry: Geometry, given: set[str]) -> str:
+def backward_calls(part: Partition, geometry: Geometry, given: set[str]) -> str:
+    """Launches of backward, what makes gradients of partial sums, and the gradients in the order of the inputs."""
     partials = _partials(part.backward)
     finish, results = _finished(part.gradients, part.inputs, part.program, partials, geometry)
     keep = given | set(partials) | {v.name for _, v in part.gradients}
     last = "\n".join([*finish, f"return {', '.join(results)}"])
-    return _chosen_calls(part.backward, part.strategies, keep, last)
+    return chosen_calls(part.backward, part.strategies, keep, last)
 
 
 def _partials(kernels: Sequence[Kernel]) -> dict[str, Array]:
