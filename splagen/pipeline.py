@@ -161,7 +161,7 @@ def generate_packed(spec: Spec, out: str | Path) -> PackedLibrary:
 
 
 def packed_kernels(spec: Spec) -> PackedPartition:
-    """The kernels of packed sequences.  Raises InputError if the spec is not an SPLASpec."""
+    """The kernels of packed sequences.  Raises InputError if the spec is not an SPLASpec, or has own_rows."""
     found = kernels(_packable(spec))
     assert isinstance(found, Partition)
     return packed_partition(found)
@@ -170,6 +170,10 @@ def packed_kernels(spec: Spec) -> PackedPartition:
 def _packable(spec: Spec) -> SPLASpec:
     if not isinstance(spec, SPLASpec):
         raise InputError(f"no packed module of kind {spec.kind}", hint="its op takes cu_seqlens as it is: generate it")
+    for name, part in (("select", spec.select), ("linear", spec.linear)):
+        if part and part.own_rows:
+            hint = "packed modules take q, k and v alone: one sequence at a time, or without own_rows"
+            raise InputError(f"no packed module with {name}.own_rows", hint)
     return spec
 
 
