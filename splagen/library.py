@@ -99,7 +99,7 @@ def _call(fn: Callable[..., object], names: tuple[str, ...], path: str) -> sp.Ba
 # -- feature maps ------------------------------------------------------------------------------------------
 
 
-def _later(default: Any) -> Any:
+def later(default: Any) -> Any:
     """A field younger than the first specs: their text, and so their digest, leaves it out at its default."""
     return field(default=default, metadata={"later": True})
 
@@ -133,8 +133,8 @@ class FeatureMap:
     softmax: bool = False
     non_negative: bool = False
     name: str = "custom"
-    l2norm: bool = _later(False)
-    topk: int | None = _later(None)
+    l2norm: bool = later(False)
+    topk: int | None = later(None)
 
     def __post_init__(self) -> None:
         if self.signs not in (1, 2) or isinstance(self.signs, bool):

@@ -64,7 +64,12 @@ def selects(draw: st.DrawFn) -> spec.Select:
 def residuals(draw: st.DrawFn) -> spec.Residual:
     normaliser = draw(st.booleans())
     phi = draw(feature_maps(non_negative=normaliser))
-    return spec.Residual(phi, temperature=draw(st.booleans()), normaliser=normaliser)
+    return spec.Residual(
+        phi,
+        temperature=draw(st.booleans()),
+        normaliser=normaliser,
+        own_rows=draw(st.sampled_from([False, False, False, True])),
+    )
 
 
 @st.composite

@@ -117,5 +117,4 @@ def _row(a: Array, part: Decoding) -> dict[str, object]:
         return {"name": a.name, "shape": f"(n.Hq, {part.geometry.value_dim})", "like": False, "by_token": False}
     heads = "n.Hkv" if any(p.name == f"{a.name}_pages" for p in part.pages) else "n.Hq"
     width = f", {a.width[0]}" if a.width else ""
-    like = a.name in ("q", "k", "v")
-    return {"name": a.name, "shape": f"({heads}{width},)", "like": like, "by_token": True}
+    return {"name": a.name, "shape": f"({heads}{width},)", "like": bool(a.width), "by_token": True}

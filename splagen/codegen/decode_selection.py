@@ -46,8 +46,8 @@ class Statistics:
     keys: Var
 
 
-def statistics_code(selection: Selection, tokens: Mapping[Var, Array], keys: Array) -> Statistics:
-    """Every statistic of a cell whose window of keys is complete; `keys` are their pages, `tokens` the step's own."""
+def statistics_code(selection: Selection, tokens: Mapping[Var, Array], pages: Mapping[Var, Array]) -> Statistics:
+    """Every statistic of a cell whose window of keys is complete; `pages` are of keys, `tokens` the step's own."""
     geometry = selection.geometry
     moments = Moments(selection.program, geometry)
     statistics = CellStatistics.of(moments, selection.statistics)
@@ -61,7 +61,7 @@ def statistics_code(selection: Selection, tokens: Mapping[Var, Array], keys: Arr
         "cell": geometry.cell,
         "width": width,
         **statistics.holes,
-        "load": PagedRows(geometry, "key", False).load(keys),
+        "load": PagedRows(geometry, "key", False).load(pages[source]),
         "new": NewKeys(geometry, "key", False).load(tokens[source]),
         "store": "\n".join(lines),
         "bounds": "\n".join(_completed(usable)),

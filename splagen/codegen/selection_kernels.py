@@ -24,6 +24,8 @@ from splagen.errors import PartitionError
 from splagen.ir.program import Equation, Iota, TopK, Var
 from splagen.ir.text import equation_text
 
+LAST_FIRST = "tl.num_programs(0) - 1 - tl.program_id(0)"
+
 
 class CellRows(Rows):
     """Rows of cells: one statistic of a window of keys per row."""
@@ -128,6 +130,7 @@ class SelectionCode:
             holes,
             "(cdiv(L * GROUP, BLOCK_M), B * Hkv)",
             tunable=("BLOCK_M", "BLOCK_C"),
+            number=LAST_FIRST,
         )
 
     def score_topk(self) -> Kernel:
@@ -172,6 +175,7 @@ class SelectionCode:
             holes,
             f"(cdiv(nT * {rows_of_tile}, max(BLOCK_M, {rows_of_tile})), B * Hkv)",
             tunable=("BLOCK_M", "BLOCK_C"),
+            number=LAST_FIRST,
         )
 
     def inputs(self) -> list[Array]:

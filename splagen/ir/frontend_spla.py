@@ -81,6 +81,10 @@ class _Frontend:
             return b.program(o_s)
         return b.program(self.combine(o_s, self.residual_branch(far, free)))
 
+    def rows(self, branch: str) -> tuple[Var, Var]:
+        """Queries and keys of one branch alone, such as those before the rotation by position."""
+        return self.b.input(f"q_{branch}", self.q.axes), self.b.input(f"k_{branch}", self.k.axes)
+
     @property
     def scale(self) -> sp.Expr:
         """The softmax scale: 1/sqrt(d) as such, any other as the decimal that the spec gives."""
@@ -106,10 +110,11 @@ class _Frontend:
     def block_score(self, select: Select) -> Var:
         """score[b h T J]: attention mass that the metric expects in a block, per head normalised, summed over heads."""
         b, cell = self.b, self.cell
+        q, k = self.rows("m") if select.own_rows else (self.q, self.k)
         width = select.statistics.width or cell
         diagonal = select.metric.order == 2 and not select.metric.rank
-        mean = b.reduce("mean", "mean", ("n",), self.k, self.valid)
-        variance = self.variance(mean) if diagonal else None
+        mean = b.reduce("mean", "mean", ("n",), k, self.valid)
+        variance = self.variance(k, mean) if diagonal else None
         if select.statistics.width:
             mean, variance = self.windows(mean, variance, width // cell)
         start = b.iota("cell", "J", "C")
@@ -121,15 +126,15 @@ class _Frontend:
 
         mask = b.map("usable", usable, qpos, start)
         scale = self.scale
-        a = b.contract("a", (*ROW, "J", "C"), self.q, mean)
+        a = b.contract("a", (*ROW, "J", "C"), q, mean)
         metric = metric_expression(select.metric)
         args = [a]
         values = {symbol("a"): scale * symbol("x0")}
         if variance is not None:
-            q2 = b.map("q2", lambda x: x * x, self.q)
+            q2 = b.map("q2", lambda x: x * x, q)
             args.append(b.contract("kappa", (*ROW, "J", "C"), q2, variance))
         elif select.metric.rank:
-            args.append(self.low_rank_kappa(mean))
+            args.append(self.low_rank_kappa(q, k, mean))
         if len(args) > 1:
             values[symbol("kappa")] = scale**2 * symbol("x1")
         if not complete:
@@ -149,16 +154,16 @@ class _Frontend:
             return b.reduce("score", "sum", ("g", "m", "C"), share)
         return self.max_pool(share)
 
-    def variance(self, mean: Var) -> Var:
-        square = self.b.map("centred2", lambda x, mu: (x - mu) ** 2, self.k, mean)
+    def variance(self, k: Var, mean: Var) -> Var:
+        square = self.b.map("centred2", lambda x, mu: (x - mu) ** 2, k, mean)
         return self.b.reduce("variance", "mean", ("n",), square, self.valid)
 
-    def low_rank_kappa(self, mean: Var) -> Var:
+    def low_rank_kappa(self, q: Var, k: Var, mean: Var) -> Var:
         """q^T Cov q with the covariance of a cell's keys replaced by a sum of outer products w_r w_r^T."""
         b = self.b
-        centred = b.map("centred", lambda x, mu: x - mu, self.k, mean)
+        centred = b.map("centred", lambda x, mu: x - mu, k, mean)
         factor = b.low_rank("factor", centred, self.valid, rows="n", features="d", rank="r", steps=POWER_STEPS)
-        along = b.contract("along", (*ROW, "J", "C", "r"), self.q, factor)
+        along = b.contract("along", (*ROW, "J", "C", "r"), q, factor)
         return b.reduce("kappa", "sum", ("r",), b.map("along2", lambda x: x * x, along))
 
     def windows(self, mean: Var, variance: Var | None, cells: int) -> tuple[Var, Var | None]:
@@ -219,9 +224,10 @@ class _Frontend:
         """o_r: linear attention over the far blocks not chosen; exactly 0 where there are none (gate)."""
         b, linear = self.b, self.spec.linear
         assert linear is not None
+        q, k = self.rows("r") if linear.own_rows else (self.q, self.k)
         tau = b.input("temperature", ("h",)) if linear.temperature else None
-        phi_q = self.features("phi_q", self.q, linear.feature_map, tau)
-        phi_k = self.features("phi_k", self.k, linear.feature_map, tau)
+        phi_q = self.features("phi_q", q, linear.feature_map, tau)
+        phi_k = self.features("phi_k", k, linear.feature_map, tau)
         rest = b.map("rest", lambda f, chosen: sp.And(f, sp.Not(chosen)), far, free)
         left = b.reduce("n_unsel", "sum", ("J",), rest)
         total = b.contract("rest_kv", (*ROW, "e"), rest, self.valid, phi_q, phi_k, self.v)

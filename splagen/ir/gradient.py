@@ -36,9 +36,10 @@ Rule: TypeAlias = Callable[[Builder, Equation, Var, "set[Var]"], Iterator[tuple[
 def derive_gradient(program: Program, wrt: Sequence[str] | None = None) -> Program:
     """The program followed by the equations of its gradient.
 
-    For every output y a new input dy holds its cotangent; for every real input x in `wrt` (all of them, unless told)
-    `gradients` names the variable that holds dx.  Rewrite, for y = f(x):   dx += (df/dx)^T dy.
-    Law: equals torch autograd of the oracle.  Raises ProgramError if an output does not depend on an input asked for.
+    For every output y a new input dy holds its cotangent; for every real input x in `wrt` (None: those that an output
+    depends on through differentiable operations) `gradients` names the variable that holds dx.  Rewrite, for y = f(x):
+    dx += (df/dx)^T dy.  Law: equals torch autograd of the oracle.  Raises ProgramError if an output does not depend on
+    an input asked for.
     """
     inputs = [v for v in program.inputs if v.kind == "real" and (wrt is None or v.name in wrt)]
     active = _active(program, inputs)
@@ -56,6 +57,8 @@ def derive_gradient(program: Program, wrt: Sequence[str] | None = None) -> Progr
                 pending.setdefault(x, []).append(_sum_to(b, x, dx))
     gradients = []
     for x in inputs:
+        if x not in pending and wrt is None:
+            continue
         if x not in pending:
             raise ProgramError(f"no output of {program.name} depends on {x}", hint="leave it out of wrt")
         gradients.append((x, _total(b, x, pending[x])))

@@ -128,6 +128,11 @@ SMALL = (
           linear=Residual(lib.elu1), fp16=True),
     small("head 40 value 16", (1, 2, 90), head_dim=40, value_dim=16, select=select(tile=16)),
     small("head 16 value 96", (1, 1, 90), group_size=1, value_dim=96, select=select(tile=16)),
+    # queries and keys of one branch alone
+    small("own rows of the residual, temperature, dense below", (1, 2, 90), (1, 2, 60), dense_below=64,
+          linear=Residual(own_rows=True, temperature=True, normaliser=True), combine="add"),
+    small("own rows of both, head 24, tile 16", (1, 2, 150), head_dim=24, select=select(own_rows=True, tile=16),
+          linear=Residual(own_rows=True)),
     # short sequences
     small("dense below: dense", (1, 2, 90), dense_below=128),
     small("dense below: sparse", (1, 1, 90), (1, 1, 63), dense_below=64, group_size=1),
@@ -196,6 +201,9 @@ GPU = (
     real("normaliser tile non-causal", (1000,), FP16, causal=False, select=chosen(tile=32),
          linear=Residual(lib.elu1, temperature=True, normaliser=True), combine="add"),
     real("dense below", (1000, 1001), BF16, dense_below=1001),
+    real("own rows", (1000, 65), BF16, FP32, head_dim=128, select=chosen(own_rows=True),
+         linear=Residual(own_rows=True)),
+    real("own rows dense below", (1000, 1001), BF16, dense_below=1001, linear=Residual(own_rows=True)),
 )  # fmt: skip
 
 # sizes of a model, for tests of single kernels and of Schedules on a GPU
