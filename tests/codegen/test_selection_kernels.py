@@ -246,6 +246,14 @@ def test_ties_go_to_the_lowest_block(out: Path, budget: int) -> None:
         assert got["block_indices"][0, 0, t].tolist() == [*range(1, 1 + n), *([-1] * (budget - n))]
 
 
+def test_equal_keys_have_factors_of_0_and_ties_stay_ties(out: Path) -> None:
+    spec = spec_of("rank 2", group=2, budget=5, block=16)
+    q, k = rows(spec, 1, 130, 1)
+    got = kernels(spec, out, q, torch.ones_like(k) / 4, score_topk={"BLOCK_M": 64})
+    assert not got["factor"].any()
+    assert got["block_indices"][0, 0, 129].tolist() == [1, 2, 3, 4, 5]
+
+
 def test_large_products_do_not_overflow(out: Path) -> None:
     spec = spec_of(group=2, block=16)
     q, k = (30 * x for x in rows(spec, 1, 130, 1))
@@ -295,6 +303,21 @@ def test_every_equation_of_the_selection_is_covered() -> None:
     low = program_of(spec_of("Taylor", "windows"))
     covered = {eq.out.name for k in partition(low).forward[:3] for eq in k.covers}
     assert {"window_mean", "window_variance", "kappa", "lse_share", "share_w", "score", "free"} <= covered
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("centred", lambda x, mu: x - 2 * mu, r"factor\[.*centred keys"),
+        ("along2", lambda x: x * symbol("L"), "nothing stands for L"),
+    ],
+)
+def test_other_equations_of_a_covariance_are_refused(name: str, change: object, message: str) -> None:
+    low = program_of(spec_of("rank 2"))
+    old = low.definitions[low.var(name)]
+    expr = change(*(placeholder(i) for i in range(len(old.args))))  # type: ignore[operator]
+    with pytest.raises(PartitionError, match=message):
+        partition(with_map(low, name, Map(expr)))
 
 
 @pytest.mark.parametrize(
