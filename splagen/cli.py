@@ -9,7 +9,7 @@ import math
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import typer
 
@@ -30,6 +30,8 @@ from splagen.terminal import (
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
+Packed: TypeAlias = Annotated[bool, typer.Option("--packed", help="The op on packed sequences (cu_seqlens).")]
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -45,6 +47,7 @@ app.add_typer(cli_cache.app, name="cache")
 def generate(
     spec: SpecFile,
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("kernels"),
+    packed: Packed = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the spec's kernels and op as one Python module."""
@@ -52,8 +55,8 @@ def generate(
         from splagen import pipeline
 
         made = read_spec_file(spec)
-        library = pipeline.generate(made, out)
-        found = {"path": str(library.path), "module": library.path.stem, "op": made.name}
+        library = pipeline.generate_packed(made, out) if packed else pipeline.generate(made, out)
+        found = {"path": str(library.path), "module": library.path.stem, "op": library.op_name}
         emit(found, as_json, str(library.path))
 
 
@@ -157,6 +160,7 @@ def compile_command(
     out: Annotated[
         Path | None, typer.Option(help="Write the module with its machine code here: it runs without a compiler.")
     ] = None,
+    packed: Packed = False,
     as_json: AsJson = False,
 ) -> None:
     """Compile every kernel ahead of time; no GPU is needed."""
@@ -167,9 +171,13 @@ def compile_command(
         from splagen.codegen.schedule import TARGETS
 
         made = read_spec_file(spec)
+        if packed and out is not None:
+            hint = "leave --out away: the module of `splagen generate --packed` compiles at its first call"
+            raise InputError("no build of packed sequences is written", hint)
         with tempfile.TemporaryDirectory() as folder:
-            path = pipeline.generate(made, folder).path
-            kernels, targets, dtypes = pipeline.kernels(made), target or list(TARGETS), dtype or ["bf16"]
+            path = (pipeline.generate_packed(made, folder) if packed else pipeline.generate(made, folder)).path
+            kernels = pipeline.packed_kernels(made) if packed else pipeline.kernels(made)
+            targets, dtypes = target or list(TARGETS), dtype or ["bf16"]
             build: Build | None = None
             if out is None:
                 rows = compile_module(path, kernels, targets=targets, dtypes=dtypes, jobs=jobs)
