@@ -5,8 +5,7 @@ go to the next one.  A step takes the same number of tokens of every slot: as ma
 in, of which `accept` keeps those that there are, and else one.  What comes out is what prefill of the whole sequence
 gives, byte by byte.  From the repository root:
 
-    python -m examples.serving                  # 64 requests on a GPU
-    python -m examples.serving --requests 3     # in Triton's interpreter, where there is no GPU
+    python -m examples.serving      # 64 requests on a GPU; where there is none, 2 in Triton's interpreter
 """
 
 from __future__ import annotations
@@ -175,19 +174,18 @@ def requests_of(count: int, longest: int, seed: int = 0) -> list[Request]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m examples.serving", description=__doc__.partition("\n")[0])
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--slots", type=int, default=16, help="requests that run at once")
-    parser.add_argument("--longest", type=int, help="bytes of a request; default: 2048 on a GPU, else 64")
-    given = parser.parse_args(arguments)
-    if given.requests < 1 or given.slots < 1 or (given.longest or 2) < 2:
-        parser.error("--requests and --slots must be at least 1, --longest at least 2")
     gpu = torch.cuda.is_available()
+    parser.add_argument("--requests", type=int, default=64 if gpu else 2)
+    parser.add_argument("--slots", type=int, default=16 if gpu else 2, help="requests that run at once")
+    parser.add_argument("--longest", type=int, default=2048 if gpu else 16, help="bytes of a request and its answer")
+    given = parser.parse_args(arguments)
+    if given.requests < 1 or given.slots < 1 or given.longest < 2:
+        parser.error("--requests and --slots must be at least 1, --longest at least 2")
     if not gpu:
         settings.interpret()  # before anything imports triton
-    longest = given.longest or (2048 if gpu else 64)
     config = replace(Config() if gpu else TINY, attention="spla")
-    server = Server(build(config, 0, torch.device("cuda" if gpu else "cpu")), slots=given.slots, longest=longest)
-    requests = requests_of(given.requests, longest)
+    server = Server(build(config, 0, torch.device("cuda" if gpu else "cpu")), slots=given.slots, longest=given.longest)
+    requests = requests_of(given.requests, given.longest)
     start = time.perf_counter()
     found = server.serve(requests)
     seconds = time.perf_counter() - start

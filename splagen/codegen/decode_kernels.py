@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from splagen.codegen.base_two import LN_2
 from splagen.codegen.decode_selection import PLACES, Statistics
-from splagen.codegen.decode_states import State
+from splagen.codegen.decode_states import State, fold_code, read_code
 from splagen.codegen.geometry import Rows, features_of
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.predicates import J, visit
@@ -162,7 +162,7 @@ class DecodeCode:
             holes["state_rows"] = "\n".join(more)
             holes["left_size"] = arrays[0].width[0]
             holes["right_size"] = columns
-            holes["states"] = [self._fold(s, a) for s, a in zip(self.states, arrays, strict=True)]
+            holes["states"] = [fold_code(s, a) for s, a in zip(self.states, arrays, strict=True)]
             covers += [*equations, *(eq for s in self.states for eq in (s.blocks, s.new))]
             covers += [self.program.definitions[s.after] for s in self.states]
             read += parameters
@@ -198,26 +198,6 @@ class DecodeCode:
             load = PagedRows(self.geometry, "key", False).load(available[v], column="right")
             lines.append(f"{v.name} = {load}  # [BLOCK_N, BLOCK_E]")
         return lines, list(piece.equations), [a for a in piece.arrays if a.layout != "token_rows"]
-
-    def _fold(self, s: State, array: Array) -> dict[str, str]:
-        name = array.name
-        base = f"{name}_ptr + (b * Hkv + h) * {array.width[0] * (array.width[1] if s.right else 1)}"
-        if s.right is None:
-            add = f"{name} += tl.sum({s.left.name}.to(tl.float32), axis=0)"
-            # every slice of columns adds it up, the first stores it
-            return {
-                "name": name,
-                "address": f"{base} + left",
-                "add": add,
-                "mask": ", mask=left + first * LEFT < LEFT",
-            }
-        add = f'{name} = tl.dot(tl.trans({s.right.name}), {s.left.name}, {name}, input_precision="ieee")'
-        return {
-            "name": name,
-            "address": f"{base} + right[:, None] + left[None, :] * {array.width[1]}",  # [BLOCK_E, LEFT]
-            "add": add,
-            "mask": "",
-        }
 
     # -- attend -------------------------------------------------------------------------------------------
 
@@ -265,7 +245,7 @@ class DecodeCode:
         queries = self.row_code("query", "BLOCK_M", StepRows, self.available)
         wanted = operands([eq for t in tiles for eq in t.products], [], of_queries=True)
         piece = queries.operands([*wanted, *row_scalars(tiles, [*self.linear, *self.late])])
-        states = [self._read(s) for s in self.states]
+        states = [read_code(s, s.array(self.geometry), self.available[s.row], self.totals[s].out) for s in self.states]
         made = {v: self.part(v) for v in self.accumulated}
         read = [eq.out for eq in self.totals.values()]
         holes = {
@@ -383,20 +363,6 @@ class DecodeCode:
         column = "".join(a.features)
         place = f"{a.name}_ptr + at[None, :] * {a.width[0]} + {column}[:, None]"
         return f"tl.store({place}, {v.name}, mask=row_ok[None, :])"
-
-    def _read(self, s: State) -> dict[str, str]:
-        """What a piece of a state's rows gives to the queries."""
-        array, row = s.array(self.geometry), self.available[s.row]
-        left, into = array.width[0], self.totals[s].out.name
-        place = f"r * {row.name}_t + head * {row.name}_h"
-        load = f"tl.load({row.name}_ptr + ({place})[:, None] + left[None, :], mask=row_ok[:, None], other=0.0)"
-        base = f"{array.name}_ptr + (b * Hkv + h) * {left * (array.width[1] if s.right else 1)}"
-        if s.right is None:
-            add = f"{into} += tl.sum(piece_of_row.to(tl.float32) * tl.load({base} + left)[None, :], axis=1)"
-        else:
-            state = f"tl.load({base} + left[:, None] * {array.width[1]} + e[None, :])"
-            add = f"{into} += tl.trans(dot_split(piece_of_row, {state}))"
-        return {"row": "piece_of_row", "load_row": load, "add": add}
 
     # -- merge --------------------------------------------------------------------------------------------
 

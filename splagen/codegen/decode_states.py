@@ -65,3 +65,39 @@ class State:
         left = geometry.width([a for a in features if a != "e"], pad=True)
         width = (left, geometry.width(["e"], pad=True)) if self.right else (left,)
         return Array(self.before.name, "sequences", features, width, "float32", True)
+
+
+def fold_code(s: State, array: Array) -> dict[str, str]:
+    """How a part of a block enters a state: the holes of the append template."""
+    name = array.name
+    base = f"{name}_ptr + (b * Hkv + h) * {array.width[0] * (array.width[1] if s.right else 1)}"
+    if s.right is None:
+        add = f"{name} += tl.sum({s.left.name}.to(tl.float32), axis=0)"
+        # every slice of columns adds it up, the first stores it
+        return {
+            "name": name,
+            "address": f"{base} + left",
+            "add": add,
+            "mask": ", mask=left + first * LEFT < LEFT",
+        }
+    add = f'{name} = tl.dot(tl.trans({s.right.name}), {s.left.name}, {name}, input_precision="ieee")'
+    return {
+        "name": name,
+        "address": f"{base} + right[:, None] + left[None, :] * {array.width[1]}",  # [BLOCK_E, LEFT]
+        "add": add,
+        "mask": "",
+    }
+
+
+def read_code(s: State, array: Array, row: Array, into: Var) -> dict[str, str]:
+    """What a piece of a state's rows gives to the queries."""
+    left = array.width[0]
+    place = f"r * {row.name}_t + head * {row.name}_h"
+    load = f"tl.load({row.name}_ptr + ({place})[:, None] + left[None, :], mask=row_ok[:, None], other=0.0)"
+    base = f"{array.name}_ptr + (b * Hkv + h) * {left * (array.width[1] if s.right else 1)}"
+    if s.right is None:
+        add = f"{into.name} += tl.sum(piece_of_row.to(tl.float32) * tl.load({base} + left)[None, :], axis=1)"
+    else:
+        state = f"tl.load({base} + left[:, None] * {array.width[1]} + e[None, :])"
+        add = f"{into.name} += tl.trans(dot_split(piece_of_row, {state}))"
+    return {"row": "piece_of_row", "load_row": load, "add": add}

@@ -43,7 +43,7 @@ def histories(
 
 
 def test_a_few_histories(tmp_path: Path, device: torch.device) -> None:
-    histories(SMALL, tmp_path, device, examples=6, rules=8, always=True, tokens=(1, 2, 8), runs=(1, 1))
+    histories(SMALL, tmp_path, device, examples=4, rules=8, always=True, tokens=(1, 2, 8), runs=(1, 1))
 
 
 @pytest.mark.slow

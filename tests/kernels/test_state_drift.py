@@ -48,7 +48,7 @@ def recomputed(cache: SPLACache, rows: dict[str, Tensor], settled: int) -> Tenso
 
 def test_a_block_costs_the_state_one_rounding(tmp_path: Path, device: torch.device) -> None:
     """One step per block, on pages that hold the keys between already."""
-    blocks = 16
+    blocks = 10
     cache = SPLACache(
         generate_decoding(SPEC, tmp_path), sequences=1, kv_heads=1, tokens=16 * (blocks + 1), page_size=16,
         dtype=torch.float32, device=device,
