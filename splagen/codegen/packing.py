@@ -78,7 +78,7 @@ class Packing:
         return replace(kernel, inputs=(*inputs, BOUNDS), scalars=scalars, batch="\n".join(lines))
 
     def place(self, sequence: str) -> list[str]:
-        """Lines that find the sequence, given by its number, its first token and its length."""
+        """Lines that find the sequence, given by its number, its first token and length; those not read disappear."""
         block = self.geometry.block
         return [
             f"sequence = {sequence}",
