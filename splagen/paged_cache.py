@@ -39,7 +39,7 @@ class SPLACache:
         page_table: int32 [sequences, pages of `tokens`], -1 where there is no page.
         seqlens: int32 [sequences].
         settled: int32 [sequences], the lengths before the last step: the least that `accept` leaves.
-        pages: keys, values and statistics by name, [pages, Hkv, rows of a page, width].
+        pages: keys, values, numbers of keys and statistics by name, [pages, Hkv, rows of a page(, width)].
         states: float32 sums over far blocks by name, [sequences, Hkv, ...].
         scratch: what a step hands from kernel to kernel.
     """
@@ -100,7 +100,7 @@ class SPLACache:
         self.seqlens = zeros(sequences, dtype=torch.int32).fill_(NO_SEQUENCE)
         self.settled = zeros(sequences, dtype=torch.int32)
         self.pages = {
-            a.name: zeros(total, kv_heads, page_size // _span(a, self.part), *a.width, dtype=dtype)
+            a.name: zeros(total, kv_heads, page_size // _span(a, self.part), *a.width, dtype=_held(a, dtype))
             for a in self.part.pages
         }
         self.states = {a.name: zeros(sequences, kv_heads, *a.width, dtype=torch.float32) for a in self.part.states}
@@ -352,4 +352,9 @@ class SPLACache:
 
 def _span(a: Array, part: Decoding) -> int:
     """Tokens of one row of a page."""
-    return 1 if a.name in ("k_pages", "v_pages") else part.geometry.cell
+    return 1 if a in part.keys else part.geometry.cell
+
+
+def _held(a: Array, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of pages: numbers of keys are float32 beside rows of any dtype."""
+    return dtype if a.dtype == "input" else torch.float32

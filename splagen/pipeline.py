@@ -64,7 +64,7 @@ class DecodingLibrary(Library):
 
     @property
     def op_name(self) -> str:
-        """Its op is the step: one token per sequence of a cache."""
+        """Its op is the step: a few tokens per sequence of a cache."""
         return f"{self.spec.name}_step"
 
 
@@ -134,7 +134,7 @@ def generate(spec: Spec, out: str | Path) -> Library:
 
 
 def generate_decoding(spec: SPLASpec, out: str | Path) -> DecodingLibrary:
-    """Write `{name}_decode_{digest8}.py` into `out`: the step of one token per sequence of an `SPLACache`.
+    """Write `{name}_decode_{digest8}.py` into `out`: the step of a few tokens per sequence of an `SPLACache`.
 
     Raises:
         SpecError: a query of the spec depends on later tokens.

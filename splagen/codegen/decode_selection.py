@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from splagen.codegen.kernel import Array, Kernel
-from splagen.codegen.moments import BLOCK, MEAN, VARIANCE, Moments
+from splagen.codegen.moments import BLOCK, CellStatistics, Moments
 from splagen.codegen.selection import CELL, QUERY, TILE, Selection
 from splagen.codegen.selection_kernels import SelectionCode, kept
 from splagen.codegen.step_rows import (
@@ -46,25 +46,22 @@ class Statistics:
     keys: Var
 
 
-def statistics_code(selection: Selection, tokens: Mapping[Var, Array], keys: Array) -> Statistics:
-    """Every statistic of a cell whose window of keys is complete; `keys` are their pages, `tokens` the step's own."""
+def statistics_code(selection: Selection, tokens: Mapping[Var, Array], pages: Mapping[Var, Array]) -> Statistics:
+    """Every statistic of a cell whose window of keys is complete; `pages` are of keys, `tokens` the step's own."""
     geometry = selection.geometry
     moments = Moments(selection.program, geometry)
-    values = {v: moments.statistic(v)[0] for v in selection.statistics}
+    statistics = CellStatistics.of(moments, selection.statistics)
     width = selection.window(moments) * geometry.cell
     (source,) = moments.keys
-    arrays = {v: paged_array(v, geometry, padded=True) for v in values}
+    arrays = {v: paged_array(v, geometry, padded=True) for v in selection.statistics}
     cells = PagedCells(geometry, "key", False)
-    lines = []
-    for v, expr in values.items():
-        value = triton_text(expr, {MEAN.name: "mu", VARIANCE.name: "var"})
-        lines.append(cells.store(arrays[v], value))
+    lines = [cells.store(arrays[v], value, columns) for v, value, columns in statistics.values]
     usable = selection.bounds(selection.usable, CELL, QUERY, ("first_query", "last_query"), "nC")
     holes: dict[str, object] = {
         "cell": geometry.cell,
         "width": width,
-        "second": any(expr.has(VARIANCE) for expr in values.values()),
-        "load": PagedRows(geometry, "key", False).load(keys),
+        **statistics.holes,
+        "load": PagedRows(geometry, "key", False).load(pages[source]),
         "new": NewKeys(geometry, "key", False).load(tokens[source]),
         "store": "\n".join(lines),
         "bounds": "\n".join(_completed(usable)),

@@ -28,7 +28,7 @@ from splagen.ir.program import Map, Program, Var
 from splagen.ir.text import equation_text
 
 # device functions that kernels call; a template each
-FUNCTIONS = ("log1p", "tanh", "dot_split", "merge_topk", "union_of")
+FUNCTIONS = ("log1p", "tanh", "dot_split", "merge_topk", "union_of", "leading_factor")
 _HEADS = {"query_rows": "Hq", "query_scalars": "Hq", "key_rows": "Hkv", "cell_rows": "Hkv"}
 _SIZES = {"LONGEST": "L"}  # names of sizes in kernels that have another on the host
 GENERATOR = 4  # bumped when the text or the numbers of kernels change on purpose
@@ -69,6 +69,8 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
             "group": geometry.group,
             "head_dim": geometry.head_dim,
             "value_dim": geometry.value_dim,
+            "rows": [a.name for a in part.inputs if a.layout in ("query_rows", "key_rows")],
+            "returned": _returned("backward_op", inputs, gradients, cotangents),
             "parameters": [_parameter(a, geometry) for a in part.inputs[3:]],
             "dense": _dense_text(part, part.dense, op, constants) if part.dense else "",
             "chosen_op": f"op_for({inputs[0]})" if part.dense else "forward_op",
@@ -305,7 +307,9 @@ def _dense_text(part: Partition, dense: Dense, op: str, constants: dict[str, int
     finish, results = _finished(list(dense.gradients.items()), part.inputs, dense.rows, partials, geometry)
     found = {attention.q.name: "dq", attention.k.name: "dk", attention.v.name: "dv"}
     found |= dict(zip(dense.gradients, results, strict=True))
-    gradients = [found.get(x, f"torch.zeros_like({x}, memory_format=torch.contiguous_format)") for x in inputs]
+    differentiable = [n for n, _ in part.gradients]
+    zero = "torch.zeros_like({}, memory_format=torch.contiguous_format)"
+    gradients = [found.get(x, zero.format(x)) for x in differentiable]
     return render(
         "dense",
         {
@@ -324,10 +328,21 @@ def _dense_text(part: Partition, dense: Dense, op: str, constants: dict[str, int
             "forward": _dense_calls(dense.forward),
             "backward": [*_dense_calls(dense.backward), *finish],
             "rows_cotangents": [o_cotangent, *results],
+            "differentiable": differentiable,
             "gradients": gradients,
+            "returned": _returned("dense_backward_op", inputs, differentiable, [cotangent.name]),
             "fakes": [_allocation(a, constants) for a in arrays],
         },
     )
+
+
+def _returned(op: str, inputs: Sequence[str], gradients: Sequence[str], cotangents: Sequence[str]) -> str:
+    """Lines that return what autograd wants of an op's backward: None in the place of an input without a gradient."""
+    call = f"{op}(*ctx.saved_tensors, {cotangents[0]})"
+    if len(gradients) == len(inputs):
+        return f"return {call}"
+    placed = ", ".join(f"d_{x}" if x in gradients else "None" for x in inputs)
+    return f"{', '.join(f'd_{x}' for x in gradients)} = {call}\nreturn {placed}"
 
 
 def _dense_calls(kernels: Sequence[Kernel]) -> list[str]:
@@ -359,5 +374,7 @@ def _parameter(a: Array, geometry: Geometry) -> dict[str, str]:
         "head_rows": f"(n.Hq, {geometry.value_dim})",
         "kv_head_scalars": "(n.Hkv,)",
         "query_scalars": "(n.B, n.L, n.Hq)",
+        "query_rows": f"(n.B, n.L, n.Hq, {geometry.head_dim})",
+        "key_rows": f"(n.B, n.L, n.Hkv, {geometry.head_dim})",
     }
     return {"name": a.name, "shape": shapes[a.layout]}

@@ -38,7 +38,7 @@ class PagedRows(Rows):
     def _place(self, array: Array) -> str:
         if array.layout != "pages":
             return super()._place(array)
-        return f"({self.position} * {array.width[0]})[:, None]"
+        return f"({self.position} * {array.width[0]})[:, None]" if array.width else self.position
 
 
 class NewRow(PagedRows):
@@ -96,9 +96,10 @@ def step_array(v: Var, geometry: Geometry, *, internal: bool = False) -> Array:
 
 
 def paged_array(v: Var, geometry: Geometry, *, padded: bool) -> Array:
-    """The pages of key rows or of statistics, in the input type."""
+    """The pages of key rows or of statistics, in the input type; numbers in float32."""
     features = features_of(v)
-    return Array(f"{v.name}_pages", "pages", features, (geometry.width(features, pad=padded),), "input", padded)
+    width = (geometry.width(features, pad=padded),) if features else ()
+    return Array(f"{v.name}_pages", "pages", features, width, "input" if features else "float32", padded)
 
 
 def query_heads(geometry: Geometry, *, product: bool) -> int:
