@@ -93,7 +93,7 @@ class Call:
         """Gradients by the name of the input."""
         kept = [results[a.name] for a in self.part.residuals]
         found = self.module.backward(self.schedules, *self.inputs, *self.bounds, *kept, *self.cotangents, *self.longest)
-        return dict(zip([a.name for a in self.part.inputs], found, strict=True))
+        return dict(zip([name for name, _ in self.part.gradients], found, strict=True))
 
 
 def gate(packed: PackedLibrary, alone: Library, inputs: dict[str, Tensor], lengths: Sequence[int]) -> None:

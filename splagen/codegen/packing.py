@@ -111,6 +111,10 @@ class Packing:
                     lines.append(f"{a.name}_ptr += ({self._programs_before(kernel)}) * {size}")
                 case "unions":
                     lines += self._move_union(a, kernel)
+                case "head_rows" | "kv_head_scalars":
+                    pass  # parameters are those of every sequence
+                case _:
+                    raise PartitionError(f"{a.name}: nobody packs {a.layout}")
         return lines
 
     def move_index(self, prefix: str) -> list[str]:
