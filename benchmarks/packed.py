@@ -93,7 +93,7 @@ class Call:
         """Gradients by the name of the input."""
         kept = [results[a.name] for a in self.part.residuals]
         found = self.module.backward(self.schedules, *self.inputs, *self.bounds, *kept, *self.cotangents, *self.longest)
-        return dict(zip([a.name for a in self.part.inputs], found, strict=True))
+        return dict(zip([name for name, _ in self.part.gradients], found, strict=True))
 
 
 def gate(packed: PackedLibrary, alone: Library, inputs: dict[str, Tensor], lengths: Sequence[int]) -> None:
@@ -109,7 +109,7 @@ def gate(packed: PackedLibrary, alone: Library, inputs: dict[str, Tensor], lengt
     gradients = call.backward(results)
     for number, (begin, end) in enumerate(itertools.pairwise(ends.tolist())):
         here = slice(begin, end)
-        one = Call(alone, {n: x[:, here].contiguous() if n in taken else x for n, x in inputs.items()}, None)
+        one = Call(alone, {n: x[:, here].clone() if n in taken else x for n, x in inputs.items()}, None)
         right = one.forward()
         found = [(results[a.name], right[a.name]) for a in call.part.outputs]
         found += [(gradients[n], x) for n, x in one.backward(right).items() if n in taken]

@@ -80,10 +80,12 @@ class PackedOracle:
         count = len(part.inputs)
         bounds = tensors.pop(count)
         arrays = [*part.inputs, *part.residuals, *part.cotangents]
-        whole = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x in tensors[:count]]
+        inputs = dict(zip([a.name for a in part.inputs], zip(part.inputs, tensors[:count], strict=True), strict=True))
+        wanted = [inputs[name] for name, _ in part.gradients]
+        whole = [torch.zeros_like(x, memory_format=torch.contiguous_format) for _, x in wanted]
         for sequence in self.parts(bounds, longest):
             own = [sequence.of(a, x) for a, x in zip(arrays, tensors, strict=True)]
-            for a, x, found in zip(part.inputs, whole, self.oracle.backward(*own), strict=True):
+            for (a, _), x, found in zip(wanted, whole, self.oracle.backward(*own), strict=True):
                 sequence.of(a, x).add_(found)
         return tuple(whole)
 

@@ -93,7 +93,8 @@ def _compare(
         scale = scale if scale > 1e-9 * largest else largest
         rows.append(Row(f"d{name}", shape, label, relative_error(got.double() / factor, want, scale), gradient_limit))
     whole = [found[a.name] for a in part.outputs]
-    whole += [g for a, g in zip(part.inputs, gradients, strict=True) if a.layout in ROWS]
+    layouts = {a.name: a.layout for a in part.inputs}
+    whole += [g for (name, _), g in zip(part.gradients, gradients, strict=True) if layouts[name] in ROWS]
     left = torch.ones(q.shape[1], dtype=torch.bool, device=q.device)
     for sequence in sequences:
         left[sequence.first : sequence.first + sequence.length] = False
@@ -106,7 +107,10 @@ def _truth(
 ) -> _Truth:
     part = truth.partition
     outputs = {a.name: torch.zeros_like(found[a.name], dtype=torch.float64) for a in part.outputs}
-    gradients = {a.name: torch.zeros_like(inputs[a.name], dtype=torch.float64) for a in part.inputs}
+    differentiable = {name for name, _ in part.gradients}
+    gradients = {
+        a.name: torch.zeros_like(inputs[a.name], dtype=torch.float64) for a in part.inputs if a.name in differentiable
+    }
     squares, worst = dict.fromkeys(gradients, 0.0), 0.0
     for sequence in sequences:
         own = {a.name: sequence.of(a, inputs[a.name]) for a in (*part.inputs, *part.cotangents)}
@@ -116,7 +120,7 @@ def _truth(
         for a, x in zip(part.outputs, truth.values(exact, list(outputs), indices), strict=True):
             sequence.of(a, outputs[a.name]).copy_(x)
         right, terms = truth.gradients_and_scales(own, indices)
-        for a in part.inputs:
+        for a in (a for a in part.inputs if a.name in differentiable):
             sequence.of(a, gradients[a.name]).add_(right[a.name])
             squares[a.name] += terms.get(a.name, 0.0) ** 2
         if indices is not None:

@@ -74,6 +74,7 @@ def packed_module_text(part: PackedPartition, *, name: str, digest: str, spec_te
             "head_dim": geometry.head_dim,
             "value_dim": geometry.value_dim,
             "parameters": [_parameter(a, geometry) for a in part.inputs[3:]],
+            "rows": [a.name for a in part.inputs if a.layout in ("query_rows", "key_rows")],
             "packed": [a.name for a in part.inputs if a.layout in _ROWS],
         },
     )
@@ -130,5 +131,7 @@ def _parameter(a: Array, geometry: Geometry) -> dict[str, str]:
         "head_rows": f"(n.Hq, {geometry.value_dim})",
         "kv_head_scalars": "(n.Hkv,)",
         "query_scalars": "(n.T, n.Hq)",
+        "query_rows": f"(n.T, n.Hq, {geometry.head_dim})",
+        "key_rows": f"(n.T, n.Hkv, {geometry.head_dim})",
     }
     return {"name": a.name, "shape": shapes[a.layout]}

@@ -78,7 +78,7 @@ class Packing:
         return replace(kernel, inputs=(*inputs, BOUNDS), scalars=scalars, batch="\n".join(lines))
 
     def place(self, sequence: str) -> list[str]:
-        """Lines that find the sequence, given by its number, its first token and its length."""
+        """Lines that find the sequence, given by its number, its first token and length; those not read disappear."""
         block = self.geometry.block
         return [
             f"sequence = {sequence}",
@@ -111,6 +111,10 @@ class Packing:
                     lines.append(f"{a.name}_ptr += ({self._programs_before(kernel)}) * {size}")
                 case "unions":
                     lines += self._move_union(a, kernel)
+                case "head_rows" | "kv_head_scalars":
+                    pass  # parameters are those of every sequence
+                case _:
+                    raise PartitionError(f"{a.name}: nobody packs {a.layout}")
         return lines
 
     def move_index(self, prefix: str) -> list[str]:

@@ -270,7 +270,8 @@ class TileCode:
         value = f"-{value}" if s.sign < 0 else value
         for mask in masks:
             value = f"tl.where({mask}, {value}, 0.0)"
-        if not masks and not any(is_tile_value(v) for v in s.factors):
+        by_row = set(masks) <= {*self.read.values()}  # a mask of rows leaves numbers per row what they are
+        if by_row and not any(is_tile_value(v) for v in s.factors):
             value = f"tl.broadcast_to({value}, {'(BLOCK_N, BLOCK_M)' if self.to_keys else '(BLOCK_M, BLOCK_N)'})"
         if s.operand is None:
             return f"{s.into.name} += tl.sum({value}, axis={0 if across or turned else 1})"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from splagen import library as lib
 from splagen import pipeline
 from splagen.codegen.geometry import Geometry
 from splagen.codegen.partition import Partition
@@ -13,7 +14,7 @@ from splagen.codegen.schedule import check_schedule
 from splagen.codegen.unions import MOST_LISTS, lists_met, lists_text, visits_union
 from splagen.errors import ScheduleError
 from splagen.kinds import oracle
-from splagen.spec import Select, SPLASpec, to_toml
+from splagen.spec import Residual, Select, SPLASpec, to_toml
 from splagen.verification import Shape, compare, random_inputs
 from tests.kernels.embedding import fill_empty_with_nan
 from tests.kernels.test_parts import CASES as BY_KEY
@@ -38,6 +39,11 @@ CASES: dict[str, tuple[SPLASpec, Shape, int]] = {
     "tiles of sixteen, not causal": (SPLASpec(head_dim=16, group_size=2, causal=False, select=TILES), (1, 2, 203), 32),
     "shorter than a tile": (SPLASpec(head_dim=16, group_size=2, select=TOKEN), (2, 4, 5), 32),
     "one token": (SPLASpec(head_dim=16, group_size=2, select=TOKEN), (1, 2, 1), 16),
+    "a normaliser, whose gradient is a number per row": (
+        SPLASpec(head_dim=16, group_size=1, select=TOKEN, linear=Residual(lib.elu1, normaliser=True), combine="add"),
+        (1, 1, 85),
+        16,
+    ),
     "more rows than a chunk": (SPLASpec(head_dim=16, group_size=1, select=TOKEN, linear=None), (1, 2, 99), 64),
 }
 
