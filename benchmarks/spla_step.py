@@ -19,6 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.floors import PEAK_BYTES
 from benchmarks.record import write
 from benchmarks.timing import time_ms
+from splagen.autotune.cost import evaluate
+from splagen.autotune.step_cost import Step, step_sizes
+from splagen.codegen.decoding import SPLITTING, decoding
 from splagen.paged_cache import SPLACache
 from splagen.pipeline import DecodingLibrary, generate_decoding
 from splagen.spec import Select, SPLASpec
@@ -71,10 +74,10 @@ def given(spec: SPLASpec, batch: int, kv_heads: int) -> list[Tensor]:
 
 
 def floor_us(batch: int, kv_heads: int, length: int) -> float:
-    """Microseconds of the bytes that a step must read: statistics of all blocks, keys and values of 64, states."""
-    blocks, exact = length // BLOCK, FREE + 3
-    read = kv_heads * (blocks * 2 * D * 2 + exact * BLOCK * 2 * D * 2 + 2 * D * D * 4)
-    return 1e6 * batch * read / PEAK_BYTES
+    """Microseconds of the bytes that a step has to move, by the cost model."""
+    part = decoding(spec_of(kv_heads))
+    sizes = step_sizes(part, batch, kv_heads, length, SPLITTING)
+    return 1e6 * evaluate(Step.of(part, "bf16").floor(), sizes, "a step") / PEAK_BYTES
 
 
 def replay_us(cache: SPLACache, tokens: list[Tensor], repeats: int = 50) -> float:

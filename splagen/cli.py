@@ -17,6 +17,7 @@ from splagen import cli_cache, cli_cost, cli_tune, settings
 from splagen.errors import InputError, WrongResult
 from splagen.terminal import (
     AsJson,
+    Decode,
     SpecFile,
     emit,
     errors_as_status,
@@ -45,6 +46,7 @@ app.add_typer(cli_cache.app, name="cache")
 def generate(
     spec: SpecFile,
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("kernels"),
+    decode: Decode = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the spec's kernels and op as one Python module."""
@@ -52,8 +54,9 @@ def generate(
         from splagen import pipeline
 
         made = read_spec_file(spec)
-        library = pipeline.generate(made, out)
-        found = {"path": str(library.path), "module": library.path.stem, "op": made.name}
+        library = pipeline.generate_decoding(made, out) if decode else pipeline.generate(made, out)
+        op = f"{made.name}_step" if decode else made.name
+        found = {"path": str(library.path), "module": library.path.stem, "op": op}
         emit(found, as_json, str(library.path))
 
 
@@ -70,6 +73,7 @@ def show(
     ] = None,
     dtype: Annotated[str | None, typer.Option(metavar="|".join(DTYPES), help="Of cost: bf16.")] = None,
     gpu: Annotated[str | None, typer.Option(metavar="NAME", help="Of cost: such as H100; H200.")] = None,
+    decode: Decode = False,
     as_json: AsJson = False,
 ) -> None:
     """Print the spec's equations, or what becomes of them."""
@@ -82,16 +86,21 @@ def show(
         if (after is not None) + (kernel is not None) + source > 1:
             raise InputError("--after, --kernel and --source exclude one another", "give one of them")
         if after == "cost":
-            cli_cost.show_cost(made, shape, dtype, gpu, as_json)
+            cli_cost.show_cost(made, shape, dtype, gpu, decode, as_json)
             return
         if shape or dtype or gpu:
             raise InputError("--shape, --dtype and --gpu belong to the table of costs", "add --after cost")
+        if after is not None and decode:
+            raise InputError(f"--after {after} beside --decode", "take cost, or leave --decode out")
         found: dict[str, Any] = {"name": made.name}
+        part = pipeline.decode_kernels(made) if decode else None
         if after is not None:
             found |= {"after": after, "text": program_text(pick("pass", after, pipeline.stages(made), "cost"))}
         elif kernel is not None:
-            k = pick("kernel", kernel, {k.name: k for k in pipeline.kernels(made).all_kernels})
+            k = pick("kernel", kernel, {k.name: k for k in (part or pipeline.kernels(made)).all_kernels})
             found |= {"kernel": k.name, "template": k.template, "text": kernel_text(k)}
+        elif part is not None:
+            found["text"] = pipeline.decode_source(made) if source else program_text(part.program)
         else:
             found["text"] = pipeline.source(made) if source else program_text(pipeline.program(made))
         emit(found, as_json, found["text"].rstrip("\n"))
@@ -157,19 +166,21 @@ def compile_command(
     out: Annotated[
         Path | None, typer.Option(help="Write the module with its machine code here: it runs without a compiler.")
     ] = None,
+    decode: Decode = False,
     as_json: AsJson = False,
 ) -> None:
     """Compile every kernel ahead of time; no GPU is needed."""
     with errors_as_status(as_json):
         from splagen import pipeline
         from splagen.codegen.binaries import Build, write_build
-        from splagen.codegen.compile import compile_module, keep_module, raise_if_failed
+        from splagen.codegen.compile import Module, compile_module, keep_module, raise_if_failed
         from splagen.codegen.schedule import TARGETS
 
         made = read_spec_file(spec)
         with tempfile.TemporaryDirectory() as folder:
-            path = pipeline.generate(made, folder).path
-            kernels, targets, dtypes = pipeline.kernels(made), target or list(TARGETS), dtype or ["bf16"]
+            kernels: Module = pipeline.decode_kernels(made) if decode else pipeline.kernels(made)
+            path = (pipeline.generate_decoding(made, folder) if decode else pipeline.generate(made, folder)).path
+            targets, dtypes = target or list(TARGETS), dtype or ["bf16"]
             build: Build | None = None
             if out is None:
                 rows = compile_module(path, kernels, targets=targets, dtypes=dtypes, jobs=jobs)

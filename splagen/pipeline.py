@@ -17,11 +17,11 @@ from splagen.autotune.search import EFFORTS, Progress
 from splagen.autotune.tuned import TunedSchedules
 from splagen.autotune.tuner import Target, Tuned
 from splagen.codegen.decode_module import decode_module_text
-from splagen.codegen.decoding import decoding
+from splagen.codegen.decoding import Decoding, decoding
 from splagen.codegen.files import import_file, write_generated
 from splagen.codegen.partition import Partition
 from splagen.codegen.sequence_partition import SequencePartition
-from splagen.errors import InputError
+from splagen.errors import InputError, SpecError
 from splagen.ir.check import check
 from splagen.ir.passes import Pass, run
 from splagen.ir.program import Program
@@ -107,6 +107,24 @@ def source(spec: Spec) -> str:
     return kind_of(spec).source(spec)
 
 
+def decode_kernels(spec: Spec) -> Decoding:
+    """The kernels of a step of one token per sequence.
+
+    Raises:
+        SpecError: a query of the spec depends on later tokens, or the spec is of SSE.
+    """
+    if not isinstance(spec, SPLASpec):
+        raise SpecError(f"{spec.name} is a spec of SSE", f"its module has a step of its own: {spec.name}_step")
+    return decoding(spec)
+
+
+def decode_source(spec: Spec) -> str:
+    """The text of the generated module of decoding.  Raises SpecError as `decode_kernels`."""
+    part = decode_kernels(spec)
+    assert isinstance(spec, SPLASpec)
+    return decode_module_text(part, spec, digest=digest(spec)[:8], spec_text=to_toml(spec))
+
+
 def generate(spec: Spec, out: str | Path) -> Library:
     """Write `{name}_{digest8}.py` into `out`.  Raises GeneratedFileError where a foreign file is in the way."""
     path = Path(out) / f"{spec.name}_{digest(spec)[:8]}.py"
@@ -114,16 +132,17 @@ def generate(spec: Spec, out: str | Path) -> Library:
     return Library(spec, path)
 
 
-def generate_decoding(spec: SPLASpec, out: str | Path) -> DecodingLibrary:
+def generate_decoding(spec: Spec, out: str | Path) -> DecodingLibrary:
     """Write `{name}_decode_{digest8}.py` into `out`: the step of one token per sequence of an `SPLACache`.
 
     Raises:
-        SpecError: a query of the spec depends on later tokens.
+        SpecError: a query of the spec depends on later tokens, or the spec is of SSE.
         GeneratedFileError: a foreign file is in the way.
     """
-    short = digest(spec)[:8]
-    path = Path(out) / f"{spec.name}_decode_{short}.py"
-    write_generated(path, decode_module_text(decoding(spec), spec, digest=short, spec_text=to_toml(spec)))
+    text = decode_source(spec)
+    assert isinstance(spec, SPLASpec)
+    path = Path(out) / f"{spec.name}_decode_{digest(spec)[:8]}.py"
+    write_generated(path, text)
     return DecodingLibrary(spec, path)
 
 

@@ -24,6 +24,7 @@ WRONG_RESULT, WRONG_REQUEST = 1, 2
 
 T = TypeVar("T")
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC.toml", help="The spec: what is computed.")]
+Decode = Annotated[bool, typer.Option("--decode", help="The step of decoding: one token for each sequence of a cache.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 

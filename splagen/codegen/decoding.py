@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -67,6 +68,7 @@ class Decoding:
         return frozenset()
 
 
+@functools.lru_cache(maxsize=32)
 def decoding(spec: SPLASpec) -> Decoding:
     """Cut the step of a spec into kernels.
 
