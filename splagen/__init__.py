@@ -55,6 +55,7 @@ _HOME = {
     "SPLACache": "paged_cache",
     "load": "pipeline",
     "Library": "pipeline",
+    "DecodingLibrary": "pipeline",
     "verify": "pipeline",
     "tune": "pipeline",
 }
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from splagen.library import taylor as taylor
     from splagen.library import topk_softmax as topk_softmax
     from splagen.paged_cache import SPLACache as SPLACache
+    from splagen.pipeline import DecodingLibrary as DecodingLibrary
     from splagen.pipeline import Library as Library
     from splagen.pipeline import generate as generate
     from splagen.pipeline import generate_decoding as generate_decoding

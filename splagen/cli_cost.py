@@ -66,9 +66,9 @@ def show_cost(spec: Spec, shape: str | None, dtype: str | None, gpu: str | None,
     }
     if isinstance(part, Decoding):
         formula, moved = floor(spec, part, at, chosen, device)
-        ms = 1e3 * moved / device.bandwidth
-        listing.add_row("floor", formula, "", f"{moved / 1e6:.1f}", "", f"{ms:.3f}", "bytes")
-        document["floor"] = {"bytes_formula": formula, "bytes": moved, "ms": ms}
+        least = 1e3 * moved / device.bandwidth
+        listing.add_row("floor", formula, "", f"{moved / 1e6:.1f}", "", f"{least:.3f}", "bytes")
+        document["floor"] = {"bytes_formula": formula, "bytes": moved, "ms": least}
     emit(document, as_json, listing)
 
 

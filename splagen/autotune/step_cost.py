@@ -157,9 +157,8 @@ class Step(Attention):
 
     @cached_property
     def _key_pages(self) -> list[str]:
-        """Names of the pages of keys and values, that of keys first."""
-        names = {f"{a.name}_pages" for a in self.part.tokens}
-        return [a.name for a in self.part.pages if a.name in names]
+        """Names of the pages of keys and values."""
+        return [f"{name}_pages" for name in self.part.key_rows]
 
     def _given(self, a: Array) -> sp.Expr:
         """Rows of what a caller gives or gets."""
@@ -168,7 +167,7 @@ class Step(Attention):
                 return HEADS * self.geometry.group
             case "kv_head_scalars":
                 return HEADS
-        return BATCH * HEADS * (1 if f"{a.name}_pages" in self._key_pages else self.geometry.group)
+        return BATCH * HEADS * (1 if a.name in self.part.key_rows else self.geometry.group)
 
     def _entries(self, kernel: Kernel, a: Array) -> sp.Expr:
         """Lengths, one for each program that asks; a page number for each block whose keys or statistics are read."""

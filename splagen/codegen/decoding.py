@@ -63,6 +63,17 @@ class Decoding:
         return self.geometry.group
 
     @property
+    def key_rows(self) -> tuple[str, ...]:
+        """Names of the rows that a token has for each KV head, keys first; all others are of query heads."""
+        paged = {a.name for a in self.pages}
+        return tuple(a.name for a in self.tokens if f"{a.name}_pages" in paged)
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """Names of what a step is given that is no row of a token: float32, or as q."""
+        return frozenset(a.name for a in self.tokens if a.layout != "token_rows")
+
+    @property
     def wide(self) -> frozenset[str]:
         """Inputs that are float32 beside 16-bit q, k and v: none need to be."""
         return frozenset()
