@@ -54,6 +54,7 @@ _HOME = {
     "generate_decoding": "pipeline",
     "SPLACache": "paged_cache",
     "load": "pipeline",
+    "load_decoding": "pipeline",
     "Library": "pipeline",
     "DecodingLibrary": "pipeline",
     "verify": "pipeline",
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
     from splagen.pipeline import generate_decoding as generate_decoding
     from splagen.pipeline import kernels as kernels
     from splagen.pipeline import load as load
+    from splagen.pipeline import load_decoding as load_decoding
     from splagen.pipeline import lowered as lowered
     from splagen.pipeline import program as program
     from splagen.pipeline import source as source

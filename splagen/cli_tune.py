@@ -12,7 +12,7 @@ import typer
 
 from splagen import settings
 from splagen.errors import WrongResult
-from splagen.terminal import AsJson, SpecFile, emit, errors_as_status, pick, read_shape, read_spec_file, table
+from splagen.terminal import AsJson, Decode, SpecFile, emit, errors_as_status, pick, read_shape, read_spec_file, table
 
 if TYPE_CHECKING:
     from splagen.autotune.search import Outcome, Progress
@@ -35,9 +35,13 @@ def tune_command(
     alike: Annotated[
         float, typer.Option(min=0, max=1, help="How much neighbouring queries have in common; as in text: 0.98.")
     ] = 0.0,
+    decode: Decode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find the fastest Schedule of every kernel on this GPU and keep them in the cache."""
+    """Find the fastest Schedule of every kernel on this GPU and keep them in the cache.
+
+    With --decode, B counts sequences, and L the tokens that one may get.
+    """
     with errors_as_status(as_json):
         from splagen import pipeline
         from splagen.verification import DTYPES
@@ -45,7 +49,8 @@ def tune_command(
         made = read_spec_file(spec)
         shapes = [read_shape(s) for s in shape]
         kind = pick("dtype", dtype, DTYPES)
-        library = pipeline.generate(made, settings.cache_dir() / "kernels")
+        generate = pipeline.generate_decoding if decode else pipeline.generate
+        library = generate(made, settings.cache_dir() / "kernels")
         with _bar() as told:
             options: dict[str, Any] = {"effort": effort, "seconds": seconds, "jobs": jobs, "force": force}
             found = pipeline.tune(library, shapes=shapes, dtype=kind, alike=alike, progress=told, **options)

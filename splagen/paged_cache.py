@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from splagen import settings
-from splagen.codegen.decoding import Decoding, decoding
-from splagen.codegen.kernel import Array
+from splagen.cache_tensors import NO_PAGE, NO_SEQUENCE, CacheTensors, default_page_size
+from splagen.codegen.decoding import decoding
 from splagen.errors import InputError
 from splagen.pipeline import DecodingLibrary
 from splagen.spec import digest, to_toml
 
-NO_PAGE = -1
-NO_SEQUENCE = -1
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -66,7 +64,7 @@ class SPLACache:
         self.library, self.part = library, decoding(library.spec)
         self.spec_text = to_toml(library.spec)
         block = self.part.geometry.block
-        page_size = max(256, block) if page_size is None else page_size
+        page_size = default_page_size(self.part) if page_size is None else page_size
         for name, value in (("sequences", sequences), ("kv_heads", kv_heads), ("tokens", tokens)):
             if value < 1:
                 raise InputError(f"{name} is {value}", "give at least 1")
@@ -79,22 +77,12 @@ class SPLACache:
         if total < 1 or total * kv_heads * (page_size // block) >= 2**31:
             raise InputError(f"pages is {total}", "1 or more, and fewer than 2**31 blocks over all heads")
         self.sequences, self.kv_heads, self.dtype, self.device = sequences, kv_heads, dtype, torch.device(device)
-
-        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self.device)
-
-        self.page_table = zeros(sequences, self.width, dtype=torch.int32).fill_(NO_PAGE)
-        self.seqlens = zeros(sequences, dtype=torch.int32).fill_(NO_SEQUENCE)
-        self.pages = {
-            a.name: zeros(total, kv_heads, page_size // _span(a, self.part), *a.width, dtype=dtype)
-            for a in self.part.pages
-        }
-        self.states = {a.name: zeros(sequences, kv_heads, *a.width, dtype=torch.float32) for a in self.part.states}
-        module = library.module
-        like = torch.empty(sequences, kv_heads * self.part.geometry.group, 1, dtype=dtype, device=self.device)
-        self.scratch: dict[str, Tensor] = module.scratch(
-            module.schedules_for(like), sequences, kv_heads, self.width * page_size, dtype, self.device
-        )
+        self.made = CacheTensors.allocate(
+            library.module, self.part, sequences=sequences, kv_heads=kv_heads, width=self.width, pages=total,
+            page_size=page_size, dtype=dtype, device=self.device,
+        )  # fmt: skip
+        self.page_table, self.seqlens = self.made.page_table, self.made.seqlens
+        self.pages, self.states, self.scratch = self.made.pages, self.made.states, self.made.scratch
         self._free = list(range(total))[::-1]
         self._uses: Counter[int] = Counter()
         self._held: dict[int, list[int]] = {}
@@ -115,9 +103,7 @@ class SPLACache:
             )
         if settings.check_cache() and not torch.compiler.is_compiling() and not self._captured():
             self.check(room=1)
-        return (
-            self.page_table, self.seqlens, *self.pages.values(), *self.states.values(), *self.scratch.values()
-        )  # fmt: skip
+        return self.made.arguments
 
     def _captured(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -304,8 +290,3 @@ class SPLACache:
         self._uses = Counter(page for pages in self._held.values() for page in pages)
         total = self.pages[self.part.pages[0].name].shape[0]
         self._free = [p for p in range(total) if not self._uses[p]][::-1]
-
-
-def _span(a: Array, part: Decoding) -> int:
-    """Tokens of one row of a page."""
-    return 1 if a.name in ("k_pages", "v_pages") else part.geometry.cell

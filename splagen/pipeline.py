@@ -16,6 +16,8 @@ from splagen.autotune.device import this_device
 from splagen.autotune.search import EFFORTS, Progress
 from splagen.autotune.tuned import TunedSchedules
 from splagen.autotune.tuner import Target, Tuned
+from splagen.cache_tensors import default_page_size
+from splagen.codegen.compile import Module
 from splagen.codegen.decode_module import decode_module_text
 from splagen.codegen.decoding import Decoding, decoding
 from splagen.codegen.files import import_file, write_generated
@@ -154,6 +156,24 @@ def load(spec: Spec) -> Callable[..., Any]:
     return library.op
 
 
+def capacity(spec: Spec, shape: Shape) -> Shape:
+    """Sequences, heads and the tokens for which a cache made for this shape has pages."""
+    page = default_page_size(decode_kernels(spec))
+    return (*shape[:2], -(-shape[2] // page) * page)
+
+
+def load_decoding(spec: Spec) -> DecodingLibrary:
+    """The step of a spec, generated under the cache directory; it takes the Schedules that were tuned.
+
+    Raises:
+        SpecError: a query of the spec depends on later tokens, or the spec is of SSE.
+    """
+    library = generate_decoding(spec, settings.cache_dir() / "kernels")
+    if not settings.interpreted():
+        vars(library.module)["TUNED"] = TunedSchedules(spec, kernels=decode_kernels)
+    return library
+
+
 def tune(
     library: Library | Spec,
     *,
@@ -167,6 +187,9 @@ def tune(
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> list[Tuned]:
     """Find the fastest Schedules at shapes (B, H, L) on this GPU, or take them from the cache; the library uses them.
+
+    Of a library of decoding, B are sequences, H heads of queries and L the tokens that a sequence of a cache may get;
+    an `SPLACache` that is made afterwards has the splits that were found.
 
     Args:
         library: a generated library, or a spec.
@@ -188,21 +211,23 @@ def tune(
     """
     if not isinstance(library, Library):
         library = generate(library, settings.cache_dir() / "kernels")
+    decodes = isinstance(library, DecodingLibrary)
     if effort not in EFFORTS:
         raise InputError(f"unknown effort {effort!r}", f"one of {', '.join(EFFORTS)}")
     names = {d: n for n, d in DTYPES.items()}
     if dtype not in names:
         raise InputError(f"unknown dtype {dtype}", f"one of {', '.join(map(str, names))}")
-    if not 0 <= alike <= 1 or (alike and library.spec.kind == "sse"):
-        hint = "0 to 1, and 0 for sse, where no query chooses blocks"
+    if not 0 <= alike <= 1 or (alike and (decodes or library.spec.kind == "sse")):
+        hint = "0 to 1, and 0 for sse, where no query chooses blocks, and for decoding, where each chooses alone"
         raise InputError(f"alike = {alike} of a spec of kind {library.spec.kind}", hint)
-    device, part = this_device(), kernels(library.spec)
+    device = this_device()
+    part: Module = decode_kernels(library.spec) if decodes else kernels(library.spec)
     found = []
-    for shape in shapes:
+    for shape in (capacity(library.spec, s) for s in shapes) if decodes else shapes:
         target = Target(library.spec, part, library.path, shape, names[dtype], device, alike)
         options: dict[str, Any] = {"effort": EFFORTS[effort], "seconds": seconds, "jobs": jobs, "force": force}
         found.append(tuner.tune(target, library.module, progress=progress, **options))
-    vars(library.module)["TUNED"] = TunedSchedules(library.spec)
+    vars(library.module)["TUNED"] = TunedSchedules(library.spec, kernels=decode_kernels if decodes else None)
     return found
 
 

@@ -22,9 +22,9 @@ ROWS = [
     {"spec", "sse_spec"},
     {"ir"},
     {"codegen"},
-    {"layout"},
+    {"layout", "cache_tensors"},
     {"sequence", "ops"},
-    {"verification", "sequence_verification"},
+    {"verification", "sequence_verification", "step_verification"},
     {"kinds"},
     {"autotune"},
     {

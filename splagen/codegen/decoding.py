@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from splagen.codegen.decode_kernels import DecodeCode, State
 from splagen.codegen.decode_selection import selection_kernels, statistics_code
 from splagen.codegen.geometry import Geometry, array_of, features_of, is_key_row, is_query_row, is_state, is_tile_value
-from splagen.codegen.kernel import Array, Choice, Kernel
-from splagen.codegen.schedule import DTYPES, TARGETS
+from splagen.codegen.kernel import Array, Choice, Kernel, Splitting
+from splagen.codegen.schedule import DTYPES, TARGETS, Constraint, Schedule, check_fields
 from splagen.codegen.selection import Selection
 from splagen.codegen.selection_kernels import kept
 from splagen.codegen.step_rows import paged_array, step_array
 from splagen.codegen.tile_code import Walk
-from splagen.errors import PartitionError
+from splagen.errors import PartitionError, ScheduleError
 from splagen.ir.check import check
 from splagen.ir.decoding import state_pairs, step_program
 from splagen.ir.program import Contract, Equation, Iota, Program, Var
@@ -56,6 +56,16 @@ class Decoding:
     def strategies(self) -> tuple[Choice, ...]:
         """Ways between which a Schedule chooses: none."""
         return ()
+
+    @property
+    def constraints(self) -> tuple[Constraint, ...]:
+        """What Schedules must agree on: nothing."""
+        return ()
+
+    @property
+    def splitting(self) -> Splitting:
+        """In how many programs a step scores, selects and attends."""
+        return Splitting("splitting", self.kernels, tuple(SPLITTING))
 
     @property
     def group_size(self) -> int:
@@ -173,6 +183,24 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
         case "decode_merge":
             return {"BLOCK_S": 16, "num_warps": 4, "num_stages": 1}
     raise PartitionError(f"{kernel.name} has no Schedule", hint=f"give the template {kernel.template} one")
+
+
+def check_decode_schedule(kernel: Kernel, geometry: Geometry, schedule: Schedule) -> None:
+    """Raise ScheduleError if a Schedule is not legal for a kernel of a step."""
+    check_fields(kernel, schedule)
+    holes = kernel.holes
+    whole = {"BLOCK_N": [("block", geometry.block)]} if "BLOCK_N" in kernel.tunable else {}
+    if holes.get("left_size") and kernel.template == "decode_attend":
+        whole["BLOCK_N"].append(("rows of a state", int(str(holes["left_size"]))))
+    if holes.get("right_size"):
+        whole["BLOCK_E"] = [("columns of a state", int(str(holes["right_size"])))]
+    for name, divided in whole.items():
+        for what, size in divided:
+            if size % schedule[name]:
+                raise ScheduleError(f"{name}={schedule[name]} of {kernel.name} does not divide the {size} of {what}")
+    if kernel.template == "decode_settle" and schedule["BLOCK_K"] < 2 * int(str(holes["kept"])):
+        what = f"BLOCK_K={schedule['BLOCK_K']} of {kernel.name} holds no two lists of {holes['kept']} candidates"
+        raise ScheduleError(what)
 
 
 SPLITTING = {"score": 264, "attend": 396, "chunk": 512}

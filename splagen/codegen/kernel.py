@@ -121,6 +121,18 @@ class Kernel:
 
 
 @dataclass(frozen=True, eq=False)
+class Splitting:
+    """How work is cut into programs: `numbers` of the Schedule under this name, by which arrays between kernels go.
+
+    They are no arguments: the shapes of what one of `kernels` hands to the next say how many programs there are.
+    """
+
+    name: str
+    kernels: tuple[Kernel, ...]
+    numbers: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Choice:
     """Several ways to compute the same: `strategy` in the Schedule under this name numbers one of them.
 
