@@ -53,6 +53,7 @@ _HOME = {
     "generate": "pipeline",
     "generate_decoding": "pipeline",
     "SPLACache": "paged_cache",
+    "scale_of": "paged_cache",
     "load": "pipeline",
     "load_decoding": "pipeline",
     "Library": "pipeline",
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
     from splagen.library import taylor as taylor
     from splagen.library import topk_softmax as topk_softmax
     from splagen.paged_cache import SPLACache as SPLACache
+    from splagen.paged_cache import scale_of as scale_of
     from splagen.pipeline import DecodingLibrary as DecodingLibrary
     from splagen.pipeline import Library as Library
     from splagen.pipeline import generate as generate

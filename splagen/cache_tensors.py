@@ -12,6 +12,7 @@ from splagen.codegen.decoding import Decoding
 
 NO_PAGE = -1
 NO_SEQUENCE = -1
+PAGE_TYPES = {"e4m3": torch.float8_e4m3fn}
 PAGE = 256  # tokens, where nothing else is said
 
 
@@ -29,6 +30,7 @@ class CacheTensors:
         seqlens: int32 [sequences], -1 for none.
         pages: keys, values and statistics by name, [pages, Hkv, rows of a page, width].
         states: float32 sums over far blocks by name, [sequences, Hkv, ...].
+        scales: of pages in e4m3 by name, [Hkv] powers of two; 1 unless something else is put there.
         scratch: what a step hands from kernel to kernel.
     """
 
@@ -36,6 +38,7 @@ class CacheTensors:
     seqlens: Tensor
     pages: dict[str, Tensor]
     states: dict[str, Tensor]
+    scales: dict[str, Tensor]
     scratch: dict[str, Tensor]
 
     @classmethod
@@ -59,7 +62,9 @@ class CacheTensors:
 
         table = zeros(sequences, width, dtype=torch.int32).fill_(NO_PAGE)
         found = {
-            a.name: zeros(pages, kv_heads, page_size // rows_span(part, a.name), *a.width, dtype=dtype)
+            a.name: zeros(
+                pages, kv_heads, page_size // rows_span(part, a.name), *a.width, dtype=PAGE_TYPES.get(a.dtype, dtype)
+            )
             for a in part.pages
         }
         made = cls(
@@ -67,6 +72,7 @@ class CacheTensors:
             zeros(sequences, dtype=torch.int32).fill_(NO_SEQUENCE),
             found,
             {a.name: zeros(sequences, kv_heads, *a.width, dtype=torch.float32) for a in part.states},
+            {a.name: zeros(kv_heads, dtype=dtype).fill_(1) for a in part.scales},
             {},
         )
         like = torch.empty(sequences, kv_heads * part.geometry.group, 1, dtype=dtype, device=device)
@@ -84,7 +90,8 @@ class CacheTensors:
     def arguments(self) -> tuple[Tensor, ...]:
         """All of them, in the order of a step's arguments."""
         return (
-            self.page_table, self.seqlens, *self.pages.values(), *self.states.values(), *self.scratch.values()
+            self.page_table, self.seqlens, *self.pages.values(), *self.states.values(), *self.scales.values(),
+            *self.scratch.values(),
         )  # fmt: skip
 
 

@@ -9,16 +9,19 @@ import math
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from splagen import cli_cache, cli_cost, cli_tune, settings
 from splagen.errors import InputError, WrongResult
 from splagen.terminal import (
+    INPUT,
     AsJson,
     Decode,
+    PageTypeName,
     SpecFile,
+    check_page_type,
     emit,
     errors_as_status,
     mark,
@@ -28,6 +31,10 @@ from splagen.terminal import (
     read_spec_file,
     table,
 )
+
+if TYPE_CHECKING:
+    from splagen.pipeline import Library
+    from splagen.spec import Spec
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -47,14 +54,14 @@ def generate(
     spec: SpecFile,
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("kernels"),
     decode: Decode = False,
+    page_type: PageTypeName = INPUT,
     as_json: AsJson = False,
 ) -> None:
     """Write the spec's kernels and op as one Python module."""
     with errors_as_status(as_json):
-        from splagen import pipeline
-
         made = read_spec_file(spec)
-        library = pipeline.generate_decoding(made, out) if decode else pipeline.generate(made, out)
+        check_page_type(decode, page_type)
+        library = _library(made, out, page_type if decode else None)
         op = f"{made.name}_step" if decode else made.name
         found = {"path": str(library.path), "module": library.path.stem, "op": op}
         emit(found, as_json, str(library.path))
@@ -74,6 +81,7 @@ def show(
     dtype: Annotated[str | None, typer.Option(metavar="|".join(DTYPES), help="Of cost: bf16.")] = None,
     gpu: Annotated[str | None, typer.Option(metavar="NAME", help="Of cost: such as H100; H200.")] = None,
     decode: Decode = False,
+    page_type: PageTypeName = INPUT,
     as_json: AsJson = False,
 ) -> None:
     """Print the spec's equations, or what becomes of them."""
@@ -83,24 +91,25 @@ def show(
         from splagen.ir.text import program_text
 
         made = read_spec_file(spec)
+        check_page_type(decode, page_type)
         if (after is not None) + (kernel is not None) + source > 1:
             raise InputError("--after, --kernel and --source exclude one another", "give one of them")
         if after == "cost":
-            cli_cost.show_cost(made, shape, dtype, gpu, decode, as_json)
+            cli_cost.show_cost(made, shape, dtype, gpu, page_type if decode else None, as_json)
             return
         if shape or dtype or gpu:
             raise InputError("--shape, --dtype and --gpu belong to the table of costs", "add --after cost")
         if after is not None and decode:
             raise InputError(f"--after {after} beside --decode", "take cost, or leave --decode out")
         found: dict[str, Any] = {"name": made.name}
-        part = pipeline.decode_kernels(made) if decode else None
+        part = pipeline.decode_kernels(made, page_type) if decode else None
         if after is not None:
             found |= {"after": after, "text": program_text(pick("pass", after, pipeline.stages(made), "cost"))}
         elif kernel is not None:
             k = pick("kernel", kernel, {k.name: k for k in (part or pipeline.kernels(made)).all_kernels})
             found |= {"kernel": k.name, "template": k.template, "text": kernel_text(k)}
         elif part is not None:
-            found["text"] = pipeline.decode_source(made) if source else program_text(part.program)
+            found["text"] = pipeline.decode_source(made, page_type) if source else program_text(part.program)
         else:
             found["text"] = pipeline.source(made) if source else program_text(pipeline.program(made))
         emit(found, as_json, found["text"].rstrip("\n"))
@@ -167,6 +176,7 @@ def compile_command(
         Path | None, typer.Option(help="Write the module with its machine code here: it runs without a compiler.")
     ] = None,
     decode: Decode = False,
+    page_type: PageTypeName = INPUT,
     as_json: AsJson = False,
 ) -> None:
     """Compile every kernel ahead of time; no GPU is needed."""
@@ -174,13 +184,15 @@ def compile_command(
         from splagen import pipeline
         from splagen.codegen.binaries import Build, write_build
         from splagen.codegen.compile import Module, compile_module, keep_module, raise_if_failed
-        from splagen.codegen.schedule import TARGETS
+        from splagen.codegen.schedule import TARGETS, WITHOUT_E4M3
 
         made = read_spec_file(spec)
+        check_page_type(decode, page_type)
         with tempfile.TemporaryDirectory() as folder:
-            kernels: Module = pipeline.decode_kernels(made) if decode else pipeline.kernels(made)
-            path = (pipeline.generate_decoding(made, folder) if decode else pipeline.generate(made, folder)).path
-            targets, dtypes = target or list(TARGETS), dtype or ["bf16"]
+            kernels: Module = pipeline.decode_kernels(made, page_type) if decode else pipeline.kernels(made)
+            path = _library(made, Path(folder), page_type if decode else None).path
+            able = [t for t in TARGETS if page_type == INPUT or t not in WITHOUT_E4M3]
+            targets, dtypes = target or able, dtype or ["bf16"]
             build: Build | None = None
             if out is None:
                 rows = compile_module(path, kernels, targets=targets, dtypes=dtypes, jobs=jobs)
@@ -232,6 +244,15 @@ def doctor(as_json: AsJson = False) -> None:
         emit({"ok": not bad, "checks": [asdict(c) for c in found]}, as_json, listing)
         if bad:
             raise WrongResult(f"splagen cannot work here: {', '.join(bad)}")
+
+
+def _library(made: Spec, out: Path, page_type: str | None) -> Library:
+    """The generated module of the op, or of decoding with pages of a type."""
+    from splagen import pipeline
+
+    if page_type is None:
+        return pipeline.generate(made, out)
+    return pipeline.generate_decoding(made, out, page_type=page_type)
 
 
 # -- requests --------------------------------------------------------------------------------------------

@@ -11,9 +11,12 @@ import typer
 
 from splagen.errors import InputError
 from splagen.terminal import (
+    INPUT,
     AsJson,
     Decode,
+    PageTypeName,
     SpecFile,
+    check_page_type,
     emit,
     errors_as_status,
     mark,
@@ -60,6 +63,7 @@ def explain(
     ] = None,
     gpu: Annotated[str | None, typer.Option(metavar="NAME", help="Such as H200; the one that is here.")] = None,
     decode: Decode = False,
+    page_type: PageTypeName = INPUT,
     as_json: AsJson = False,
 ) -> None:
     """Say which kernels of a spec have a tuned Schedule, and what differs where one has none."""
@@ -70,8 +74,9 @@ def explain(
         from splagen.codegen.compile import Module
 
         made = read_spec_file(spec)
+        check_page_type(decode, page_type)
         device = device_called(gpu)
-        part: Module = pipeline.decode_kernels(made) if decode else pipeline.kernels(made)
+        part: Module = pipeline.decode_kernels(made, page_type) if decode else pipeline.kernels(made)
         kernels = {k.name: k for k in scheduled(part)}
         chosen = [pick("kernel", kernel, kernels)] if kernel else list(kernels.values())
         bucket = key.Bucket.of(made, read_shape(shape)) if shape else key.Bucket(1, 1)

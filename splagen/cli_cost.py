@@ -37,14 +37,16 @@ class Row:
     bound: str
 
 
-def show_cost(spec: Spec, shape: str | None, dtype: str | None, gpu: str | None, decode: bool, as_json: bool) -> None:
-    """Print the table, or one JSON document; of decoding B counts sequences, and L the tokens of each."""
+def show_cost(
+    spec: Spec, shape: str | None, dtype: str | None, gpu: str | None, pages: str | None, as_json: bool
+) -> None:
+    """Print the table, or one JSON document; `pages`: of decoding, where B are sequences and L the tokens of each."""
     from splagen import pipeline
     from splagen.codegen.decoding import Decoding
 
     device, chosen = device_called(gpu or "H200"), dtype or "bf16"
     at = read_shape(shape) if shape else (1, max(HEADS // spec.group_size, 1) * spec.group_size, LENGTH)
-    part: Module = pipeline.decode_kernels(spec) if decode else pipeline.kernels(spec)
+    part: Module = pipeline.decode_kernels(spec, pages) if pages else pipeline.kernels(spec)
     found = rows(spec, part, at, chosen, device)
     listing = table("kernel", "bytes", "FLOPs", "MB", "GFLOP", "ms", "bound by")
     listing.title = f"B, H, L = {', '.join(map(str, at))}; {chosen}; {device.name}"
@@ -53,7 +55,7 @@ def show_cost(spec: Spec, shape: str | None, dtype: str | None, gpu: str | None,
         figures = [f"{r.bytes / 1e6:.1f}", f"{r.flops / 1e9:.1f}", ms]
         listing.add_row(r.kernel, r.bytes_formula, r.flops_formula, *figures, r.bound)
     totals = {}
-    for name in ("step",) if decode else ("forward", "backward"):
+    for name in ("step",) if pages else ("forward", "backward"):
         totals[name] = sum(r.ms for r in found if name in r.launched_in and not r.alternative)
         listing.add_row(f"all of {name}", "", "", "", "", f"{totals[name]:.3f}", "")
     document: dict[str, Any] = {

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from splagen import settings
 from splagen.cache_tensors import NO_PAGE, NO_SEQUENCE, CacheTensors, default_page_size
-from splagen.codegen.decoding import decoding
 from splagen.errors import InputError
 from splagen.pipeline import DecodingLibrary
 from splagen.spec import digest, to_toml
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_E4M3 = 448.0
 
 
 class SPLACache:
@@ -45,6 +45,7 @@ class SPLACache:
         page_size: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cuda",
+        scales: Mapping[str, float | Tensor] | None = None,
     ) -> None:
         """Allocate everything.
 
@@ -57,11 +58,14 @@ class SPLACache:
             page_size: tokens of a page, a multiple of the block; None is 256, or a block where that is larger.
             dtype: of keys, values and statistics.
             device: where it lies.
+            scales: of a library whose pages are e4m3, by "k" and "v": a power of two, or a tensor of them [Hkv]; 1 for
+                those that are not given.  A number is kept as a multiple of its scale, from 2^-9 to 448 in size.
 
         Raises:
-            InputError: a size that is out of range.
+            InputError: a size that is out of range, a scale that is no power of two, scales without e4m3, or a GPU
+                that has no e4m3.
         """
-        self.library, self.part = library, decoding(library.spec)
+        self.library, self.part = library, library.part
         self.spec_text = to_toml(library.spec)
         block = self.part.geometry.block
         page_size = default_page_size(self.part) if page_size is None else page_size
@@ -83,9 +87,38 @@ class SPLACache:
         )  # fmt: skip
         self.page_table, self.seqlens = self.made.page_table, self.made.seqlens
         self.pages, self.states, self.scratch = self.made.pages, self.made.states, self.made.scratch
+        self.scales = self.made.scales
+        self._set_scales(scales or {})
         self._free = list(range(total))[::-1]
         self._uses: Counter[int] = Counter()
         self._held: dict[int, list[int]] = {}
+
+    def _set_scales(self, given: Mapping[str, float | Tensor]) -> None:
+        """Scales of keys and values, and of statistics by how they grow with the keys."""
+        if not self.scales and given:
+            raise InputError("scales of pages in the type of q", 'generate_decoding(..., page_type="e4m3") has some')
+        if not self.scales:
+            return
+        if (
+            self.device.type == "cuda"
+            and not torch.version.hip
+            and torch.cuda.get_device_capability(self.device) < (8, 9)
+        ):
+            raise InputError(f"{torch.cuda.get_device_name(self.device)} has no e4m3", "take pages in the type of q")
+        names = self.part.key_rows
+        if unknown := sorted(given.keys() - set(names)):
+            raise InputError(f"scale of {', '.join(unknown)}", f"pages of {', '.join(names)} have one")
+        chosen = {n: torch.as_tensor(given.get(n, 1.0), dtype=torch.float32).expand(self.kv_heads) for n in names}
+        for pages, degree in self.part.degrees.items():
+            name = pages.removesuffix("_pages")
+            value = chosen[name] if name in chosen else chosen[names[0]] ** degree
+            kept = value.to(self.dtype)
+            mantissa = torch.frexp(value).mantissa
+            if not bool(((value > 0) & (mantissa == 0.5) & (kept.float() == value)).all()):
+                raise InputError(
+                    f"the scale of {name} is {value.tolist()}", f"powers of two in the range of {self.dtype}"
+                )
+            self.scales[f"{name}_scale"].copy_(kept)
 
     # -- steps --------------------------------------------------------------------------------------------
 
@@ -264,6 +297,7 @@ class SPLACache:
             "page_table": self.page_table.clone(),
             "seqlens": self.seqlens.clone(),
             "pages": {n: x.clone() for n, x in self.pages.items()},
+            "scales": {n: x.clone() for n, x in self.scales.items()},
             "states": {n: x.clone() for n, x in self.states.items()},
         }
 
@@ -278,6 +312,9 @@ class SPLACache:
                 theirs = "another" if name == "spec" else saved[name]
                 raise InputError(f"what was saved has {theirs} {name}", "restore it into a cache made like the first")
         pairs = [(self.page_table, saved["page_table"]), (self.seqlens, saved["seqlens"])]
+        if saved["scales"].keys() != self.scales.keys():
+            raise InputError("what was saved has pages of another type", "restore it into a cache made like the first")
+        pairs += [(x, saved["scales"][n]) for n, x in self.scales.items()]
         pairs += [(x, saved["pages"][n]) for n, x in self.pages.items()]
         pairs += [(x, saved["states"][n]) for n, x in self.states.items()]
         for mine, theirs in pairs:
@@ -290,3 +327,13 @@ class SPLACache:
         self._uses = Counter(page for pages in self._held.values() for page in pages)
         total = self.pages[self.part.pages[0].name].shape[0]
         self._free = [p for p in range(total) if not self._uses[p]][::-1]
+
+
+def scale_of(rows: Tensor, headroom: float = 4.0) -> Tensor:
+    """A scale for pages in e4m3 of rows like these, [..., Hkv, D] -> [Hkv]: a power of two.
+
+    The largest of them, times `headroom` for those to come, is within what e4m3 holds.  e4m3 rounds to 4 digits of two
+    over 15 powers of it, so the scale decides what falls off at either end and no more.
+    """
+    largest = rows.detach().float().abs().amax(-1).flatten(0, -2).amax(0).clamp(min=2.0**-100)
+    return torch.exp2(torch.ceil(torch.log2(largest * headroom / LARGEST_E4M3)))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 import torch
 
@@ -18,11 +19,12 @@ from splagen.autotune.tuned import TunedSchedules
 from splagen.autotune.tuner import Target, Tuned
 from splagen.cache_tensors import default_page_size
 from splagen.codegen.compile import Module
-from splagen.codegen.decode_module import decode_module_text
+from splagen.codegen.decode_module import decode_module_text, stem
 from splagen.codegen.decoding import Decoding, decoding
 from splagen.codegen.files import import_file, write_generated
 from splagen.codegen.partition import Partition
 from splagen.codegen.sequence_partition import SequencePartition
+from splagen.codegen.step_rows import PageType
 from splagen.errors import InputError, SpecError
 from splagen.ir.check import check
 from splagen.ir.passes import Pass, run
@@ -56,6 +58,11 @@ class DecodingLibrary(Library):
     """A generated module of decoding steps on disk."""
 
     spec: SPLASpec
+
+    @property
+    def part(self) -> Decoding:
+        """The kernels and arrays of the module."""
+        return decoding(self.spec, self.module.PAGE_TYPE)
 
     @property
     def op(self) -> Callable[..., Any]:
@@ -109,20 +116,24 @@ def source(spec: Spec) -> str:
     return kind_of(spec).source(spec)
 
 
-def decode_kernels(spec: Spec) -> Decoding:
-    """The kernels of a step of one token per sequence.
+def decode_kernels(spec: Spec, page_type: str = "input") -> Decoding:
+    """The kernels of a step of one token per sequence, for pages in the type of q or in "e4m3".
 
     Raises:
+        InputError: an unknown type of pages.
         SpecError: a query of the spec depends on later tokens, or the spec is of SSE.
     """
     if not isinstance(spec, SPLASpec):
         raise SpecError(f"{spec.name} is a spec of SSE", f"its module has a step of its own: {spec.name}_step")
-    return decoding(spec)
+    known: dict[str, PageType] = {name: name for name in get_args(PageType)}
+    if page_type not in known:
+        raise InputError(f"unknown type of pages {page_type!r}", f"one of {', '.join(known)}")
+    return decoding(spec, known[page_type])
 
 
-def decode_source(spec: Spec) -> str:
-    """The text of the generated module of decoding.  Raises SpecError as `decode_kernels`."""
-    part = decode_kernels(spec)
+def decode_source(spec: Spec, page_type: str = "input") -> str:
+    """The text of the generated module of decoding.  Raises as `decode_kernels`."""
+    part = decode_kernels(spec, page_type)
     assert isinstance(spec, SPLASpec)
     return decode_module_text(part, spec, digest=digest(spec)[:8], spec_text=to_toml(spec))
 
@@ -134,16 +145,20 @@ def generate(spec: Spec, out: str | Path) -> Library:
     return Library(spec, path)
 
 
-def generate_decoding(spec: Spec, out: str | Path) -> DecodingLibrary:
+def generate_decoding(spec: Spec, out: str | Path, *, page_type: str = "input") -> DecodingLibrary:
     """Write `{name}_decode_{digest8}.py` into `out`: the step of one token per sequence of an `SPLACache`.
 
+    `page_type` is "input", and pages have the type of q, or "e4m3": keys, values and statistics in 8 bits
+    (`{name}_decode_e4m3_{digest8}.py`).
+
     Raises:
+        InputError: an unknown type of pages.
         SpecError: a query of the spec depends on later tokens, or the spec is of SSE.
         GeneratedFileError: a foreign file is in the way.
     """
-    text = decode_source(spec)
+    text = decode_source(spec, page_type)
     assert isinstance(spec, SPLASpec)
-    path = Path(out) / f"{spec.name}_decode_{digest(spec)[:8]}.py"
+    path = Path(out) / f"{stem(spec, decode_kernels(spec, page_type).page_type)}_{digest(spec)[:8]}.py"
     write_generated(path, text)
     return DecodingLibrary(spec, path)
 
@@ -162,15 +177,16 @@ def capacity(spec: Spec, shape: Shape) -> Shape:
     return (*shape[:2], -(-shape[2] // page) * page)
 
 
-def load_decoding(spec: Spec) -> DecodingLibrary:
+def load_decoding(spec: Spec, *, page_type: str = "input") -> DecodingLibrary:
     """The step of a spec, generated under the cache directory; it takes the Schedules that were tuned.
 
     Raises:
+        InputError: an unknown type of pages.
         SpecError: a query of the spec depends on later tokens, or the spec is of SSE.
     """
-    library = generate_decoding(spec, settings.cache_dir() / "kernels")
+    library = generate_decoding(spec, settings.cache_dir() / "kernels", page_type=page_type)
     if not settings.interpreted():
-        vars(library.module)["TUNED"] = TunedSchedules(spec, kernels=decode_kernels)
+        vars(library.module)["TUNED"] = TunedSchedules(spec, kernels=partial(decode_kernels, page_type=page_type))
     return library
 
 
@@ -211,7 +227,7 @@ def tune(
     """
     if not isinstance(library, Library):
         library = generate(library, settings.cache_dir() / "kernels")
-    decodes = isinstance(library, DecodingLibrary)
+    decodes = library.part if isinstance(library, DecodingLibrary) else None
     if effort not in EFFORTS:
         raise InputError(f"unknown effort {effort!r}", f"one of {', '.join(EFFORTS)}")
     names = {d: n for n, d in DTYPES.items()}
@@ -221,13 +237,13 @@ def tune(
         hint = "0 to 1, and 0 for sse, where no query chooses blocks, and for decoding, where each chooses alone"
         raise InputError(f"alike = {alike} of a spec of kind {library.spec.kind}", hint)
     device = this_device()
-    part: Module = decode_kernels(library.spec) if decodes else kernels(library.spec)
+    part: Module = decodes or kernels(library.spec)
     found = []
     for shape in (capacity(library.spec, s) for s in shapes) if decodes else shapes:
         target = Target(library.spec, part, library.path, shape, names[dtype], device, alike)
         options: dict[str, Any] = {"effort": EFFORTS[effort], "seconds": seconds, "jobs": jobs, "force": force}
         found.append(tuner.tune(target, library.module, progress=progress, **options))
-    vars(library.module)["TUNED"] = TunedSchedules(library.spec, kernels=decode_kernels if decodes else None)
+    vars(library.module)["TUNED"] = TunedSchedules(library.spec, kernels=lambda _: part)
     return found
 
 

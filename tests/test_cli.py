@@ -343,6 +343,17 @@ def test_decode_stands_for_the_step_in_every_command_that_generates(tmp_path: Pa
     assert cost["total_ms"]["step"] == pytest.approx(sum(k["ms"] for k in cost["kernels"]))
 
 
+def test_pages_of_8_bits_have_a_module_of_their_own(tmp_path: Path) -> None:
+    found = document(run("generate", SMALL, "--decode", "--page-type", "e4m3", "--out", tmp_path, "--json"))
+    assert found["module"].startswith("small_decode_e4m3_")
+    assert "round_e4m3(" in run("show", SMALL, "--decode", "--page-type", "e4m3", "--kernel", "append").stdout
+    cost = ("show", SMALL, "--decode", "--after", "cost", "--shape", "8,2,65536", "--json")
+    wide, narrow = (document(run(*cost, "--page-type", t))["floor"]["bytes"] for t in ("input", "e4m3"))
+    assert 0.5 < narrow / wide < 0.6, "states and rows of tokens stay"
+    assert "only decoding has pages" in refused("compile", SMALL, "--page-type", "e4m3")
+    assert "unknown type of pages 'e5m2'" in refused("generate", SMALL, "--decode", "--page-type", "e5m2")
+
+
 def test_compile_reports_the_kernels_of_a_step() -> None:
     found = document(run("compile", SMALL, "--decode", "--target", "sm_90", "--json"))
     assert [r["kernel"] for r in found["rows"]] == ["append", "score", "select", "settle", "attend", "merge"]

@@ -17,6 +17,8 @@ FLOAT = 4  # bytes
 def shared_floor(kernel: Kernel, schedule: Schedule, dtype: str) -> int:
     """Bytes of shared memory that the buffers of a kernel's main loop take at the least."""
     size, ahead = DTYPES[dtype], schedule["num_stages"] - 1
+    if any(a.dtype == "e4m3" for a in kernel.inputs):
+        size = 1
     match kernel.template:
         case "block_sparse_forward" | "block_sparse_dq":
             rows = schedule["BLOCK_N"] * _columns(a for a in kernel.inputs if a.layout == "key_rows" and not a.padded)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 
 from splagen.autotune.device import Device
-from splagen.codegen import module, sequence_module
+from splagen.codegen import decode_module, module, sequence_module
 from splagen.codegen.kernel import Choice, Kernel, Splitting
 from splagen.codegen.render import kernel_text, template_directory
 from splagen.codegen.schedule import DTYPES
@@ -19,7 +19,7 @@ from splagen.errors import InputError
 from splagen.spec import Spec, digest
 
 SIZES = frozenset({"length", "batch"})  # the fields of a Bucket
-FUNCTIONS = tuple(dict.fromkeys((*module.FUNCTIONS, *sequence_module.FUNCTIONS)))
+FUNCTIONS = tuple(dict.fromkeys((*module.FUNCTIONS, *sequence_module.FUNCTIONS, *decode_module.FUNCTIONS)))
 LONGEST = 300  # characters of a text in a key
 
 

@@ -27,7 +27,7 @@ from splagen.expression import symbol
 from splagen.ir.program import Var
 
 SCORE_SPLITS, ATTEND_SPLITS, CHUNKS = symbol("SCORE_SPLITS"), symbol("ATTEND_SPLITS"), symbol("CHUNKS")
-_BYTES = {"float32": 4, "int32": 4, "int64": 8}
+_BYTES = {"float32": 4, "int32": 4, "int64": 8, "e4m3": 1}
 
 
 def step_sizes(part: Decoding, sequences: int, kv_heads: int, tokens: int, splitting: Schedule) -> dict[str, int]:

@@ -33,7 +33,7 @@ class Steps(Kernels):
     def __init__(self, module: ModuleType, shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> None:
         spec = from_toml(module.SPEC)
         assert isinstance(spec, SPLASpec)
-        self.module, self.dtype, self.device, self.part = module, dtype, device, decoding(spec)
+        self.module, self.dtype, self.device, self.part = module, dtype, device, decoding(spec, module.PAGE_TYPE)
         self.kept, self.large = {}, None
         sequences, heads, tokens = shape
         self.sizes = sequences, heads // self.part.group_size, tokens
@@ -61,10 +61,12 @@ class Steps(Kernels):
         number = torch.arange(sequences, device=self.device)
         cache.seqlens.copy_((tokens // block * block - 1 - number % block).clamp(min=0))
         for name, x in cache.pages.items():
-            if rows_span(self.part, name) == 1:
-                x.normal_(generator=self.draw)
-            else:
-                x.uniform_(0.5, 1.0, generator=self.draw)  # variances are positive
+            for page in x:  # no type of pages has random numbers of its own
+                drawn = torch.empty(page.shape, device=page.device)
+                if rows_span(self.part, name) == 1:
+                    page.copy_(drawn.normal_(generator=self.draw))
+                else:
+                    page.copy_(drawn.uniform_(0.5, 1.0, generator=self.draw))  # variances are positive
         for x in cache.states.values():
             x.normal_(generator=self.draw)
         return cache

@@ -33,7 +33,15 @@ _GPU = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-_TYPES = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "float32": "fp32", "int32": "i32", "int64": "i64"}
+_TYPES = {
+    "bf16": "bf16",
+    "fp16": "fp16",
+    "fp32": "fp32",
+    "float32": "fp32",
+    "int32": "i32",
+    "int64": "i64",
+    "e4m3": "fp8e4nv",
+}
 _INTEGERS = frozenset({"offsets", "firsts", "owners", "tokens", "places", "writes", "reads", "chosen", "slots"})
 _LENGTH, _KV_HEADS = 65_536, 2  # the sizes whose strides decide what the JIT would specialise on
 _LENGTHS, _HEADS = (_LENGTH, 65_537), (_KV_HEADS, 1, 3, 4, 8, 16)  # all that it would

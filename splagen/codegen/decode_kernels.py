@@ -19,7 +19,9 @@ from splagen.codegen.step_rows import (
     NewRow,
     PagedRows,
     StepRows,
+    eight_bits,
     query_heads,
+    scale,
 )
 from splagen.codegen.tile_code import (
     COUNTS,
@@ -130,6 +132,9 @@ class DecodeCode:
         lines = []
         for v in pages:
             lines.append(f"{v.name} = {new.load(tokens[v])}  # [1, {tokens[v].width[0]}]")
+            if pages[v].dtype == "e4m3":  # from here on it is what others will read
+                rounded = eight_bits(pages[v], v.name)
+                lines.append(f"{v.name} = {rounded}.to({scale(pages[v])}.dtype) * {scale(pages[v])}")
             lines.append(new.store(pages[v], v.name))
         queries = self.row_code("query", "BLOCK_M", StepRows, tokens)
         queries.loaded.add(self.program.inputs[0])

@@ -9,11 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import sympy as sp
+
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.moments import BLOCK, MEAN, VARIANCE, Moments
 from splagen.codegen.selection import CELL, QUERY, TILE, Selection
 from splagen.codegen.selection_kernels import SelectionCode, kept
-from splagen.codegen.step_rows import LENGTHS, PAGES, PagedCells, PagedRows, StepRows, paged_array, query_heads
+from splagen.codegen.step_rows import (
+    LENGTHS,
+    PAGES,
+    PagedCells,
+    PagedRows,
+    PageType,
+    StepRows,
+    paged_array,
+    query_heads,
+)
 from splagen.codegen.tile_code import COUNTS, INDICES
 from splagen.codegen.triton_expr import triton_text
 from splagen.ir.program import Equation, Var
@@ -33,6 +44,7 @@ class Statistics:
     arrays: dict[Var, Array]
     equations: tuple[Equation, ...]
     keys: Var
+    degrees: dict[str, int]
 
 
 def statistics_code(selection: Selection, keys: Array) -> Statistics:
@@ -42,7 +54,8 @@ def statistics_code(selection: Selection, keys: Array) -> Statistics:
     values = {v: moments.statistic(v)[0] for v in selection.statistics}
     width = selection.window(moments) * geometry.cell
     (source,) = moments.keys
-    arrays = {v: paged_array(v, geometry, padded=True) for v in values}
+    kind: PageType = "e4m3" if keys.dtype == "e4m3" else "input"
+    arrays = {v: paged_array(v, geometry, padded=True, dtype=kind) for v in values}
     cells = PagedCells(geometry, "key", False)
     lines = []
     for v, expr in values.items():
@@ -58,7 +71,16 @@ def statistics_code(selection: Selection, keys: Array) -> Statistics:
         "store": "\n".join(lines),
         "bounds": "\n".join(_completed(usable)),
     }
-    return Statistics(holes, arrays, tuple(moments.equations), source)
+    degrees = {arrays[v].name: _degree(expr) for v, expr in values.items()}
+    return Statistics(holes, arrays, tuple(moments.equations), source, degrees)
+
+
+def _degree(expr: sp.Expr) -> int:
+    """By which power of a factor of all keys a statistic grows: 1 for a mean, 2 for a variance, 0 for neither's kin."""
+    factor = sp.Symbol("factor", positive=True)
+    grown = expr.subs({MEAN: factor * MEAN, VARIANCE: factor**2 * VARIANCE}, simultaneous=True)
+    base, power = sp.simplify(grown / expr).as_base_exp()
+    return int(power) if base == factor and power.is_Integer else 0
 
 
 def _completed(usable: list[str]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from splagen.codegen.decode_kernels import DecodeCode, State
 from splagen.codegen.decode_selection import selection_kernels, statistics_code
@@ -13,7 +13,7 @@ from splagen.codegen.kernel import Array, Choice, Kernel, Splitting
 from splagen.codegen.schedule import DTYPES, TARGETS, Constraint, Schedule, check_fields
 from splagen.codegen.selection import Selection
 from splagen.codegen.selection_kernels import kept
-from splagen.codegen.step_rows import paged_array, step_array
+from splagen.codegen.step_rows import PageType, paged_array, scale_array, scaled, step_array
 from splagen.codegen.tile_code import Walk
 from splagen.errors import PartitionError, ScheduleError
 from splagen.ir.check import check
@@ -28,7 +28,8 @@ class Decoding:
     """The kernels of a step in launch order, and every array by its part.
 
     `tokens` are what a caller gives for each step, `pages` keys, values and statistics, `states` what is carried,
-    `scratch` what one kernel hands to the next, `output` o.
+    `scratch` what one kernel hands to the next, `output` o.  `scales` are those of pages in e4m3, in their order;
+    `degrees` says by the name of pages with which power of the keys' scale theirs goes, 0 for a scale of its own.
     """
 
     program: Program
@@ -41,11 +42,18 @@ class Decoding:
     overhang: int
     kept: int
     budget: int
+    scales: tuple[Array, ...] = ()
+    degrees: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def geometry(self) -> Geometry:
         """The sizes of the program."""
         return Geometry.of(self.program)
+
+    @property
+    def page_type(self) -> PageType:
+        """What pages hold: numbers of the type of q, or of e4m3."""
+        return "e4m3" if self.scales else "input"
 
     @property
     def all_kernels(self) -> tuple[Kernel, ...]:
@@ -90,8 +98,8 @@ class Decoding:
 
 
 @functools.lru_cache(maxsize=32)
-def decoding(spec: SPLASpec) -> Decoding:
-    """Cut the step of a spec into kernels.
+def decoding(spec: SPLASpec, page_type: PageType = "input") -> Decoding:
+    """Cut the step of a spec into kernels, for pages in the type of q or in e4m3.
 
     Raises:
         SpecError: a query depends on later tokens.
@@ -103,7 +111,7 @@ def decoding(spec: SPLASpec) -> Decoding:
     given = [v for v in program.inputs if v not in [before for before, _ in pairs]]
     tokens = {v: step_array(v, geometry) for v in given}
     keys = [v for v in given if is_key_row(v)]
-    pages = {v: paged_array(v, geometry, padded=False) for v in keys}
+    pages = {v: paged_array(v, geometry, padded=False, dtype=page_type) for v in keys}
     states = tuple(State.of(program, *pair) for pair in pairs)
     features = _features(program, tokens)
     available = {**tokens, **pages, **features}
@@ -116,9 +124,14 @@ def decoding(spec: SPLASpec) -> Decoding:
     output = replace(array_of(code.output, geometry, internal=False), layout="token_rows", name="o")
     kernels += [code.attend(), code.merge(tokens, output)]
     _check_coverage(program, kernels)
+    kernels = [scaled(k) for k in kernels]
     paged = (*pages.values(), *(statistics.arrays.values() if statistics else ()))
+    scales = tuple(scale_array(a) for a in paged if a.dtype == "e4m3")
+    degrees = {a.name: 1 if a is pages[keys[0]] else 0 for a in pages.values()} | (
+        statistics.degrees if statistics else {}
+    )
     carried = tuple(s.array(geometry) for s in states)
-    known = {a.name for a in (*tokens.values(), *paged, *carried, output)} | {"seqlens", "page_table"}
+    known = {a.name for a in (*tokens.values(), *paged, *carried, *scales, output)} | {"seqlens", "page_table"}
     scratch = {a.name: a for k in kernels for a in k.arrays if a.name not in known}
     window = int(str(statistics.holes["width"])) if statistics else geometry.cell
     return Decoding(
@@ -132,6 +145,8 @@ def decoding(spec: SPLASpec) -> Decoding:
         window - geometry.cell,
         kept(selection) if selection else 0,
         walk.budget,
+        scales,
+        degrees,
     )
 
 

@@ -50,14 +50,15 @@ class Array:
     """A tensor that kernels hand on.
 
     `width` is the extent of the last dimension as it lies in memory (internal arrays are padded to a power of two),
-    `features` the axes behind it, `dtype` "input" (that of q), "float32", "int32" or "int64".
+    `features` the axes behind it, `dtype` "input" (that of q), "float32", "int32", "int64", or "e4m3", whose
+    numbers count times a scale per KV head (step_rows.py).
     """
 
     name: str
     layout: Layout
     features: tuple[str, ...] = ()
     width: tuple[int, ...] = ()
-    dtype: Literal["input", "float32", "int32", "int64"] = "input"
+    dtype: Literal["input", "float32", "int32", "int64", "e4m3"] = "input"
     padded: bool = False
     chunk: int = 0  # of states: positions that one state sums
     partitions: int = 1  # of recurrences: how many partitions a group, a chunk or a token has all at once

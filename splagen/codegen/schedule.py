@@ -59,6 +59,7 @@ TARGETS = {
         Target("gfx942", 64 << 10),
     )
 }
+WITHOUT_E4M3 = frozenset({"sm_80"})
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 

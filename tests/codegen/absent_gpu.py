@@ -127,11 +127,13 @@ def launch_all(module: Any, arch: str, dtype: str, length: int, heads: int, stra
 
 def launch_step(module: Any, arch: str, dtype: str, length: int, heads: int) -> None:
     """A step of decoding on a cache; gains of norms in float32 and in the dtype of q."""
+    from splagen.codegen.decoding import decoding
     from splagen.paged_cache import SPLACache
     from splagen.spec import from_toml
 
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    library: Any = SimpleNamespace(spec=from_toml(module.SPEC), module=module)
+    spec: Any = from_toml(module.SPEC)
+    library: Any = SimpleNamespace(spec=spec, module=module, part=decoding(spec, module.PAGE_TYPE))
     cache = SPLACache(library, sequences=2, kv_heads=heads, tokens=length, dtype=kind, device="cpu")
     group, width = module.GROUP.value, library.spec.head_dim
     rows = [torch.zeros(2, n, width, dtype=kind) for n in (heads * group, heads, heads)]

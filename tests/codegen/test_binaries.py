@@ -117,10 +117,12 @@ def test_no_kernel_is_compiled_at_its_first_launch(name: str, tmp_path: Path) ->
     assert build.specialisations > len(names(SPECS[name]))
 
 
-def test_no_kernel_of_a_decoding_step_is_compiled_at_its_first_launch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("page_type", ["input", pytest.param("e4m3", marks=pytest.mark.slow)])
+def test_no_kernel_of_a_decoding_step_is_compiled_at_its_first_launch(page_type: str, tmp_path: Path) -> None:
     """16 divides the rows of two heads of 24 columns, not those of one: strides of queries and of keys differ."""
     spec = SPLASpec(head_dim=24, group_size=2, select=Select(block_size=16, budget=2))
-    source, part = pipeline.generate_decoding(spec, tmp_path).path, pipeline.decode_kernels(spec)
+    library = pipeline.generate_decoding(spec, tmp_path, page_type=page_type)
+    source, part = library.path, pipeline.decode_kernels(spec, page_type)
     rows, kept = keep_module(source, part, targets=["sm_90"], progress=False)
     raise_if_failed(rows)
     build = write_build(source, kept, tmp_path / "out", dtypes=["bf16"])
