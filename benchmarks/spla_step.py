@@ -1,6 +1,6 @@
-"""Decoding with SPLA: one token per sequence inside a CUDA graph, beside its floor and dense attention by cuDNN.
+"""Decoding with SPLA: steps of a sequence's tokens in a CUDA graph, beside their floor and dense attention by cuDNN.
 
-python -m benchmarks.spla_step [--tuned] [--page-type e4m3] [--schedules JSON] [--kernels] [--out DIR]
+python -m benchmarks.spla_step [--tokens N ...] [--tuned] [--page-type e4m3] [--schedules JSON] [--kernels] [--out DIR]
 
 The sequences hold random keys and values of the length given; statistics and states are those of these keys.
 """
@@ -44,12 +44,15 @@ def spec_of(kv_heads: int) -> SPLASpec:
     return SPLASpec(head_dim=D, group_size=HQ // kv_heads, select=Select(block_size=BLOCK, budget=FREE))
 
 
-def filled(library: DecodingLibrary, batch: int, kv_heads: int, length: int) -> SPLACache:
-    """A cache whose sequences have `length - 33` random tokens: no block is completed during the measurement."""
-    cache = SPLACache(library, sequences=batch, kv_heads=kv_heads, tokens=length, dtype=torch.bfloat16)
+def filled(library: DecodingLibrary, batch: int, kv_heads: int, length: int, step_tokens: int = 1) -> SPLACache:
+    """A cache whose sequences have `length - 33` random tokens: steps of one token complete no block meanwhile."""
+    most = length if step_tokens == 1 else length + 16 * step_tokens
+    cache = SPLACache(
+        library, sequences=batch, kv_heads=kv_heads, tokens=most, step_tokens=step_tokens, dtype=torch.bfloat16
+    )
     draw = torch.Generator(device="cuda").manual_seed(0)
     for _ in range(batch):
-        cache.allocate(length)
+        cache.allocate(most)
     keys = cache.pages["k_pages"]
     for page in range(0, keys.shape[0], 256):
         for x in (keys, cache.pages["v_pages"]):
@@ -61,29 +64,34 @@ def filled(library: DecodingLibrary, batch: int, kv_heads: int, length: int) -> 
     for state in cache.states.values():
         state.normal_(generator=draw)
     cache.seqlens.fill_(length - 33)
+    cache.settled.fill_(length - 33)
     return cache
 
 
-def given(spec: SPLASpec, batch: int, kv_heads: int) -> list[Tensor]:
+def given(spec: SPLASpec, batch: int, kv_heads: int, step_tokens: int = 1) -> list[Tensor]:
     """What a step takes: q, k, v and the gains of the norms."""
+    rows = (batch, step_tokens) if step_tokens > 1 else (batch,)
     draw = torch.Generator(device="cuda").manual_seed(1)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw, device="cuda")
 
-    rows = [normal(batch, h, D).to(torch.bfloat16) for h in (HQ, kv_heads, kv_heads)]
-    return [*rows, *(1 + normal(HQ, spec.value_dim) / 4 for _ in range(2))]
+    tokens = [normal(*rows, h, D).to(torch.bfloat16) for h in (HQ, kv_heads, kv_heads)]
+    return [*tokens, *(1 + normal(HQ, spec.value_dim) / 4 for _ in range(2))]
 
 
 def floor_us(batch: int, kv_heads: int, length: int, page_type: PageType = "input") -> float:
-    """Microseconds of the bytes that a step has to move, by the cost model."""
+    """Microseconds of the bytes that a step of one token has to move, by the cost model.
+
+    A step of several tokens reads as much where they choose alike.
+    """
     part = decoding(spec_of(kv_heads), page_type)
     sizes = step_sizes(part, batch, kv_heads, length, SPLITTING)
     return 1e6 * evaluate(Step.of(part, "bf16").floor(), sizes, "a step") / PEAK_BYTES
 
 
 def replay_us(cache: SPLACache, tokens: list[Tensor], repeats: int = 50) -> float:
-    """Median microseconds of one replay, L2 flushed before; the lengths stay within a block."""
+    """Median microseconds of one replay, L2 flushed before; with one token per step the lengths stay within a block."""
     out = torch.empty_like(tokens[0])
     start = cache.seqlens.clone()
     stream = torch.cuda.Stream()
@@ -143,6 +151,7 @@ def main() -> None:
     """Time every case, write the record and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--schedules", type=json.loads, default={}, help="fields that replace those of the Schedules")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1], help="of a step, per sequence")
     parser.add_argument("--kernels", action="store_true", help="also the time of each kernel")
     parser.add_argument("--dense", action="store_true", help="also dense attention by cuDNN")
     parser.add_argument("--page-type", choices=get_args(PageType), default="input", help="what pages hold")
@@ -166,16 +175,18 @@ def main() -> None:
         if args.dense or args.out:
             row["dense_us"] = dense_us(batch, kv_heads, length)
             torch.cuda.empty_cache()
-        cache, tokens = filled(library, batch, kv_heads, length), given(spec, batch, kv_heads)
-        row["floor_us"] = floor_us(batch, kv_heads, length, args.page_type)
-        row["us"] = replay_us(cache, tokens)
-        row["share_of_floor"] = row["floor_us"] / row["us"]
-        if args.kernels:
-            row["kernels"] = kernel_us(cache, tokens)
-        rows.append(row)
-        print({n: round(f, 3) if isinstance(f, float) else f for n, f in row.items()}, flush=True)
-        del cache
-        torch.cuda.empty_cache()
+        for step_tokens in args.tokens:
+            cache = filled(library, batch, kv_heads, length, step_tokens)
+            tokens = given(spec, batch, kv_heads, step_tokens)
+            found = row | {"tokens": step_tokens, "floor_us": floor_us(batch, kv_heads, length, args.page_type)}
+            found["us"] = replay_us(cache, tokens)
+            found["share_of_floor"] = found["floor_us"] / found["us"]
+            if args.kernels:
+                found["kernels"] = kernel_us(cache, tokens)
+            rows.append(found)
+            print({n: round(f, 3) if isinstance(f, float) else f for n, f in found.items()}, flush=True)
+            del cache
+            torch.cuda.empty_cache()
     if args.out:
         write("spla_step", {"heads": HQ, "head_dim": D, "block": BLOCK, "blocks": FREE + 3, "rows": rows}, args.out)
 

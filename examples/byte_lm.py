@@ -19,13 +19,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import record
+
+if TYPE_CHECKING:
+    import splagen
 
 AttentionKind = Literal["dense", "sparse", "spla", "spla_residual"]
 KINDS: tuple[AttentionKind, ...] = ("dense", "sparse", "spla", "spla_residual")
@@ -47,6 +50,8 @@ class Config:
     head_dim: int = 64
     context: int = 4096
     attention: AttentionKind = "dense"
+    block_size: int = 32  # of sparse attention
+    budget: int = 8  # blocks beside the first, the one before and the current one
 
     @property
     def width(self) -> int:
@@ -157,19 +162,31 @@ class Attention(nn.Module):
         if self.op is None:
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # heads before positions
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-        gains = {name: gain for name, gain in self.named_parameters() if name.startswith("gamma")}
-        return self.op(q, k, v, **gains)
+        return self.op(q, k, v, **self.gains())
+
+    def gains(self) -> dict[str, Tensor]:
+        """Learned gains of the norms behind the two branches, by the op's names: [Hq, D]."""
+        return {name: gain for name, gain in self.named_parameters() if name.startswith("gamma")}
 
 
-def _generated(config: Config) -> Callable[..., Tensor]:
+def attention_spec(config: Config) -> splagen.SPLASpec:
+    """What attention of the sparse kinds computes.  Raises ValueError for dense attention, which has no spec."""
     import splagen  # here, so that the dense model runs without it
 
-    select = splagen.Select(block_size=32, budget=8, sinks=1, local=1)
+    if config.attention == "dense":
+        raise ValueError("dense attention is torch's: give another kind of attention")
+    select = splagen.Select(block_size=config.block_size, budget=config.budget, sinks=1, local=1)
     group_size = config.q_heads // config.kv_heads
     spec = splagen.SPLASpec(head_dim=config.head_dim, group_size=group_size, select=select, linear=None)
     if config.attention in COMBINE:
         spec = replace(spec, linear=splagen.Residual(), combine=COMBINE[config.attention])
-    op: Callable[..., Tensor] = splagen.load(spec)
+    return spec
+
+
+def _generated(config: Config) -> Callable[..., Tensor]:
+    import splagen
+
+    op: Callable[..., Tensor] = splagen.load(attention_spec(config))
     return op
 
 
@@ -196,9 +213,14 @@ class Block(nn.Module):
         q, k, v = heads.split([c.q_heads, c.kv_heads, c.kv_heads], dim=2)
         return rotate(q, rotation), rotate(k, rotation), v
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the layer's output, [B, L, width]."""
-        x = x + self.out(self.attention(*self.qkv(x, rotation)).flatten(2))
+    def forward(
+        self,
+        x: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Return the layer's output, [B, L, width]; `attend` takes the place of attention over x alone."""
+        x = x + self.out((attend or self.attention)(*self.qkv(x, rotation)).flatten(2))
         gate, up = self.gate_up(self.norm_mlp(x)).chunk(2, dim=-1)
         mixed: Tensor = self.down(F.silu(gate) * up)
         return x + mixed
@@ -222,7 +244,7 @@ class ByteLM(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Run the model."""
-        x, rotation = self.embedding(tokens), rotary(self.config.head_dim, tokens)
+        x, rotation = self.embedding(tokens), rotary(self.config.head_dim, _positions(tokens))
         for block in self.blocks:
             x = block(x, rotation)
         logits: Tensor = self.head(self.norm(x))
@@ -230,7 +252,7 @@ class ByteLM(nn.Module):
 
     def qkv(self, tokens: Tensor, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the q, k, v that attention of layer `layer` (from 0) gets; shapes as in Block.qkv."""
-        x, rotation = self.embedding(tokens), rotary(self.config.head_dim, tokens)
+        x, rotation = self.embedding(tokens), rotary(self.config.head_dim, _positions(tokens))
         for block in self.blocks[:layer]:
             x = block(x, rotation)
         block = self.blocks[layer]
@@ -238,11 +260,14 @@ class ByteLM(nn.Module):
         return block.qkv(x, rotation)
 
 
-def rotary(head_dim: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cos and sin (float32 [L, 1, head_dim / 2]) of the rotary embedding for tokens [B, L]."""
-    pairs = torch.arange(0, head_dim, 2, device=tokens.device, dtype=torch.float32)
-    positions = torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.float32)
-    angles = positions[:, None, None] * 10_000.0 ** (-pairs / head_dim)
+def _positions(tokens: Tensor) -> Tensor:
+    return torch.arange(tokens.shape[1], device=tokens.device)
+
+
+def rotary(head_dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cos and sin (float32 [..., 1, head_dim / 2]) of the rotary embedding at positions [...]."""
+    pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions[..., None, None].to(torch.float32) * 10_000.0 ** (-pairs / head_dim)
     return angles.cos(), angles.sin()
 
 

@@ -28,6 +28,7 @@ class CacheTensors:
     Attributes:
         page_table: int32 [sequences, pages of the longest], -1 where there is no page.
         seqlens: int32 [sequences], -1 for none.
+        settled: int32 [sequences], the lengths before the last step.
         pages: keys, values and statistics by name, [pages, Hkv, rows of a page, width].
         states: float32 sums over far blocks by name, [sequences, Hkv, ...].
         scales: of pages in e4m3 by name, [Hkv] powers of two; 1 unless something else is put there.
@@ -36,6 +37,7 @@ class CacheTensors:
 
     page_table: Tensor
     seqlens: Tensor
+    settled: Tensor
     pages: dict[str, Tensor]
     states: dict[str, Tensor]
     scales: dict[str, Tensor]
@@ -54,8 +56,12 @@ class CacheTensors:
         page_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        step_tokens: int = 1,
     ) -> CacheTensors:
-        """Zeros for sequences of up to `width` pages, of which there are `pages` in all; splits as Schedules say."""
+        """Zeros for sequences of up to `width` pages, of which there are `pages` in all; splits as Schedules say.
+
+        `step_tokens`: the most that a step takes for each sequence.
+        """
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -70,6 +76,7 @@ class CacheTensors:
         made = cls(
             table,
             zeros(sequences, dtype=torch.int32).fill_(NO_SEQUENCE),
+            zeros(sequences, dtype=torch.int32),
             found,
             {a.name: zeros(sequences, kv_heads, *a.width, dtype=torch.float32) for a in part.states},
             {a.name: zeros(kv_heads, dtype=dtype).fill_(1) for a in part.scales},
@@ -77,7 +84,7 @@ class CacheTensors:
         )
         like = torch.empty(sequences, kv_heads * part.geometry.group, 1, dtype=dtype, device=device)
         made.scratch = module.scratch(
-            made.schedules(module, like), sequences, kv_heads, width * page_size, dtype, device
+            made.schedules(module, like), sequences, kv_heads, width * page_size, dtype, device, step_tokens
         )
         return made
 
@@ -90,8 +97,8 @@ class CacheTensors:
     def arguments(self) -> tuple[Tensor, ...]:
         """All of them, in the order of a step's arguments."""
         return (
-            self.page_table, self.seqlens, *self.pages.values(), *self.states.values(), *self.scales.values(),
-            *self.scratch.values(),
+            self.page_table, self.seqlens, self.settled, *self.pages.values(), *self.states.values(),
+            *self.scales.values(), *self.scratch.values(),
         )  # fmt: skip
 
 

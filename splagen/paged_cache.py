@@ -1,4 +1,10 @@
-"""The cache of decoding: keys, values and statistics in pages, and a state per sequence, all allocated once."""
+"""The cache of decoding: keys, values and statistics in pages, and a state per sequence, all allocated once.
+
+A state has the blocks that are far for the first token of the last step, at `settled`; no token from there on is in one
+of them.  So a sequence may be cut back to any length from `settled` on, which is what `accept` does, and neither states
+nor pages need to change: what lies in pages behind the length is written again before it is read, and statistics of a
+cell are made when its last key comes, from the keys themselves.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +21,7 @@ from splagen.errors import InputError
 from splagen.pipeline import DecodingLibrary
 from splagen.spec import digest, to_toml
 
+MOST_TOKENS = 8  # of a step: fewer than the tokens of a page, so that they lie in two pages at the most
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_E4M3 = 448.0
 
@@ -29,6 +36,7 @@ class SPLACache:
     Attributes:
         page_table: int32 [sequences, pages of `tokens`], -1 where there is no page.
         seqlens: int32 [sequences].
+        settled: int32 [sequences], the lengths before the last step: the least that `accept` leaves.
         pages: keys, values and statistics by name, [pages, Hkv, rows of a page, width].
         states: float32 sums over far blocks by name, [sequences, Hkv, ...].
         scratch: what a step hands from kernel to kernel.
@@ -43,6 +51,7 @@ class SPLACache:
         tokens: int,
         pages: int | None = None,
         page_size: int | None = None,
+        step_tokens: int = 1,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cuda",
         scales: Mapping[str, float | Tensor] | None = None,
@@ -51,11 +60,12 @@ class SPLACache:
 
         Args:
             library: of `generate_decoding`.
-            sequences: slots; every step takes one token for each.
+            sequences: slots; every step takes as many tokens for each.
             kv_heads: Hkv.
             tokens: the longest that a sequence may get.
             pages: of all sequences together; None has room for every one at its longest.
             page_size: tokens of a page, a multiple of the block; None is 256, or a block where that is larger.
+            step_tokens: the most tokens per sequence that a step takes, 1 to 8: room for what kernels hand on.
             dtype: of keys, values and statistics.
             device: where it lies.
             scales: of a library whose pages are e4m3, by "k" and "v": a power of two, or a tensor of them [Hkv]; 1 for
@@ -74,6 +84,8 @@ class SPLACache:
                 raise InputError(f"{name} is {value}", "give at least 1")
         if page_size < block or page_size % block:
             raise InputError(f"page_size is {page_size}", f"a multiple of the block of {block} tokens")
+        if not 1 <= step_tokens <= MOST_TOKENS:
+            raise InputError(f"step_tokens is {step_tokens}", f"a step takes 1 to {MOST_TOKENS} tokens per sequence")
         if dtype not in DTYPES:
             raise InputError(f"dtype is {dtype}", f"one of {', '.join(map(str, DTYPES))}")
         self.page_size, self.width = page_size, -(-tokens // page_size)
@@ -83,9 +95,10 @@ class SPLACache:
         self.sequences, self.kv_heads, self.dtype, self.device = sequences, kv_heads, dtype, torch.device(device)
         self.made = CacheTensors.allocate(
             library.module, self.part, sequences=sequences, kv_heads=kv_heads, width=self.width, pages=total,
-            page_size=page_size, dtype=dtype, device=self.device,
+            page_size=page_size, dtype=dtype, device=self.device, step_tokens=step_tokens,
         )  # fmt: skip
-        self.page_table, self.seqlens = self.made.page_table, self.made.seqlens
+        self.step_tokens = step_tokens
+        self.page_table, self.seqlens, self.settled = self.made.page_table, self.made.seqlens, self.made.settled
         self.pages, self.states, self.scratch = self.made.pages, self.made.states, self.made.scratch
         self.scales = self.made.scales
         self._set_scales(scales or {})
@@ -122,29 +135,51 @@ class SPLACache:
 
     # -- steps --------------------------------------------------------------------------------------------
 
-    def tensors(self, spec_text: str) -> tuple[Tensor, ...]:
+    def tensors(self, spec_text: str, tokens: int = 1) -> tuple[Tensor, ...]:
         """What the kernels of a module take, checked where SPLAGEN_CHECK_CACHE asks for it and no graph is captured.
 
         Raises:
             ValueError: the module is of another spec.
-            InputError: as for `check`.
+            InputError: more tokens than this cache has room for, or as for `check`.
         """
         if spec_text != self.spec_text:
             raise ValueError(
                 f"this cache is of {self.library.spec.name} {digest(self.library.spec)[:8]}, the step of another spec: "
                 "make a cache with the library of that step"
             )
+        if not 1 <= tokens <= self.step_tokens:
+            what = f"a step of {tokens} tokens per sequence, in a cache for 1 to {self.step_tokens}"
+            raise InputError(what, "make the cache with a larger step_tokens, up to 8")
         if settings.check_cache() and not torch.compiler.is_compiling() and not self._captured():
-            self.check(room=1)
+            self.check(room=tokens)
         return self.made.arguments
 
     def _captured(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, *others: Tensor, out: Tensor | None = None) -> Tensor:
-        """One token per slot: o [sequences, Hq, E]; the library's step on this cache."""
+        """The library's step on this cache.
+
+        One token per slot: q [sequences, Hq, D], k and v [sequences, Hkv, ...] give o [sequences, Hq, E].  Or t tokens,
+        up to `step_tokens`: q [sequences, t, Hq, D], k and v alike, give o [sequences, t, Hq, E].
+        """
         made: Tensor = self.library.op(q, k, v, *others, cache=self, out=out)
         return made
+
+    def accept(self, counts: Tensor) -> None:
+        """Keep the first `counts` tokens of the last step and forget those behind them; waits for nothing.
+
+        Args:
+            counts: int32 [sequences] on the cache's device: below 0 counts as 0, and more than there are as all.
+
+        Raises:
+            InputError: counts of another shape, dtype or device.
+        """
+        like = self.seqlens
+        if (counts.shape, counts.dtype, counts.device) != (like.shape, like.dtype, like.device):
+            what = f"counts are {counts.dtype} {tuple(counts.shape)} on {counts.device}"
+            raise InputError(what, f"give {like.dtype} {tuple(like.shape)} on {like.device}")
+        torch.minimum(self.seqlens, self.settled + counts.clamp(0, self.step_tokens), out=self.seqlens)
 
     def check(self, room: int = 0) -> None:
         """Check lengths and page tables on the device, with room for `room` more tokens; waits for the device.
@@ -162,6 +197,7 @@ class SPLACache:
         held = torch.tensor([slot in self._held for slot in range(self.sequences)], device=self.device)
         kinds = torch.stack([
             lengths < NO_SEQUENCE, (lengths < 0) & held, lengths + room > self.width * self.page_size, wrong.any(1),
+            (lengths >= 0) & ((self.settled < 0) | (self.settled > lengths)),
         ])  # fmt: skip
         first = torch.where(wrong.any(1), wrong.to(torch.int32).argmax(1), 0)
         found = kinds.tolist()
@@ -171,6 +207,9 @@ class SPLACache:
                 raise InputError(
                     f"sequence {slot} has length {n}", "lengths are 0 or more, -1 for a slot without sequence"
                 )
+            if found[4][slot]:
+                what = f"sequence {slot} of {n} tokens has states as of {int(self.settled[slot])}"
+                raise InputError(what, "accept() shortens a sequence to 0 to all tokens of its last step, no further")
             if found[2][slot]:
                 most = self.width * self.page_size
                 raise InputError(
@@ -224,7 +263,7 @@ class SPLACache:
         held = self._pages_of(slot)
         if any(self._uses[p] > 1 for p in held):
             raise InputError(f"sequence {slot} shares pages with a fork", "free() it and allocate() another")
-        self.seqlens[slot] = 0
+        self.seqlens[slot], self.settled[slot] = 0, 0
         for state in self.states.values():
             state[slot].zero_()
 
@@ -241,16 +280,17 @@ class SPLACache:
     def fork(self, slot: int, tokens: int | None = None) -> int:
         """The slot of a sequence that goes on from where this one stands, with pages for `tokens` (None: as many).
 
-        Complete pages are shared, with their statistics; the last page and the states are copied.  Reads the length,
-        which waits for the device.
+        Complete pages are shared, with their statistics; the last page and the states are copied, and so is what
+        `accept` may take back.  Reads the length, which waits for the device.
 
         Raises:
             InputError: the slot has no sequence, or as for `allocate`.
         """
         held = self._pages_of(slot)
-        length = int(self.seqlens[slot])
-        # a window that reaches into the next page is written with that page's keys: its page is not shared before
-        shared = max(0, length - self.part.overhang) // self.page_size
+        length, settled = int(self.seqlens[slot]), int(self.settled[slot])
+        # a window that reaches into the next page is written with that page's keys: its page is not shared before;
+        # tokens from `settled` on may be taken back and others written in their place
+        shared = max(0, settled - self.part.overhang) // self.page_size
         wanted = max(length, len(held) * self.page_size if tokens is None else tokens)
         fresh = -(-wanted // self.page_size) - shared
         if fresh > len(self._free):
@@ -266,7 +306,7 @@ class SPLACache:
                 pool[copy].copy_(pool[old])
         for state in self.states.values():
             state[new].copy_(state[slot])
-        self.seqlens[new] = length
+        self.seqlens[new], self.settled[new] = length, settled
         return new
 
     def _pages_of(self, slot: int) -> list[int]:
@@ -296,6 +336,7 @@ class SPLACache:
             "held": {slot: list(pages) for slot, pages in self._held.items()},
             "page_table": self.page_table.clone(),
             "seqlens": self.seqlens.clone(),
+            "settled": self.settled.clone(),
             "pages": {n: x.clone() for n, x in self.pages.items()},
             "scales": {n: x.clone() for n, x in self.scales.items()},
             "states": {n: x.clone() for n, x in self.states.items()},
@@ -312,6 +353,7 @@ class SPLACache:
                 theirs = "another" if name == "spec" else saved[name]
                 raise InputError(f"what was saved has {theirs} {name}", "restore it into a cache made like the first")
         pairs = [(self.page_table, saved["page_table"]), (self.seqlens, saved["seqlens"])]
+        pairs.append((self.settled, saved["settled"]))
         if saved["scales"].keys() != self.scales.keys():
             raise InputError("what was saved has pages of another type", "restore it into a cache made like the first")
         pairs += [(x, saved["scales"][n]) for n, x in self.scales.items()]

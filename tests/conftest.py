@@ -99,6 +99,15 @@ def bf16_interpreter() -> None:
         patch()
 
 
+@pytest.fixture(scope="session")
+def fast_sort() -> None:
+    """Make Triton's interpreter sort fast for the rest of this process: a top-k would take most of the time."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests.interpreter_sort import patch
+
+        patch()
+
+
 @pytest.fixture
 def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> "Callable[[Library], None]":
     """Fail if an op of a library, its kernels or the oracle are reached."""

@@ -1,4 +1,4 @@
-"""Bytes and FLOPs of the kernels of a decoding step, and the least that a step has to move.
+"""Bytes and FLOPs of the kernels of a decoding step of one token, and the least that it has to move.
 
 A step is attention at one query, so its kernels cost what those of a sequence do at one tile, the last.  Its splits,
 which its Schedules choose from the number of sequences and heads, are sizes of the formulas beside B, Hkv and L.  What
@@ -24,7 +24,8 @@ from splagen.codegen.schedule import DTYPES, Schedule
 from splagen.codegen.selection import CELL, PLACES, QUERY, TILE
 from splagen.codegen.tile_code import Walk
 from splagen.expression import symbol
-from splagen.ir.program import Var
+from splagen.ir.decoding import FIRST
+from splagen.ir.program import Equation, Map, Var
 
 SCORE_SPLITS, ATTEND_SPLITS, CHUNKS = symbol("SCORE_SPLITS"), symbol("ATTEND_SPLITS"), symbol("CHUNKS")
 _BYTES = {"float32": 4, "int32": 4, "int64": 8, "e4m3": 1}
@@ -99,6 +100,7 @@ class Step(Attention):
         """The formulas of one kernel with a Schedule."""
         scores = kernel.template in ("decode_score", "decode_select")
         sizes: dict[str, sp.Expr | int] = {
+            "TOKENS": 1,
             "B": BATCH,
             "Hkv": HEADS,
             "Hq": HEADS * self.geometry.group,
@@ -116,7 +118,17 @@ class Step(Attention):
         return Cost(kernel.name, tidy(moved), tidy(flops), count)
 
     def _visited(self, kernel: Kernel, v: Var) -> sp.Expr:
+        if any(self._late(eq) for eq in kernel.covers if eq.out == v):
+            return sp.S.Zero
         return self.usable if kernel.template == "decode_score" else super()._visited(kernel, v)
+
+    def _masked(self, eq: Equation) -> bool:
+        return super()._masked(eq) or self._late(eq)
+
+    def _late(self, eq: Equation) -> bool:
+        """True for a sum over blocks that became far behind the first token of a step: of one token there are none."""
+        made = [self.program.definitions.get(v) for v in eq.args if v.kind == "bool"]
+        return any(m is not None and isinstance(m.op, Map) and m.op.expr.has(FIRST) and "T" in m.out.axes for m in made)
 
     # -- memory ---------------------------------------------------------------------------------------------------
 

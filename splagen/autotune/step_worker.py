@@ -27,7 +27,8 @@ MOVED_LISTS = 0.02  # of lists, that differ from the default's in one block: equ
 class Steps(Kernels):
     """The launchers of a decoding module with what a step gives them; shape is (sequences, Hq, tokens of a sequence).
 
-    The sequences are as long as they get, at every place in a block: the first one completes a block with its token.
+    The sequences are as long as they get, at every place in a block: for the first one a block has become far, and the
+    second one completes a block with its token.
     """
 
     def __init__(self, module: ModuleType, shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> None:
@@ -59,7 +60,7 @@ class Steps(Kernels):
         order = torch.randperm(sequences * width, generator=self.draw, device=self.device)
         cache.page_table.copy_(order.view(sequences, width))
         number = torch.arange(sequences, device=self.device)
-        cache.seqlens.copy_((tokens // block * block - 1 - number % block).clamp(min=0))
+        cache.seqlens.copy_(((tokens - 1) // block * block - number % block).clamp(min=0))
         for name, x in cache.pages.items():
             for page in x:  # no type of pages has random numbers of its own
                 drawn = torch.empty(page.shape, device=page.device)
@@ -93,8 +94,9 @@ class Steps(Kernels):
         self.module.step(schedules, *self.given, *self.cache.arguments, self.o)
 
     def rewind(self) -> None:
-        """The lengths before the step."""
+        """The lengths before the step, and before the step of one token before it."""
         self.cache.seqlens.copy_(self.lengths)
+        torch.sub(self.lengths, 1, out=self.cache.settled).clamp_(min=0)
 
     def timed(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """One kernel with a Schedule, or the whole step with a splitting and the `schedules` of the job."""
@@ -154,7 +156,7 @@ class Steps(Kernels):
                 x[held, :, self.lengths.long() % page] = torch.nan
         self.o.fill_(torch.nan)
         self.step({**self.defaults(), **schedules})
-        found = {"o": self.o.clone(), "seqlens": self.cache.seqlens.float()}
+        found = {"o": self.o.clone(), "seqlens": self.cache.seqlens.float(), "settled": self.cache.settled.float()}
         found |= {n: x.clone() for n, x in self.cache.states.items()}
         for name, x in self.cache.pages.items():
             span = rows_span(self.part, name)

@@ -1,12 +1,16 @@
-"""The kernels of a decoding step around the selection: append, attend over blocks in splits, merge the splits."""
+"""The kernels of a decoding step around the selection: append, attend over blocks in splits, merge the splits.
+
+The tokens of a step are an axis of every grid: each is at the end of a sequence of its own length, in the same pages.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from splagen.codegen.decode_selection import PLACES, Statistics
-from splagen.codegen.geometry import Geometry, Rows, features_of, is_key_row
+from splagen.codegen.decode_states import State
+from splagen.codegen.geometry import Rows, features_of
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.predicates import J, visit
 from splagen.codegen.region import slice_back
@@ -15,17 +19,18 @@ from splagen.codegen.step_rows import (
     LENGTHS,
     PAGES,
     SEQLENS,
+    SETTLED,
     CompleteRows,
     NewRow,
     PagedRows,
     StepRows,
-    eight_bits,
+    as_kept,
     query_heads,
-    scale,
 )
 from splagen.codegen.tile_code import (
     COUNTS,
     INDICES,
+    Tile,
     TileCode,
     Walk,
     follows_softmax,
@@ -34,57 +39,22 @@ from splagen.codegen.tile_code import (
     sums_of_tiles,
 )
 from splagen.errors import PartitionError
-from splagen.ir.program import Contract, Equation, Iota, Lse, Program, Reduce, Var
-from splagen.ir.text import equation_text
+from splagen.ir.program import Equation, Iota, Lse, Reduce, Var
 
-ROW_MAX = Array("row_max_parts", "sequences", dtype="float32")  # [B, Hkv, splits, GROUP]
+ROW_MAX = Array("row_max_parts", "sequences", dtype="float32")  # [B * tokens, Hkv, splits, GROUP]
 ROW_SUM = Array("row_sum_parts", "sequences", dtype="float32")
 MULTIPROCESSORS = 132  # of an H200
 _COLUMNS = (("d",), ("e",), ("s", "d"))
 
 
 @dataclass(frozen=True)
-class State:
-    """A sum over far blocks that is carried: after = before + sum of `blocks` that became far; `read` by the queries.
+class _Late:
+    """The loop over blocks that no state has yet: its tile, what it reads and computes, and its lines."""
 
-    `left` are rows of features of keys; `right` the rows of values, None where the features alone are summed.
-    """
-
-    before: Var
-    after: Var
-    fresh: Var
-    blocks: Equation
-    new: Equation
-    read: Equation
-    row: Var
-    left: Var
-    right: Var | None
-
-    @classmethod
-    def of(cls, program: Program, before: Var, after: Var) -> State:
-        """Find how a state is made and read; PartitionError quotes what no kernel does."""
-        definitions = program.definitions
-        new = next(definitions[v] for v in definitions[after].args if v != before)
-        (fresh,) = [v for v in new.args if v.kind == "bool"]
-        (summed,) = [v for v in new.args if v.kind == "real"]
-        blocks = definitions[summed]
-        reads = [eq for eq in program.equations if after in eq.args]
-        rows = [v for v in blocks.args if v.kind == "real"]
-        left = [v for v in rows if "d" in features_of(v)]
-        right = [v for v in rows if v not in left]
-        if len(reads) != 1 or not isinstance(reads[0].op, Contract) or len(reads[0].args) != 2:
-            raise PartitionError(f"{after} is not read by one product: {'; '.join(map(equation_text, reads))}")
-        if len(left) != 1 or len(right) > 1 or not all(is_key_row(v) for v in rows):
-            raise PartitionError(f"`{equation_text(blocks)}` is not one outer product of rows of keys")
-        (row,) = [v for v in reads[0].args if v != after]
-        return cls(before, after, fresh, blocks, new, reads[0], row, left[0], right[0] if right else None)
-
-    def array(self, geometry: Geometry) -> Array:
-        """[B, Hkv, left(, right)] float32."""
-        features = features_of(self.before)
-        left = geometry.width([a for a in features if a != "e"], pad=True)
-        width = (left, geometry.width(["e"], pad=True)) if self.right else (left,)
-        return Array(self.before.name, "sequences", features, width, "float32", True)
+    tile: Tile
+    arrays: tuple[Array, ...]
+    covers: tuple[Equation, ...]
+    holes: Mapping[str, str]
 
 
 @dataclass
@@ -104,8 +74,11 @@ class DecodeCode:
         stop = [*self.program.inputs, *(s.after for s in self.states)]
         self.forward = slice_back(self.program, [self.output], stop)
         self.sums = sums_of_tiles(self.program, self.forward, to_keys=False)
+        totals = {s.late: s.total.out for s in self.states}  # shared with what is read of the state
+        self.sums = [replace(s, into=totals.get(s.equation, s.into)) for s in self.sums]
         self.softmax = [s for s in self.sums if follows_softmax(self.program, s)]
-        self.linear = [s for s in self.sums if s not in self.softmax]
+        self.late = [s for s in self.sums if s.equation in totals]
+        self.linear = [s for s in self.sums if s not in self.softmax and s not in self.late]
 
     def row_code(self, side: str, tile_rows: str, row_type: type[Rows], available: Mapping[Var, Array]) -> RowCode:
         """Prints rows; all columns are defined at the top of each kernel."""
@@ -126,15 +99,13 @@ class DecodeCode:
         features: Mapping[Var, Array],
         statistics: Statistics | None,
     ) -> Kernel:
-        """Writes the token, its query's features, statistics of the cell that it completes, and what became far."""
+        """Writes tokens, features of their queries, statistics of cells that they complete, and what became far."""
         geometry = self.geometry
         new = NewRow(geometry, "key", False)
         lines = []
         for v in pages:
-            lines.append(f"{v.name} = {new.load(tokens[v])}  # [1, {tokens[v].width[0]}]")
-            if pages[v].dtype == "e4m3":  # from here on it is what others will read
-                rounded = eight_bits(pages[v], v.name)
-                lines.append(f"{v.name} = {rounded}.to({scale(pages[v])}.dtype) * {scale(pages[v])}")
+            row = as_kept(pages[v], new.load(tokens[v]))
+            lines.append(f"{v.name} = {row}  # [1, {tokens[v].width[0]}]")
             lines.append(new.store(pages[v], v.name))
         queries = self.row_code("query", "BLOCK_M", StepRows, tokens)
         queries.loaded.add(self.program.inputs[0])
@@ -163,8 +134,8 @@ class DecodeCode:
         read = [*piece.arrays]
         if self.states:
             setup, count, block = visit(
-                self.walk.predicates.intervals(self.states[0].fresh, J, {}),
-                "fresh", {"T": "tile", "L": "L"}, "nJ", "i",
+                self.walk.predicates.intervals(self._common([s.fresh for s in self.states]), J, {}),
+                "fresh", {"first": "held", "settled": "settled"}, "nJ", "i",
             )  # fmt: skip
             holes["fresh"] = {"setup": "\n".join(setup), "count": count, "block": block}
             more, equations, parameters = self._state_rows({**tokens, **pages})
@@ -175,7 +146,13 @@ class DecodeCode:
             covers += [*equations, *(eq for s in self.states for eq in (s.blocks, s.new))]
             covers += [self.program.definitions[s.after] for s in self.states]
             read += parameters
-        inputs = [SEQLENS, PAGES, *(tokens[v] for v in (q, *pages)), *(a for a in read if a.layout != "pages")]
+        inputs = [
+            SEQLENS,
+            *([SETTLED] if arrays else []),
+            PAGES,
+            *(tokens[v] for v in (q, *pages)),
+            *(a for a in read if a.layout != "pages"),
+        ]
         made = [LENGTHS, *pages.values(), *features.values(), *(statistics.arrays.values() if statistics else ())]
         return Kernel(
             "append",
@@ -184,7 +161,7 @@ class DecodeCode:
             tuple({a.name: a for a in inputs}.values()),
             (*made, *arrays),
             holes,
-            f"(B * Hkv, 1 + {folds})" if arrays else "(B * Hkv, 1)",
+            f"(TOKENS, B * Hkv, 1 + {folds})" if arrays else "(TOKENS, B * Hkv, 1)",
             scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES"),
             tunable=("BLOCK_N", "BLOCK_E"),
         )
@@ -226,10 +203,10 @@ class DecodeCode:
     @property
     def accumulated(self) -> list[Var]:
         """What each split adds up: sums of tiles, and what the queries read of the states."""
-        return list(dict.fromkeys([*(s.into for s in self.sums), *(s.read.out for s in self.states)]))
+        return list(dict.fromkeys([*(s.into for s in self.sums), *(s.total.out for s in self.states)]))
 
     def part(self, v: Var) -> Array:
-        """[B, Hkv, splits, GROUP(, width)] float32: a sum of each split."""
+        """[B * tokens, Hkv, splits, GROUP(, width)] float32: a sum of each split."""
         features = features_of(v)
         width = (self.geometry.width(features, pad=True),) if features else ()
         return Array(f"{v.name}_parts", "sequences", features, width, "float32", True)
@@ -263,9 +240,14 @@ class DecodeCode:
                 "linear": "\n".join(code.sum_line(s, tile.names) for s in active),
             })  # fmt: skip
             tiles.append(tile)
+        late = self._late()
+        if late:
+            tiles.append(late.tile)
+            used += late.arrays
+            covers += late.covers
         queries = self.row_code("query", "BLOCK_M", StepRows, self.available)
         wanted = operands([eq for t in tiles for eq in t.products], [], of_queries=True)
-        piece = queries.operands([*wanted, *row_scalars(tiles, self.linear)])
+        piece = queries.operands([*wanted, *row_scalars(tiles, [*self.linear, *self.late])])
         states = [self._read(s) for s in self.states]
         made = {v: self.part(v) for v in self.accumulated}
         holes = {
@@ -278,12 +260,14 @@ class DecodeCode:
                 for v, a in made.items()
             ],
             "states": states,
+            "late": late.holes if late else None,
             "left_size": self.states[0].array(self.geometry).width[0] if states else 0,
         }
         arrays += [*piece.arrays, *used, *(s.array(self.geometry) for s in self.states)]
         arrays += [self.available[s.row] for s in self.states]
         arrays += [INDICES, PLACES, COUNTS] if self.walk.chosen else []
-        covers += [*piece.equations, *(s.equation for s in self.sums), *(s.read for s in self.states)]
+        covers += [*piece.equations, *(s.equation for s in self.sums)]
+        covers += [eq for s in self.states for eq in (s.read, s.total)]
         return Kernel(
             "attend",
             "decode_attend",
@@ -291,14 +275,47 @@ class DecodeCode:
             tuple({a.name: a for a in arrays}.values()),
             (ROW_MAX, ROW_SUM, *made.values()),
             holes,
-            "(B * Hkv, SPLITS)",
+            "(TOKENS, B * Hkv, SPLITS)",
             scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES", "SPLITS"),
             tunable=("BLOCK_N",),
         )
 
+    @property
+    def late_masks(self) -> list[Var]:
+        """Masks of blocks that became far since the first token of a step."""
+        return [v for s in self.states for v in s.late.args if v.kind == "bool" and {"T", "J"} == {*v.axes}]
+
+    def _late(self) -> _Late | None:
+        """The loop over blocks that became far since the first token: their linear sums alone."""
+        if not self.states:
+            return None
+        mask = self._common(self.late_masks)
+        code = TileCode(self.walk, {mask: True}, to_keys=False)
+        tile = code.body(code.wanted(self.late))
+        keys = operands(tile.products, self.late, of_queries=False)
+        piece = self.row_code("key", "BLOCK_N", PagedRows, self.available).operands(keys)
+        names = {"T": "tile", "L": "L", "first": "first_token"}
+        setup, count, block = visit(self.walk.predicates.intervals(mask, J, {}), "late", names, "nJ", "i")
+        holes = {
+            "setup": "\n".join(setup),
+            "count": count,
+            "block": block,
+            "loads": "\n".join(["key_ok = kpos < L", *piece.lines]),
+            "scores": "\n".join([*(code.product_line(eq) for eq in tile.products), *tile.lines]),
+            "sums": "\n".join(code.sum_line(s, tile.names) for s in self.late),
+        }
+        return _Late(tile, piece.arrays, (*piece.equations, *tile.products, *tile.equations), holes)
+
+    def _common(self, masks: Sequence[Var]) -> Var:
+        """The mask that all states share: one loop serves them."""
+        if len({*masks}) != 1:
+            raise PartitionError(f"states take in different blocks: {', '.join(map(str, masks))}")
+        return masks[0]
+
     def _walks(self) -> list[tuple[str, dict[Var, bool], dict[str, object]]]:
         """The loops: title, facts, and how a block is found one visit ahead of its keys."""
         names = {"T": "tile", "L": "L"}
+        settled = dict.fromkeys(self.late_masks, False)
         setup, count, block = self.walk.forced("J", names, "nJ", "i")
         _, _, following = self.walk.forced("J", names, "nJ", "following")
         page = "tl.load(page_table_ptr + b * MAX_PAGES + ({}) * BLOCK // PAGE, mask={}, other=0)"
@@ -314,16 +331,16 @@ class DecodeCode:
                 f"ahead = {page.format(following, 'step + 1 < last')}",
             ]),
         }  # fmt: skip
-        found = [("blocks seen by position", self.walk.forced_facts, forced)]
+        found = [("blocks seen by position", self.walk.forced_facts | settled, forced)]
         if not self.walk.chosen:
             return found
-        at = "(b * Hkv + h) * BUDGET"
+        at = "(r * Hkv + h) * BUDGET"
         loads = (
             "ahead = tl.load(block_indices_ptr + list_at + following, mask={0}, other=0)\n"
             "ahead_place = tl.load(block_places_ptr + list_at + following, mask={0}, other=0)"
         )
         chosen: dict[str, object] = {
-            "setup": f"list_at = {at}\nchosen = tl.load(block_counts_ptr + b * Hkv + h)",
+            "setup": f"list_at = {at}\nchosen = tl.load(block_counts_ptr + r * Hkv + h)",
             "count": "chosen",
             "ahead": "following = first // PARTS\n" + loads.format("first < last"),
             "visit": "\n".join([
@@ -333,7 +350,7 @@ class DecodeCode:
                 loads.format("step + 1 < last"),
             ]),
         }  # fmt: skip
-        return [*found, ("blocks chosen", self.walk.chosen_facts, chosen)]
+        return [*found, ("blocks chosen", self.walk.chosen_facts | settled, chosen)]
 
     def _shape(self, v: Var, rows: str) -> str:
         features = features_of(v)
@@ -350,14 +367,14 @@ class DecodeCode:
         """What a piece of a state's rows gives to the queries."""
         array, row = s.array(self.geometry), self.available[s.row]
         left = array.width[0]
-        place = f"b * {row.name}_t + head * {row.name}_h"
+        place = f"r * {row.name}_t + head * {row.name}_h"
         load = f"tl.load({row.name}_ptr + ({place})[:, None] + left[None, :], mask=row_ok[:, None], other=0.0)"
         base = f"{array.name}_ptr + (b * Hkv + h) * {left * (array.width[1] if s.right else 1)}"
         if s.right is None:
-            add = f"{s.read.out.name} += tl.sum(piece_of_row.to(tl.float32) * tl.load({base} + left)[None, :], axis=1)"
+            add = f"{s.total.out.name} += tl.sum(piece_of_row.to(tl.float32) * tl.load({base} + left)[None, :], axis=1)"
         else:
             state = f"tl.load({base} + left[:, None] * {array.width[1]} + e[None, :])"
-            add = f"{s.read.out.name} += dot_split(piece_of_row, {state})"
+            add = f"{s.total.out.name} += dot_split(piece_of_row, {state})"
         return {"row": "piece_of_row", "load_row": load, "add": add}
 
     # -- merge --------------------------------------------------------------------------------------------
@@ -389,9 +406,9 @@ class DecodeCode:
             "decode_merge",
             self.ordered([*piece.equations, *covers, self.lse, *weights]),
             tuple({a.name: a for a in arrays}.values()),
-            (SEQLENS, output),
+            (SEQLENS, SETTLED, output),
             holes,
-            "(B * Hq,)",
+            "(TOKENS, B * Hq)",
             scalars=("Hkv", "SPLITS"),
             tunable=("BLOCK_S",),
         )
@@ -416,7 +433,7 @@ class DecodeCode:
         for eq in self.forward if self.walk.chosen else ():
             if not isinstance(eq.op, Reduce) or eq.args not in ((self.walk.eligible,), (self.walk.chosen,)):
                 continue
-            lines.append("chosen = tl.load(block_counts_ptr + b * Hkv + h)")
+            lines.append("chosen = tl.load(block_counts_ptr + r * Hkv + h)")
             if eq.args == (self.walk.eligible,):
                 lines += self.walk.eligible_count()
             name = "eligible" if eq.args == (self.walk.eligible,) else "chosen"

@@ -1,7 +1,7 @@
 """Block selection in a decoding step: scores of cells in splits, the best blocks of chunks, and the best of those.
 
-A step has one query per sequence: its scores are few enough to be stored, and a chunk of blocks is sorted by a program
-of its own.
+A step has few queries per sequence: their scores are few enough to be stored, and a chunk of blocks is sorted by a
+program of its own.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from splagen.codegen.selection_kernels import SelectionCode, kept
 from splagen.codegen.step_rows import (
     LENGTHS,
     PAGES,
+    NewKeys,
     PagedCells,
     PagedRows,
     PageType,
     StepRows,
+    as_kept,
     paged_array,
     query_heads,
 )
@@ -29,11 +31,13 @@ from splagen.codegen.tile_code import COUNTS, INDICES
 from splagen.codegen.triton_expr import triton_text
 from splagen.ir.program import Equation, Var
 
-SCORES = Array("scores", "sequences", dtype="float32")  # [B, Hq, cells of a full table], base 2
-SCORE_MAX = Array("score_max", "sequences", dtype="float32")  # [B, Hq, splits]
+SCORES = Array("scores", "sequences", dtype="float32")  # [B * tokens, Hq, cells of a full table], base 2
+SCORE_MAX = Array("score_max", "sequences", dtype="float32")  # [B * tokens, Hq, splits]
 SCORE_SUM = Array("score_sum", "sequences", dtype="float32")
-CANDIDATES = Array("candidates", "sequences", dtype="int64")  # [B, Hkv, chunks, kept]: keys of merge_topk, ascending
-PLACES = Array("block_places", "sequences", dtype="int32")  # [B, Hkv, budget]: blocks by where their keys lie
+CANDIDATES = Array(
+    "candidates", "sequences", dtype="int64"
+)  # [B * tokens, Hkv, chunks, kept]: keys of merge_topk, ascending
+PLACES = Array("block_places", "sequences", dtype="int32")  # [B * tokens, Hkv, budget]: blocks by where their keys lie
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,8 @@ class Statistics:
     degrees: dict[str, int]
 
 
-def statistics_code(selection: Selection, keys: Array) -> Statistics:
-    """Every statistic of a cell whose window of keys is complete; `keys` are their pages."""
+def statistics_code(selection: Selection, tokens: Mapping[Var, Array], keys: Array) -> Statistics:
+    """Every statistic of a cell whose window of keys is complete; `keys` are their pages, `tokens` the step's own."""
     geometry = selection.geometry
     moments = Moments(selection.program, geometry)
     values = {v: moments.statistic(v)[0] for v in selection.statistics}
@@ -67,7 +71,7 @@ def statistics_code(selection: Selection, keys: Array) -> Statistics:
         "width": width,
         "second": any(expr.has(VARIANCE) for expr in values.values()),
         "load": PagedRows(geometry, "key", False).load(keys),
-        "new": source.name,
+        "new": as_kept(keys, NewKeys(geometry, "key", False).load(tokens[source])),
         "store": "\n".join(lines),
         "bounds": "\n".join(_completed(usable)),
     }
@@ -130,7 +134,7 @@ def _score(code: SelectionCode) -> Kernel:
         (LENGTHS, PAGES, *code.inputs()),
         (SCORES, SCORE_MAX, SCORE_SUM),
         holes,
-        "(B * Hkv, SPLITS)",
+        "(TOKENS, B * Hkv, SPLITS)",
         scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES", "SPLITS"),
         tunable=("BLOCK_C",),
     )
@@ -159,7 +163,7 @@ def _select(code: SelectionCode) -> Kernel:
         (LENGTHS, SCORES, SCORE_MAX, SCORE_SUM),
         (CANDIDATES,),
         holes,
-        "(B * Hkv, CHUNKS)",
+        "(TOKENS, B * Hkv, CHUNKS)",
         scalars=("Hkv", "PAGE", "MAX_PAGES", "SPLITS", "CHUNKS"),
         tunable=("BLOCK_J", "BLOCK_S"),
     )
@@ -173,7 +177,7 @@ def _settle(code: SelectionCode) -> Kernel:
         (PAGES, CANDIDATES),
         (INDICES, PLACES, COUNTS),
         {"kept": kept(code.selection)},
-        "(B * Hkv,)",
+        "(TOKENS, B * Hkv)",
         scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES", "CHUNKS"),
         tunable=("BLOCK_K",),
     )

@@ -6,8 +6,9 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from splagen.codegen.decode_kernels import DecodeCode, State
+from splagen.codegen.decode_kernels import DecodeCode
 from splagen.codegen.decode_selection import selection_kernels, statistics_code
+from splagen.codegen.decode_states import State
 from splagen.codegen.geometry import Geometry, array_of, features_of, is_key_row, is_query_row, is_state, is_tile_value
 from splagen.codegen.kernel import Array, Choice, Kernel, Splitting
 from splagen.codegen.schedule import DTYPES, TARGETS, Constraint, Schedule, check_fields
@@ -117,7 +118,7 @@ def decoding(spec: SPLASpec, page_type: PageType = "input") -> Decoding:
     available = {**tokens, **pages, **features}
     code = DecodeCode(walk, available, states)
     selection = Selection.of(program)
-    statistics = statistics_code(selection, pages[keys[0]]) if selection else None
+    statistics = statistics_code(selection, tokens, pages[keys[0]]) if selection else None
     kernels = [code.append(tokens, pages, features, statistics)]
     if selection and statistics:
         kernels += selection_kernels(selection, {**tokens, **statistics.arrays})
@@ -131,7 +132,8 @@ def decoding(spec: SPLASpec, page_type: PageType = "input") -> Decoding:
         statistics.degrees if statistics else {}
     )
     carried = tuple(s.array(geometry) for s in states)
-    known = {a.name for a in (*tokens.values(), *paged, *carried, *scales, output)} | {"seqlens", "page_table"}
+    known = {a.name for a in (*tokens.values(), *paged, *carried, *scales, output)}
+    known |= {"seqlens", "settled", "page_table"}
     scratch = {a.name: a for k in kernels for a in k.arrays if a.name not in known}
     window = int(str(statistics.holes["width"])) if statistics else geometry.cell
     return Decoding(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from splagen.codegen.base_two import LN_2
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.query_kernels import QuerySide
 from splagen.codegen.region import slice_back
@@ -60,28 +61,25 @@ def _parts_kernel(
     side.use([WORK])
     softmax = [s for s in sums if lse and follows_softmax(program, s)]
     linear = [s for s in sums if s not in softmax]
-    tile = code.body([*(lse.args if lse else ()), *code.wanted(linear)])
+    wanted_here = code.wanted(linear)
+    tile, scores = code.scores(lse, wanted_here) if lse else (code.body(wanted_here), None)
     keys = operands(tile.products, [*softmax, *linear], of_queries=False)
     rows = operands(tile.products, [], of_queries=True)
-    scores, score = [*(code.product_line(eq) for eq in tile.products), *tile.lines], ""
-    if lse:
-        score, mask = (tile.names[v] for v in lse.args)
-        if mask != "True":
-            scores.append(f'{lse.args[0].name} = tl.where({mask}, {score}, -float("inf"))')
-            score = lse.args[0].name
+    lines = scores.lines if scores else (*(code.product_line(eq) for eq in tile.products), *tile.lines)
     columns = side.rows.columns_of([*rows, *keys, *(s.into for s in sums)])
     prologue = side.prologue([*rows, *row_scalars([tile], linear)], [])
     results = [*([lse.out] if lse else []), *(s.into for s in (*softmax, *linear))]
     parts = {v: part_array(v, geometry) for v in results}
-    held = {v: v.name for v in parts} | ({lse.out: "row_max + tl.log(row_sum)"} if lse else {})
+    held = {v: v.name for v in parts} | ({lse.out: f"(row_max + tl.log2(row_sum)) * {LN_2}"} if lse else {})
     covers: dict[Equation, None] = dict.fromkeys([*side.covers, *tile.products, *tile.equations])
     setup, count, _ = walk.forced("T", {"J": "j", "L": "L"}, "nT", "i")
     holes = {
         "forced": {"setup": "\n".join(setup), "count": count},
         "loads": "\n".join([*columns, *side.key_loads(code, keys)]),
         "prologue": "\n".join(prologue),
-        "tiles": "\n".join(scores),
-        "score": score,
+        "tiles": "\n".join(lines),
+        "score": scores.source if scores else "",
+        "scale": scores.scale if scores else "",
         "softmax": [{"name": s.into.name, "operand": s.operand.name} for s in softmax if s.operand],
         "linear": [{"name": s.into.name, "shape": side.shape(s.into)} for s in linear],
         "sums": "\n".join(code.sum_line(s, tile.names) for s in linear),

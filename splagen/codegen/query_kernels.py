@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
+from splagen.codegen.base_two import LN_2, LOG2_E
 from splagen.codegen.geometry import Rows, array_of, features_of
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.region import slice_back
@@ -236,18 +237,14 @@ def forward_kernel(
     chosen: Chosen = "parts" if parts else "union" if union else "list"
     for code, holes in side.loops(chosen):
         active = [s for s in linear if s.in_loop(code.facts)]
-        tile = code.body([*lse.args, *code.wanted(active)])
+        tile, scores = code.scores(lse, code.wanted(active))
         keys = operands(tile.products, [*softmax, *active], of_queries=False)
         keys_used.update(dict.fromkeys(keys))
-        score, mask = (tile.names[v] for v in lse.args)
-        lines = [code.product_line(eq) for eq in tile.products] + list(tile.lines)
-        if mask != "True":
-            lines.append(f'{lse.args[0].name} = tl.where({mask}, {score}, -float("inf"))')
-            score = lse.args[0].name
         loops.append(holes | {
             "loads": "\n".join(side.key_loads(code, keys)),
-            "scores": "\n".join(lines),
-            "score": score,
+            "scores": "\n".join(scores.lines),
+            "score": scores.source,
+            "scale": scores.scale,
             "softmax": [{"name": s.into.name, "operand": s.operand.name} for s in softmax if s.operand],
             "linear": "\n".join(code.sum_line(s, tile.names) for s in active),
         })  # fmt: skip
@@ -256,7 +253,7 @@ def forward_kernel(
     prologue = side.prologue([*rows, *row_scalars(tiles, linear)], [*keys_used, *(parts or ())])
     held = {s.into: s.into.name for s in sums} | {lse.out: lse.out.name}
     finish = [f"{s.into.name} = {s.into.name} / row_sum[:, None]" for s in softmax]
-    finish.append(f"{lse.out.name} = row_max + tl.log(row_sum)")
+    finish.append(f"{lse.out.name} = (row_max + tl.log2(row_sum)) * {LN_2}")
     counts, counted = side.counts(forward)
     epilogue = finish + counts + side.epilogue(outputs, held | counted)
     side.covers.update(dict.fromkeys([lse, *(definitions[v] for s in softmax for v in s.factors)]))
@@ -265,6 +262,7 @@ def forward_kernel(
         side.use([COUNTS, *parts.values()])
         merged = {
             "lse": parts[lse.out].name,
+            "scale": repr(float(LOG2_E)),
             "softmax": [_merged_part(s.into, parts[s.into]) for s in softmax],
             "linear": [_merged_part(s.into, parts[s.into]) for s in linear if s.into in parts],
         }

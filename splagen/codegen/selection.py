@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import sympy as sp
 
 from splagen.codegen.affine import Atom, Interval, atom, implied, intervals, terms
+from splagen.codegen.base_two import LOG2_E
 from splagen.codegen.geometry import Geometry, features_of, is_query_row
 from splagen.codegen.moments import BLOCK, LENGTH, THERE, Moments, offsets, predicate
 from splagen.codegen.triton_expr import interval_text
@@ -39,7 +40,6 @@ from splagen.ir.text import equation_text
 TILE, QUERY, CELL = symbol("tile"), symbol("query"), symbol("cell")
 PLACES: dict[tuple[str, ...], sp.Expr] = {("T",): TILE, ("T", "m"): QUERY, ("J",): BLOCK, ("J", "C"): CELL}
 ROW_EXISTS: tuple[Atom, ...] = (LENGTH - 1 - QUERY,)
-LOG2E = sp.Float(1.4426950408889634)
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Selection:
                     weight *= 1 + term.args[0]
                 case _:
                     exponent += term
-        return sp.expand(LOG2E * exponent), weight
+        return sp.expand(LOG2_E * exponent), weight
 
 
 def _nested(function: str, items: Sequence[str]) -> str:

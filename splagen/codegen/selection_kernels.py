@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import sympy as sp
 
+from splagen.codegen.base_two import LOG2_E
 from splagen.codegen.geometry import Rows, array_of
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.moments import BLOCK, MEAN, VARIANCE, Moments
@@ -142,7 +143,7 @@ class SelectionCode:
         rows = [
             *_ROW_INDEX,
             *self.rows(),
-            f"norm = {load} * {_LOG2E}  # base 2; rows that do not exist have no share",
+            f"norm = {load} * {float(LOG2_E)}  # base 2; rows that do not exist have no share",
         ]
         share = _times(f"tl.exp2({triton_text(exponent, names)} - norm[:, None])", weight, names)
         lines.append(f"share = {share if usable == 'True' else f'tl.where({usable}, {share}, 0.0)'}")
@@ -284,7 +285,6 @@ _ROW_INDEX = (
     "head = h * GROUP + row % HEADS",
     "row_ok = (row % HEADS < GROUP) & (query < L)",
 )
-_LOG2E = "1.4426950408889634"
 
 
 def _inside(size: int, place: sp.Symbol) -> sp.Expr:

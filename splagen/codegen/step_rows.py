@@ -1,4 +1,7 @@
-"""Where the rows of a decoding step lie: those of the new token of each sequence, and those of its past in pages."""
+"""Where the rows of a decoding step lie: those of the new tokens of each sequence, and those of its past in pages.
+
+In a kernel's source, token counts those of a step, and r = b * tokens + token those of all sequences.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,19 @@ from splagen.ir.program import Var
 
 PageType: TypeAlias = Literal["input", "e4m3"]
 
-LENGTHS = Array("lengths", "table", dtype="int32")  # [B]: with the new token; 0 and below: the sequence is left out
+LENGTHS = Array("lengths", "table", dtype="int32")  # [B * tokens]: with the token; 0 and below: it is left out
 SEQLENS = Array("seqlens", "table", dtype="int32")  # [B]: before the step
+SETTLED = Array("settled", "table", dtype="int32")  # [B]: before the step before
 PAGES = Array("page_table", "table", dtype="int32")  # [B, MAX_PAGES]
 
 
 class StepRows(Rows):
-    """Rows of one token per sequence."""
+    """Rows of the tokens of a step."""
 
     def _place(self, array: Array) -> str:
         if array.layout == "head_rows":
             return super()._place(array)
-        place = f"b * {array.name}_t + {self.head} * {array.name}_h"
+        place = f"r * {array.name}_t + {self.head} * {array.name}_h"
         return f"({place})[:, None]" if array.features else place
 
 
@@ -50,7 +54,7 @@ class PagedRows(Rows):
 
 
 class NewRow(PagedRows):
-    """The row of the token that a step takes in: what it is given, and its place in pages."""
+    """The row of a token that a step takes in: what it is given, and its place in pages."""
 
     @property
     def mask(self) -> str:
@@ -65,7 +69,19 @@ class NewRow(PagedRows):
     def _place(self, array: Array) -> str:
         if array.layout == "pages":
             return super()._place(array)
-        return f"(b * {array.name}_t + (h + tl.arange(0, 1)) * {array.name}_h)[:, None]"
+        return f"(r * {array.name}_t + (h + tl.arange(0, 1)) * {array.name}_h)[:, None]"
+
+
+class NewKeys(Rows):
+    """Rows of the step's own tokens at `kpos`, in the program of the token at `before`."""
+
+    @property
+    def mask(self) -> str:
+        """The vector that says which keys are those of the step."""
+        return "own_ok"
+
+    def _place(self, array: Array) -> str:
+        return f"((r + kpos - before) * {array.name}_t + h * {array.name}_h)[:, None]"
 
 
 class CompleteRows(PagedRows):
@@ -86,7 +102,7 @@ class PagedCells(PagedRows):
 
 
 def step_array(v: Var, geometry: Geometry, *, internal: bool = False) -> Array:
-    """The array of an input or output of a step: [B, heads(, width)], or a parameter."""
+    """The array of an input or output of a step: [B * tokens, heads(, width)], or a parameter."""
     found = array_of(v, geometry, internal=internal)
     return found if is_parameter(v) else replace(found, layout="token_rows")
 
@@ -110,6 +126,13 @@ def scale_array(pages: Array) -> Array:
 def eight_bits(pages: Array, value: str) -> str:
     """Source of a value as pages hold it: rounded to e4m3 in units of the scale, in float32."""
     return f"round_e4m3(({value}).to(tl.float32) / {scale(pages)}.to(tl.float32))"
+
+
+def as_kept(pages: Array, value: str) -> str:
+    """Source of a token's row as everything that reads it from pages sees it, in the type of q."""
+    if pages.dtype != "e4m3":
+        return value
+    return f"({eight_bits(pages, value)}.to({scale(pages)}.dtype) * {scale(pages)})"
 
 
 def scaled(kernel: Kernel) -> Kernel:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from splagen.codegen.base_two import exponent, to_base2
 from splagen.codegen.geometry import (
     Geometry,
     column_name,
@@ -183,6 +184,15 @@ class Tile:
     names: Mapping[Var, str]
 
 
+@dataclass(frozen=True)
+class Scores:
+    """The scores of a softmax: lines that form the tile, its source, and what makes it exponents of 2."""
+
+    lines: tuple[str, ...]
+    source: str
+    scale: str
+
+
 class TileCode:
     """Prints the tile part of a kernel for one kind of loop.
 
@@ -222,15 +232,24 @@ class TileCode:
         bound = {eq.out: eq.out.name for eq in products} | self.positions | self.read
         for eq in between:
             bound.update({v: f"{v.name}{self.row_view}" for v in eq.args if is_query_row(v) and v.kind == "real"})
-        lines, names = self.region.emit(between, bound)
-        used = self._formed(wanted, products, between, names)
-        return Tile(used, tuple(between), tuple(lines), names)
+        printed = _read_by(wanted, to_base2(between))
+        lines, names = self.region.emit(printed, bound)
+        read = {*wanted, *(v for eq in printed for v in eq.args)}
+        formed = tuple(eq for eq in products if eq.out in read)
+        return Tile(formed, tuple(between), tuple(lines), names)
 
-    def _formed(
-        self, wanted: Sequence[Var], products: Sequence[Equation], between: Sequence[Equation], names: Mapping[Var, str]
-    ) -> tuple[Equation, ...]:
-        read = {*wanted, *(v for eq in between for v in eq.args)}
-        return tuple(eq for eq in products if eq.out in read)
+    def scores(self, lse: Equation, others: Sequence[Var]) -> tuple[Tile, Scores]:
+        """The tile of a softmax's scores beside other wanted values."""
+        score, mask = lse.args
+        power = exponent(self.program, score)
+        tile = self.body([power.value, mask, *others])
+        lines = [*(self.product_line(eq) for eq in tile.products), *tile.lines]
+        source, holds = tile.names[power.value], tile.names[mask]
+        if holds != "True":
+            lines.append(f'{score.name} = tl.where({holds}, {source}, -float("inf"))')
+            source = score.name
+        tile = replace(tile, equations=(*tile.equations, *power.equations))
+        return tile, Scores(tuple(lines), source, repr(power.scale))
 
     def product_line(self, eq: Equation) -> str:
         """The tile of products of rows and keys, on tensor cores."""
@@ -264,6 +283,16 @@ class TileCode:
             needed.update(dict.fromkeys(v for v in s.factors if is_tile_value(v)))
             needed.update(dict.fromkeys(v for v in s.masks if v not in self.facts))
         return list(needed)
+
+
+def _read_by(wanted: Sequence[Var], equations: Sequence[Equation]) -> list[Equation]:
+    """Those of the equations that the wanted variables need."""
+    read, found = set(wanted), []
+    for eq in reversed(equations):
+        if eq.out in read:
+            read |= set(eq.args)
+            found.append(eq)
+    return found[::-1]
 
 
 def operands(products: Iterable[Equation], sums: Iterable[Sum], of_queries: bool) -> list[Var]:

@@ -113,6 +113,8 @@ def _power(e: sp.Pow, names: Mapping[str, str]) -> tuple[str, int]:
     base, exponent = e.args
     if base == sp.E:
         return f"tl.exp({_print(exponent, names)[0]})", _ATOM
+    if base == 2:
+        return f"tl.exp2({_print(exponent, names)[0]})", _ATOM
     if exponent == sp.Rational(1, 2):
         return f"tl.sqrt({_print(base, names)[0]})", _ATOM
     if exponent == -sp.Rational(1, 2):

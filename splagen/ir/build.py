@@ -53,7 +53,7 @@ class Builder:
     def resume(cls, program: Program) -> Builder:
         """A builder that continues `program`."""
         extents = {s.name for _, e in program.axes if not isinstance(e, int) for s in e.free_symbols}
-        b = cls(program.name, program.axes, scalars=("L", *sorted(extents)))
+        b = cls(program.name, program.axes, scalars=(*program.scalars, *sorted(extents)))
         b.inputs = list(program.inputs)
         b.equations = list(program.equations)
         b._taken = set(program.names())

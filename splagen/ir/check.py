@@ -134,9 +134,9 @@ CHECK: dict[type[Op], Rule] = {
 
 
 def scalars(program: Program) -> set[str]:
-    """Names that any Map may read beside its arguments: the length L and the symbolic extents."""
+    """Names that any Map may read beside its arguments: the program's scalars and the symbolic extents."""
     symbols = {s.name for _, e in program.axes if not isinstance(e, int) for s in e.free_symbols}
-    return {"L"} | symbols
+    return {*program.scalars} | symbols
 
 
 def check(program: Program) -> Program:

@@ -1,29 +1,37 @@
-"""One token per sequence: the Program of a decoding step, from the definition of the whole sequence.
+"""A few tokens per sequence: the Program of a decoding step, from the definition of the whole sequence.
 
-A step is the definition at one query, the last: axis T has extent 1 and counts from the sequence's length less one
-(`evaluate` takes that as an offset).  What the passes leave of it still sums over every earlier block, where a linear
-branch allows for less: `carry` finds those sums and keeps them from step to step.
+A token of a step is the definition at one query, the last of a sequence that ends with it: axis T has extent 1 and
+counts from the length less one (`evaluate` takes that as an offset).  What the passes leave of it still sums over every
+earlier block, where a linear branch allows for less: `carry` finds those sums and keeps them from step to step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import sympy as sp
 
 from splagen.errors import ProgramError, SpecError
+from splagen.expression import symbol
 from splagen.ir.build import Builder
 from splagen.ir.frontend_spla import LENGTH, spla_program
-from splagen.ir.passes import LOWERING, run
-from splagen.ir.program import Contract, Equation, Iota, Map, Program, Var, placeholder
+from splagen.ir.passes import LOWERING, run, share
+from splagen.ir.program import Contract, Equation, Iota, Map, Program, Var, placeholder, rename_arguments
 from splagen.spec import SPLASpec
+
+FIRST = symbol("first")  # position of the first token of the step
+SETTLED = symbol("settled")  # position of the first token of the step before; 0 if there is none
 
 
 def step_program(spec: SPLASpec) -> Program:
-    """The Program of one token: inputs q (one row), k, v of the whole sequence, states; outputs o and states after.
+    """The Program of one token of a step: inputs q (one row), k, v of the whole sequence, states; outputs o and states.
 
-    Law: with the states that the step before left (zero before the first), the step at length L gives the last row of
-    the definition at length L.
+    Beside L it reads the scalars `first` and `settled`: where this step starts, and where the one before did.
+
+    Law: with the states that the step before left (zero, and settled = 0, before the first), the token at length L
+    gives the last row of the definition at length L.  The states after depend on no token from `first` on: all of a
+    step's tokens leave the same, and those that are rejected leave no trace in it.
 
     Raises:
         SpecError: a query of this spec depends on later ones.
@@ -33,7 +41,7 @@ def step_program(spec: SPLASpec) -> Program:
     if spec.select and spec.select.tile != 1:
         what = f"select.granularity is {spec.select.granularity!r}: a query chooses together with later ones"
         raise SpecError(what, 'decoding takes specs with granularity="token"')
-    return run(_by_query(spla_program(spec)), (*LOWERING, carry))
+    return run(_by_query(spla_program(spec)), (*LOWERING, carry, share))
 
 
 def state_pairs(program: Program) -> list[tuple[Var, Var]]:
@@ -48,31 +56,80 @@ def _by_query(program: Program) -> Program:
 
 
 def carry(program: Program) -> Program:
-    """sum_J far[T J] s[J]  ->  before + sum_J (far[T J] and not far[T-1 J]) s[J], for s that no query changes.
+    """Sums over far blocks of what belongs to blocks alone, s = sum_n x y, that a row of the query reads, are carried.
 
-    Law: if `before` is the sum at the query before (T-1, and L-1 of the length), the value is unchanged.  The sum
-    becomes an output: it is the next query's `before`.  The mask may only grow from query to query, and must follow
-    from positions; ProgramError quotes one that does not.
+        a[T] = sum_J far[T J] s[J]              after = before + sum_J (far[first J] and not far[settled J]) s[J]
+        o[T] = sum r[T] a[T]               ->   late  = sum_J,n (far[T J] and not far[first J]) (sum r[T] x[J n]) y[J n]
+                                                o[T]  = sum r[T] after + late
+
+    Law: if `before` is the sum at query `settled` and settled <= first <= T = L - 1, o is unchanged, and `after`, an
+    output, is the sum at query `first`: it is `before` of a step for which settled is this one's first.  Every block in
+    it lies before `first`: a sequence may be cut back to any length from `first` on.  The mask may only grow from query
+    to query, and must follow from positions; ProgramError quotes one that does not.
     """
+    program = replace(program, scalars=(*program.scalars, FIRST.name, SETTLED.name))
     b = Builder.resume(program)
     b.equations = []
     states: list[Var] = []
-    definitions = program.definitions
+    reads: dict[Equation, tuple[Equation, Var]] = {}
     for eq in program.equations:
-        mask = _carried_mask(eq)
-        if mask is None:
+        if eq in reads:
+            total, state = reads[eq]
+            _read(b, program, eq, total, state)
+        elif (mask := _carried_mask(eq)) is None:
             b.equations.append(eq)
-            continue
-        name = eq.out.name.removesuffix("_prefix").removesuffix("_all")
-        before = b.input(f"{name}_state", tuple(a for a in eq.out.axes if a != "T"))
-        fresh = b.map("fresh", _fresh(mask, definitions), *definitions[mask].args)
-        args = tuple(fresh if v == mask else v for v in eq.args)
-        new = b.contract(f"{name}_new", eq.out.axes, *args)
-        b.equations.append(Equation(eq.out, Map(placeholder(0) + placeholder(1)), (before, new)))
-        states.append(eq.out)
+        else:
+            states.append(_advance(b, program, eq, mask))
+            reads[_reader(program, eq.out)] = (eq, states[-1])
     return replace(
         program, inputs=tuple(b.inputs), equations=tuple(b.equations), outputs=(*program.outputs, *states)
     )  # fmt: skip
+
+
+def _advance(b: Builder, program: Program, total: Equation, mask: Var) -> Var:
+    """The state after the step: a block enters it once, when it is far for the first token of a step."""
+    name = total.out.name.removesuffix("_prefix").removesuffix("_all")
+    axes = tuple(a for a in total.out.axes if a != "T")
+    before = b.input(f"{name}_state", axes)
+    eq = program.definitions[mask]
+    of_blocks = tuple(v for v in eq.args if "T" not in v.axes)
+    entered = sp.And(_far_at(program, mask, FIRST), sp.Not(_far_at(program, mask, SETTLED)))
+    fresh = b.map("fresh", rename_arguments(entered, *_kept(eq.args, of_blocks)), *of_blocks)
+    new = b.contract(f"{name}_new", axes, *(fresh if v == mask else v for v in total.args))
+    return b.map(f"{name}_settled", placeholder(0) + placeholder(1), before, new)
+
+
+def _kept(old: Sequence[Var], kept: Sequence[Var]) -> tuple[tuple[Var, ...], tuple[Var, ...]]:
+    """Arguments of `rename_arguments` where the old ones that are not kept do not occur: they go behind."""
+    return tuple(old), (*kept, *(v for v in old if v not in kept))
+
+
+def _read(b: Builder, program: Program, eq: Equation, total: Equation, state: Var) -> None:
+    """What a query reads: the state, and keys of blocks that became far since the first token, in score form."""
+    definitions, name = program.definitions, eq.out.name
+    (row,) = [v for v in eq.args if v != total.out]
+    mask = _carried_mask(total)
+    assert mask is not None
+    (blocks,) = [v for v in total.args if v != mask]
+    settled = b.contract(f"{name}_settled", eq.out.axes, row, state)
+    far = definitions[mask]
+    assert isinstance(far.op, Map)
+    late = b.map("late", sp.And(far.op.expr, sp.Not(_far_at(program, mask, FIRST))), *far.args)
+    keys = definitions[blocks].args
+    summed = {*row.axes} & {*blocks.axes} - {*eq.out.axes}
+    left = [v for v in keys if v.kind == "real" and summed & {*v.axes}]
+    axes = {a for v in (row, *left) for a in v.axes} - summed
+    scores = b.contract(f"{name}_scores", axes, row, *left)
+    added = b.contract(f"{name}_late", eq.out.axes, late, scores, *(v for v in keys if v not in left))
+    b.equations.append(Equation(eq.out, Map(placeholder(0) + placeholder(1)), (settled, added)))
+
+
+def _reader(program: Program, total: Var) -> Equation:
+    found = [eq for eq in program.equations if total in eq.args]
+    if len(found) != 1 or not isinstance(found[0].op, Contract) or len(found[0].args) != 2:
+        quoted = "; ".join(map(str, found))
+        raise ProgramError(f"{total} is not read by one product of two: {quoted}", hint="only such sums are carried")
+    return found[0]
 
 
 def _carried_mask(eq: Equation) -> Var | None:
@@ -86,18 +143,23 @@ def _carried_mask(eq: Equation) -> Var | None:
     return masks[0]
 
 
-def _fresh(mask: Var, definitions: dict[Var, Equation]) -> sp.Basic:
-    """What the mask admits and did not one query earlier."""
+def _far_at(program: Program, mask: Var, query: sp.Expr) -> sp.Basic:
+    """The mask for the query at that position, at the end of a sequence that ends with it."""
+    definitions = program.definitions
     eq = definitions[mask]
     positions = [definitions[v].op for v in eq.args if v in definitions]
     if not isinstance(eq.op, Map) or len(positions) < len(eq.args) or not all(isinstance(p, Iota) for p in positions):
         raise ProgramError(f"{mask} does not follow from positions", hint="only such sums are carried")
-    back = {placeholder(i): placeholder(i) - 1 for i, p in enumerate(positions) if p == Iota(("T",))}
+    tiles = [placeholder(i) for i, p in enumerate(positions) if p == Iota(("T",))]
     now = eq.op.expr
-    earlier = now.xreplace({**back, LENGTH: LENGTH - 1})
-    if not _grows(now, earlier):
+
+    def at(query: sp.Expr) -> sp.Basic:
+        where: dict[sp.Basic, sp.Basic] = dict.fromkeys(tiles, query)
+        return now.xreplace({**where, LENGTH: query + 1})
+
+    if not _grows(at(FIRST), at(FIRST - 1)):
         raise ProgramError(f"{mask} = {now} may stop to hold", hint="a sum is carried where its mask only grows")
-    return sp.And(now, sp.Not(earlier))
+    return at(query)
 
 
 def _grows(now: sp.Basic, earlier: sp.Basic) -> bool:

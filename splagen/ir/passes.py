@@ -255,6 +255,35 @@ def _next_group(todo: Sequence[Var], keep: set[str], data: set[Var], sizes: Mapp
     return best[2] if best else None
 
 
+def factor_out(program: Program) -> Program:
+    """Y = contract(c x, ...)  ->  y = c contract(x, ...), for a number c and an x that has axes which y lacks.
+
+    A tile is then summed as it is, and the sum is scaled once.  Law: value unchanged.
+    """
+    definitions = program.definitions
+    b = Builder(program.name, program.axes)
+    b._taken = set(program.names())
+    for eq in program.equations:
+        if isinstance(eq.op, Contract):
+            scaled = [(v, *found) for v in eq.args if (found := scaling(definitions.get(v)))]
+            for v, factor, x in scaled:
+                if not set(x.axes) <= set(eq.out.axes):
+                    args = tuple(x if a == v else a for a in eq.args)
+                    whole = b.add(f"{eq.out.name}_unscaled", eq.op, *args)
+                    eq = Equation(eq.out, Map(factor * placeholder(0)), (whole,))
+                    break
+        b.equations.append(eq)
+    return drop_unused(program.with_equations(b.equations))
+
+
+def scaling(eq: Equation | None) -> tuple[sp.Expr, Var] | None:
+    """(c, x) of an equation that is a number c times x; None for any other."""
+    if eq is None or not isinstance(eq.op, Map) or len(eq.args) != 1 or eq.out.kind != "real":
+        return None
+    number, rest = eq.op.expr.as_independent(placeholder(0), as_Add=False)
+    return (number, eq.args[0]) if rest == placeholder(0) and number.is_number else None
+
+
 def join_sums(together: Callable[[Equation], bool]) -> Pass:
     """Y = (a - b) + c  ->  y = (a + c) - b  with the terms that belong together added first.
 
@@ -370,6 +399,7 @@ LOWERING: tuple[Pass, ...] = (
     share,
     reuse,
     expose_lse,
+    factor_out,
     copy_prop,
     share,
     drop_unused,

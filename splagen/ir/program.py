@@ -137,7 +137,8 @@ class Program:
 
     `axes` declares the order and the extent of every axis.  `inputs` are given; `outputs` are asked for.
     `cotangents` pairs each differentiated output with the input that carries its cotangent, and `gradients` each input
-    with the variable that holds its gradient; both are empty before derive_gradient.
+    with the variable that holds its gradient; both are empty before derive_gradient.  `scalars` are numbers that any
+    Map may read at run time: the length L, and in a decoding step where it starts.
     """
 
     name: str
@@ -147,6 +148,7 @@ class Program:
     outputs: tuple[Var, ...]
     cotangents: tuple[tuple[Var, Var], ...] = ()
     gradients: tuple[tuple[Var, Var], ...] = ()
+    scalars: tuple[str, ...] = ("L",)
 
     def __str__(self) -> str:
         """The equations, as text."""

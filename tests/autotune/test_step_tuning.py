@@ -27,7 +27,6 @@ from splagen.kinds import oracle
 from splagen.paged_cache import SPLACache
 from splagen.spec import Residual, Select, SPLASpec, to_toml
 from tests.autotune.test_tuner import FakeBench
-from tests.kernels.conftest import fast_sort as fast_sort
 
 H200, MI300 = DEVICES["NVIDIA H200"], DEVICES["AMD Instinct MI300X"]
 EFFORT = Effort("tiny", candidates=12, exhaustive=6, seeds=1, repetitions=1)

@@ -29,8 +29,10 @@ from splagen.ir.passes import (
     copy_prop,
     drop_unused,
     expose_lse,
+    factor_out,
     join_sums,
     run,
+    scaling,
     settle_names,
     share,
     specialise,
@@ -49,6 +51,7 @@ PASSES: dict[str, Pass] = {
     "drop_unused": drop_unused,
     "copy_prop": copy_prop,
     "expose_lse": expose_lse,
+    "factor_out": factor_out,
     "take_from_total": take_from_total,
     "split_complement": split_complement,
     "associate": associate,
@@ -278,6 +281,14 @@ def test_expose_lse_leaves_no_softmax_over_a_sequence(spec: SPLASpec) -> None:
     for eq in after.equations:
         if isinstance(eq.op, Softmax):
             assert all(isinstance(after.extents[a], int) for a in eq.op.axes)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_no_sum_over_tiles_reads_a_scaled_tile(spec: SPLASpec) -> None:
+    after = run(joint_program(spec), LOWERING)
+    sums = [eq for eq in after.equations if isinstance(eq.op, Contract)]
+    summed = {v: eq for eq in sums for v in eq.args if set(v.axes) - set(eq.out.axes)}
+    assert not [v for v in summed if scaling(after.definitions.get(v))]
 
 
 @given(programs())

@@ -1,18 +1,60 @@
 """Steps of decoding beside the definition at the last query, with the blocks that the kernels chose."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from splagen import library as lib
 from splagen.ir.frontend_spla import spla_program
 from splagen.ir.reference import evaluate
 from splagen.paged_cache import SPLACache
-from splagen.spec import SPLASpec
-from splagen.verification import relative_error
+from splagen.pipeline import generate_decoding
+from splagen.spec import Residual, Select, SPLASpec, windows
+from splagen.verification import TOLERANCE, relative_error
 from tests.ir.blocked import blocked, plain_rows
+from tests.kernels.cases import CELLS, USER
 
 BY_TOKEN = ("q", "k", "v", "gate_s", "gate_r")
+
+SELECT = Select(block_size=16, budget=1, sinks=1, local=1)
+SMALL = SPLASpec(head_dim=16, group_size=2, select=SELECT)
+SPECS = {
+    "default": SMALL,
+    "no sinks, no local": replace(SMALL, select=replace(SELECT, sinks=0, local=0)),
+    "normaliser": replace(SMALL, linear=Residual(normaliser=True), combine="add"),
+    "temperature, gate": replace(SMALL, linear=Residual(lib.softmax, temperature=True), combine="gate"),
+    "user map, softcap": replace(SMALL, linear=Residual(USER), score=lib.softcap(5.0), combine="rms_residual"),
+    "alibi": replace(SMALL, score=lib.alibi()),
+    "cells": replace(SMALL, select=replace(SELECT, block_size=32, sinks=0, local=0, statistics=CELLS)),
+    "windows": replace(SMALL, select=replace(SELECT, block_size=32, sinks=0, local=0, statistics=windows())),
+    "order 1": replace(SMALL, select=replace(SELECT, metric=lib.taylor(order=1))),
+    "cumulant": replace(SMALL, select=replace(SELECT, metric=lib.cumulant(clamp=2.0))),
+    "no residual": replace(SMALL, linear=None, combine="none"),
+    "dense window": replace(SMALL, linear=None, select=None, combine="none", score=lib.sliding_window(20)),
+    "dense below": replace(SMALL, dense_below=68),
+    "head 24 value 40 group 3": replace(SMALL, head_dim=24, value_dim=40, group_size=3, scale=0.3),
+    "group 1": replace(SMALL, group_size=1),
+}
+LIMIT = {dtype: limits[0] for dtype, limits in TOLERANCE.items()}
+
+REAL = SPLASpec(head_dim=128, group_size=4, select=Select(block_size=64, budget=4))
+GPU = {
+    "default": REAL,
+    "group 16": replace(REAL, group_size=16),
+    "cells, value 64": replace(REAL, value_dim=64, select=replace(REAL.select, statistics=CELLS)),  # type: ignore[type-var]
+    "no residual, head 80": replace(REAL, head_dim=80, linear=None, combine="none"),
+    "normaliser": replace(REAL, linear=Residual(lib.elu1, normaliser=True), combine="add"),
+    "head 256": replace(REAL, head_dim=256, value_dim=256),
+}
+
+
+def cache_of(spec: SPLASpec, folder: Path, device: torch.device, **sizes: object) -> SPLACache:
+    block = spec.select.block_size if spec.select else 64
+    given = {"sequences": 2, "kv_heads": 2, "tokens": 112, "page_size": max(32, block), "dtype": torch.float32} | sizes
+    return SPLACache(generate_decoding(spec, folder), device=device, **given)  # type: ignore[arg-type]
 
 
 def inputs(
@@ -100,4 +142,41 @@ def errors(
             blocks = -(-length // cache.part.geometry.block)
             got.append(o)
             want.append(last_row(spec, rows, length, chosen_blocks(cache, blocks)))
+    return relative(torch.stack(got), torch.stack(want))
+
+
+def some(rows: Mapping[str, Tensor], starts: list[int], count: int) -> list[Tensor]:
+    """What a step of `count` tokens takes, from position starts[b] of sequence b on."""
+    picked = {
+        n: torch.stack([x[b, s : s + count] for b, s in enumerate(starts)]) for n, x in rows.items() if n in BY_TOKEN
+    }
+    return [picked.get(n, x) for n, x in rows.items()]
+
+
+def follow(cache: SPLACache, rows: Mapping[str, Tensor], steps: list[tuple[int, list[int]]], start: int = 0) -> float:
+    """Steps of so many tokens, of which each sequence keeps so many: the error of all of them, kept or not.
+
+    Tokens that are rejected are others than those that then take their place.
+    """
+    spec, device = cache.library.spec, rows["k"].device
+    drawn = inputs(spec, cache.sequences, rows["k"].shape[1], cache.kv_heads, cache.dtype, device, seed=1)
+    held = [start] * cache.sequences
+    got, want = [], []
+    for count, kept in steps:
+        tried = {n: x.clone() for n, x in rows.items()}
+        for b, (s, k) in enumerate(zip(held, kept, strict=True)):
+            for n in tried.keys() & BY_TOKEN:
+                tried[n][b, s + k :] = drawn[n][b, s + k :]
+        given = some(tried, held, count)
+        o = cache.step(*given)
+        for b, s in enumerate(held):
+            alone = {n: x[b : b + 1] if n in BY_TOKEN else x for n, x in tried.items()}
+            for i in range(count):
+                row = b * count + i
+                free = chosen_blocks(cache, cache.width * cache.page_size // cache.part.geometry.block)
+                got.append(o[b, i])
+                want.append(last_row(spec, alone, s + i + 1, None if free is None else free[row : row + 1])[0])
+        cache.accept(torch.tensor(kept, dtype=torch.int32, device=device))
+        held = [s + k for s, k in zip(held, kept, strict=True)]
+        assert cache.seqlens.tolist() == held
     return relative(torch.stack(got), torch.stack(want))

@@ -8,44 +8,29 @@ import pytest
 import torch
 from torch import Tensor
 
-from splagen import library as lib
 from splagen.errors import InputError, SpecError
 from splagen.paged_cache import SPLACache
 from splagen.pipeline import generate_decoding
-from splagen.spec import Residual, Select, SPLASpec, windows
-from splagen.verification import TOLERANCE
-from tests.kernels.cases import CELLS, USER
-from tests.kernels.decoding import chosen_blocks, errors, inputs, last_row, relative, tokens
+from splagen.spec import SPLASpec, windows
+from tests.kernels.decoding import (
+    GPU,
+    LIMIT,
+    REAL,
+    SELECT,
+    SMALL,
+    SPECS,
+    cache_of,
+    chosen_blocks,
+    errors,
+    inputs,
+    last_row,
+    relative,
+    tokens,
+)
 
 pytestmark = pytest.mark.usefixtures("fast_sort")
 
-SELECT = Select(block_size=16, budget=1, sinks=1, local=1)
-SMALL = SPLASpec(head_dim=16, group_size=2, select=SELECT)
-SPECS = {
-    "default": SMALL,
-    "no sinks, no local": replace(SMALL, select=replace(SELECT, sinks=0, local=0)),
-    "normaliser": replace(SMALL, linear=Residual(normaliser=True), combine="add"),
-    "temperature, gate": replace(SMALL, linear=Residual(lib.softmax, temperature=True), combine="gate"),
-    "user map, softcap": replace(SMALL, linear=Residual(USER), score=lib.softcap(5.0), combine="rms_residual"),
-    "alibi": replace(SMALL, score=lib.alibi()),
-    "cells": replace(SMALL, select=replace(SELECT, block_size=32, sinks=0, local=0, statistics=CELLS)),
-    "windows": replace(SMALL, select=replace(SELECT, block_size=32, sinks=0, local=0, statistics=windows())),
-    "order 1": replace(SMALL, select=replace(SELECT, metric=lib.taylor(order=1))),
-    "cumulant": replace(SMALL, select=replace(SELECT, metric=lib.cumulant(clamp=2.0))),
-    "no residual": replace(SMALL, linear=None, combine="none"),
-    "dense window": replace(SMALL, linear=None, select=None, combine="none", score=lib.sliding_window(20)),
-    "dense below": replace(SMALL, dense_below=68),
-    "head 24 value 40 group 3": replace(SMALL, head_dim=24, value_dim=40, group_size=3, scale=0.3),
-    "group 1": replace(SMALL, group_size=1),
-}
 OFTEN = ("default", "temperature, gate", "windows", "no residual", "dense below", "head 24 value 40 group 3")
-LIMIT = {dtype: limits[0] for dtype, limits in TOLERANCE.items()}
-
-
-def cache_of(spec: SPLASpec, folder: Path, device: torch.device, **sizes: object) -> SPLACache:
-    block = spec.select.block_size if spec.select else 64
-    given = {"sequences": 2, "kv_heads": 2, "tokens": 112, "page_size": max(32, block), "dtype": torch.float32} | sizes
-    return SPLACache(generate_decoding(spec, folder), device=device, **given)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in SPECS])
@@ -153,6 +138,9 @@ def test_what_is_checked_on_the_device(tmp_path: Path, device: torch.device, mon
         cache.step(*tokens(rows, 1))
     cache.seqlens[0] = 3
     cache.step(*tokens(rows, 1))  # the page is not needed yet
+    cache.settled[0] = 5
+    with pytest.raises(InputError, match="sequence 0 of 4 tokens has states as of 5"):
+        cache.step(*tokens(rows, 1))
 
 
 def test_a_fork_goes_on_alone(tmp_path: Path, device: torch.device) -> None:
@@ -229,6 +217,23 @@ def test_what_does_not_fit_is_refused_before_anything_runs(tmp_path: Path, devic
     ):
         with pytest.raises(ValueError, match=message):
             cache.step(*given, *rest)
+    several = [torch.stack([x, x], 1) for x in (q, k, v)]
+    with pytest.raises(InputError, match="a step of 2 tokens per sequence, in a cache for 1 to 1"):
+        cache.step(*several, *rest)
+    wider = cache_of(SMALL, tmp_path, device, kv_heads=1, tokens=32, page_size=16, step_tokens=2)
+    for given, message in (
+        ((several[0], k, v), "k has shape"),
+        ((several[0][:, :0], several[1], several[2]), "a step of 0 tokens"),
+        ((several[0].transpose(0, 1).contiguous().transpose(0, 1), *several[1:]), "sequences and tokens of q"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wider.step(*given, *rest)
+    for counts in (torch.zeros(2, device=device), torch.zeros(3, dtype=torch.int32, device=device)):
+        with pytest.raises(InputError, match="counts are"):
+            wider.accept(counts)
+    assert wider.seqlens.tolist() == [-1, -1]
+    with pytest.raises(InputError, match="step_tokens is 9"):
+        cache_of(SMALL, tmp_path, device, step_tokens=9)
     other = generate_decoding(replace(SMALL, head_dim=32), tmp_path)
     with pytest.raises(ValueError, match="another spec"):
         other.op(q, k, v, *rest, cache=cache)
@@ -239,16 +244,6 @@ def test_what_does_not_fit_is_refused_before_anything_runs(tmp_path: Path, devic
 
 
 # -- on a GPU ----------------------------------------------------------------------------------------------------------
-
-REAL = SPLASpec(head_dim=128, group_size=4, select=Select(block_size=64, budget=4))
-GPU = {
-    "default": REAL,
-    "group 16": replace(REAL, group_size=16),
-    "cells, value 64": replace(REAL, value_dim=64, select=replace(REAL.select, statistics=CELLS)),  # type: ignore[type-var]
-    "no residual, head 80": replace(REAL, head_dim=80, linear=None, combine="none"),
-    "normaliser": replace(REAL, linear=Residual(lib.elu1, normaliser=True), combine="add"),
-    "head 256": replace(REAL, head_dim=256, value_dim=256),
-}
 
 
 @pytest.mark.gpu

@@ -1,0 +1,106 @@
+"""Steps of several tokens, of which the first ones are accepted: each is as if nothing else had been tried."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from splagen.errors import InputError
+from tests.kernels.decoding import BY_TOKEN, GPU, LIMIT, SMALL, SPECS, cache_of, follow, inputs, some
+
+pytestmark = pytest.mark.usefixtures("fast_sort")
+
+SPECULATIVE = [(8, [8, 6]), (8, [8, 1]), (5, [3, 5]), (8, [0, 7]), (8, [8, 8])]
+LONG = [
+    (8, [8, 6]),
+    (8, [8, 8]),
+    (8, [8, 1]),
+    (5, [5, 0]),
+    (8, [3, 8]),
+    (8, [7, 8]),
+    (3, [0, 3]),
+    (8, [8, 2]),
+    (8, [8, 8]),
+]
+
+
+def test_steps_of_several_tokens_of_which_some_are_kept(tmp_path: Path, device: torch.device) -> None:
+    """Blocks become far, and cells complete, within steps, and are taken back; sequences go on at their own pace."""
+    spec = SPECS["no sinks, no local"]
+    cache = cache_of(spec, tmp_path, device, kv_heads=1, step_tokens=8)
+    cache.allocate(112), cache.allocate(112)
+    assert follow(cache, inputs(spec, 2, 64, 1, torch.float32, device), SPECULATIVE) < LIMIT[torch.float32]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPECS)
+def test_more_steps_of_several_tokens(name: str, tmp_path: Path, device: torch.device) -> None:
+    cache = cache_of(SPECS[name], tmp_path, device, step_tokens=8)
+    cache.allocate(112), cache.allocate(112)
+    rows = inputs(SPECS[name], 2, 112, 2, torch.float32, device)
+    for t in range(0, 40, 8):
+        cache.step(*some(rows, [t, t], 8))
+    assert follow(cache, rows, LONG, 40) < LIMIT[torch.float32]
+
+
+def test_a_fork_shares_no_page_that_its_origin_may_cut(tmp_path: Path, device: torch.device) -> None:
+    """Tokens 14 to 17 are taken back on both sides of the fork, and each side writes others in their place."""
+    cache = cache_of(replace(SMALL, group_size=1), tmp_path, device, kv_heads=1, page_size=16, step_tokens=8)
+    rows = inputs(cache.library.spec, 2, 40, 1, torch.float32, device)
+    for n in rows.keys() & BY_TOKEN:
+        rows[n][1, :14] = rows[n][0, :14]
+    cache.allocate(64)
+    for count, start in ((8, 0), (6, 8), (4, 14)):
+        cache.step(*some(rows, [start, start], count))
+    cache.fork(0)
+    cache.accept(torch.zeros(2, dtype=torch.int32, device=device))
+    assert cache.seqlens.tolist() == [14, 14]
+    assert follow(cache, rows, [(8, [8, 8]), (1, [1, 1])], 14) < LIMIT[torch.float32]
+
+
+def test_a_step_without_room_for_all_of_its_tokens_takes_none(tmp_path: Path, device: torch.device) -> None:
+    """It settles what it has all the same: what is accepted behind it takes nothing back."""
+    cache = cache_of(SMALL, tmp_path, device, kv_heads=1, tokens=32, page_size=16, step_tokens=8)
+    cache.allocate(32), cache.allocate(16)
+    rows = inputs(SMALL, 2, 32, 1, torch.float32, device)
+    cache.step(*some(rows, [0, 0], 8))
+    cache.step(*some(rows, [8, 8], 4))
+    before = {n: x.clone() for n, x in cache.pages.items()}
+    o = cache.step(*some(rows, [12, 12], 5))
+    assert cache.seqlens.tolist() == [17, 12]
+    assert o[1].isnan().all()
+    assert torch.isfinite(o[0]).all()
+    mine = cache.page_table[1, 0]
+    assert all(torch.equal(x[mine], before[n][mine]) for n, x in cache.pages.items())
+    cache.accept(torch.tensor([2, 2], dtype=torch.int32, device=device))
+    assert cache.seqlens.tolist() == [14, 12]
+
+
+def test_room_for_all_tokens_of_a_step_is_checked(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = cache_of(SMALL, tmp_path, device, sequences=1, kv_heads=1, tokens=32, page_size=16, step_tokens=8)
+    cache.allocate(16)
+    rows = inputs(SMALL, 1, 32, 1, torch.float32, device)
+    monkeypatch.setenv("SPLAGEN_CHECK_CACHE", "1")
+    cache.step(*some(rows, [0], 8))
+    cache.step(*some(rows, [8], 3))
+    with pytest.raises(InputError, match="sequence 0 of 11 tokens has page -1 at 1"):
+        cache.step(*some(rows, [11], 6))
+    cache.step(*some(rows, [11], 5))
+
+
+# -- on a GPU ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", GPU)
+def test_steps_of_several_tokens_on_a_gpu(name: str, dtype: torch.dtype, tmp_path: Path, device: torch.device) -> None:
+    cache = cache_of(GPU[name], tmp_path, device, tokens=1024, page_size=128, dtype=dtype, step_tokens=8)
+    rows = inputs(GPU[name], 2, 1000, 2, dtype, device)
+    cache.allocate(1024), cache.allocate(1024)
+    for t in range(0, 504, 8):
+        cache.step(*some(rows, [t, t], 8))
+    assert follow(cache, rows, LONG * 3, 504) < LIMIT[dtype]
