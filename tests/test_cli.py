@@ -354,6 +354,7 @@ def test_pages_of_8_bits_have_a_module_of_their_own(tmp_path: Path) -> None:
     assert "unknown type of pages 'e5m2'" in refused("generate", SMALL, "--decode", "--page-type", "e5m2")
 
 
+@pytest.mark.slow
 def test_compile_reports_the_kernels_of_a_step() -> None:
     found = document(run("compile", SMALL, "--decode", "--target", "sm_90", "--json"))
     assert [r["kernel"] for r in found["rows"]] == ["append", "score", "select", "settle", "attend", "merge"]

@@ -21,6 +21,7 @@ from splagen.codegen.decoding import decoding
 from splagen.spec import SPLASpec, from_toml
 from splagen.verification import Shape
 
+NAN_E4M3 = 0x7F
 MOVED_LISTS = 0.02  # of lists, that differ from the default's in one block: equal scores but for their rounding
 
 
@@ -153,14 +154,14 @@ class Steps(Kernels):
         held = self.cache.page_table[rows, self.lengths // page].long()
         for name, x in self.cache.pages.items():
             if rows_span(self.part, name) == 1:
-                x[held, :, self.lengths.long() % page] = torch.nan
+                _bytes(x)[held, :, self.lengths.long() % page] = NAN_E4M3 if x.element_size() == 1 else torch.nan
         self.o.fill_(torch.nan)
         self.step({**self.defaults(), **schedules})
         found = {"o": self.o.clone(), "seqlens": self.cache.seqlens.float(), "settled": self.cache.settled.float()}
         found |= {n: x.clone() for n, x in self.cache.states.items()}
         for name, x in self.cache.pages.items():
             span = rows_span(self.part, name)
-            found[name] = x[held, :, self.lengths.long() % page // span]
+            found[name] = _bytes(x)[held, :, self.lengths.long() % page // span].view(x.dtype).float()
         if self.part.budget:
             blocks = -(-self.sizes[2] // self.part.geometry.block) + 1
             indices = self.cache.scratch["block_indices"].long()
@@ -169,6 +170,11 @@ class Steps(Kernels):
         if not schedules:
             self.found[""] = found
         return found
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """Numbers of 8 bits as bytes, which every torch operation takes; others as they are."""
+    return x.view(torch.uint8) if x.element_size() == 1 else x
 
 
 def _summary(samples: list[float]) -> dict[str, Any]:

@@ -182,11 +182,12 @@ def test_tokens_below_a_page_are_those_of_a_page() -> None:
 # -- the process that times ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def steps(tmp_path_factory: pytest.TempPathFactory) -> Any:
+@pytest.fixture(scope="module", params=["input", pytest.param("e4m3", marks=pytest.mark.slow)])
+def steps(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     from splagen.autotune.step_worker import Steps
 
-    module = pipeline.generate_decoding(SPEC, tmp_path_factory.mktemp("steps")).module
+    folder = tmp_path_factory.mktemp("steps")
+    module = pipeline.generate_decoding(SPEC, folder, page_type=request.param).module
     return Steps(module, (2, 2, 96), torch.float32, "cpu")
 
 
@@ -214,13 +215,16 @@ def test_a_kernel_that_writes_something_else_is_found(name: str, steps: Any, mon
 
     right = getattr(steps.module, f"launch_{name}")
     spoilt = {"append": "v_pages", "settle": "block_indices", "attend": "row_sum_parts"}[name]
-    names = [a.name for a in next(k for k in decoding(SPEC).kernels if k.name == name).arrays]
+    names = [a.name for a in next(k for k in steps.part.kernels if k.name == name).arrays]
     steps.results({})
 
     def wrong(n: Any, schedule: Any, *arguments: Any) -> None:
         right(n, schedule, *arguments)
         x = arguments[names.index(spoilt)]
-        x.copy_(torch.where(x >= 0, (x + 1) % 5, x) if spoilt == "block_indices" else 1.01 * x)
+        if spoilt == "block_indices":
+            x.copy_(torch.where(x >= 0, (x + 1) % 5, x))
+        else:
+            x.copy_(1.25 * x.float())
 
     monkeypatch.setattr(steps.module, f"launch_{name}", wrong)
     job = {"kernel": name, "schedule": steps.defaults()[name], "shared": {}, "repetitions": 1}
@@ -228,8 +232,11 @@ def test_a_kernel_that_writes_something_else_is_found(name: str, steps: Any, mon
 
 
 @pytest.mark.usefixtures("fast_sort")
-def test_steps_equal_the_oracle_of_the_whole_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    library = pipeline.generate_decoding(SPEC, tmp_path)
+@pytest.mark.parametrize("page_type", ["input", pytest.param("e4m3", marks=pytest.mark.slow)])
+def test_steps_equal_the_oracle_of_the_whole_sequence(
+    page_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = pipeline.generate_decoding(SPEC, tmp_path, page_type=page_type)
     truth: Any = oracle(to_toml(SPEC))
     run, kept = step_verification.run, []
 
@@ -241,7 +248,7 @@ def test_steps_equal_the_oracle_of_the_whole_sequence(tmp_path: Path, monkeypatc
             return change(*kept[0])
 
         monkeypatch.setattr(step_verification, "run", once)
-        report = step_verification.verify(library.module, truth, decoding(SPEC), shapes=[(1, 2, 37)])
+        report = step_verification.verify(library.module, truth, library.part, shapes=[(1, 2, 34)])
         return [r.quantity for r in report.rows if not r.ok]
 
     assert wrong(lambda o, indices, counts: (o, indices, counts)) == []
