@@ -63,12 +63,12 @@ class Steps(Kernels):
         number = torch.arange(sequences, device=self.device)
         cache.seqlens.copy_(((tokens - 1) // block * block - number % block).clamp(min=0))
         for name, x in cache.pages.items():
-            for page in x:  # no type of pages has random numbers of its own
-                drawn = torch.empty(page.shape, device=page.device)
+            for rows in x:  # of a page; not every type has random numbers of its own
+                drawn = torch.empty(rows.shape, device=rows.device)
                 if rows_span(self.part, name) == 1:
-                    page.copy_(drawn.normal_(generator=self.draw))
+                    rows.copy_(drawn.normal_(generator=self.draw))
                 else:
-                    page.copy_(drawn.uniform_(0.5, 1.0, generator=self.draw))  # variances are positive
+                    rows.copy_(drawn.uniform_(0.5, 1.0, generator=self.draw))  # variances are positive
         for x in cache.states.values():
             x.normal_(generator=self.draw)
         return cache
