@@ -52,5 +52,5 @@ $(VENV)/run.stamp: pyproject.toml | $(PY)
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp
-	$(PY) -m pip install --quiet --editable '.[dev,examples]'
+	$(PY) -m pip install --quiet --editable '.[dev,examples,hf]'
 	touch $@

@@ -88,7 +88,7 @@ def _block_sparse(spec: SPLASpec, shape: Shape, stages: tuple[Stage, ...]) -> di
     forward, backward, read = 0.0, 0.0, 2 * (rows * d + keys * d)
     if "selection" in stages:
         cells = 1 if select.statistics.cell is None else size // select.statistics.cell
-        products = select.metric.order
+        products = 1 + select.metric.rank if select.metric.rank else select.metric.order
         forward += 2 * rows * cells * products * d * (counts["usable"] + counts["far"])
     if "attention" not in stages:
         return {"forward": Floor(forward, read + indices)}

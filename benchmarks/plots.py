@@ -52,7 +52,7 @@ def lines_of(rows: Sequence[dict[str, Any]], name: str) -> dict[str, list[tuple[
 
 def time_by_length(rows: Sequence[dict[str, Any]], target: Path) -> Path:
     """Milliseconds against length, both logarithmic; a panel for either pass."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(12, 5), layout="constrained", sharey=True)
     colours: dict[str, str] = {}
     for panel, name in zip(panels, PASSES, strict=True):
@@ -67,7 +67,7 @@ def time_by_length(rows: Sequence[dict[str, Any]], target: Path) -> Path:
         panel.grid(alpha=0.3, which="both")
         panel.legend()
     panels[0].set_ylabel("ms")
-    return _saved(figure, target)
+    return saved(figure, target)
 
 
 def points_of(row: dict[str, Any]) -> dict[str, tuple[float, float]]:
@@ -82,7 +82,7 @@ def points_of(row: dict[str, Any]) -> dict[str, tuple[float, float]]:
 
 def roofline(rows: Sequence[dict[str, Any]], target: Path) -> Path:
     """TFLOP/s against operations per byte, both logarithmic, under the roofs; a panel for every number of KV heads."""
-    plt = _pyplot()
+    plt = pyplot()
     kept = [r for r in rows if r["system"] == OURS and "kernels_flops" in r]
     lengths = {r["length"] for r in kept}
     at = ROOFLINE_LENGTH if ROOFLINE_LENGTH in lengths else max(lengths)
@@ -103,10 +103,11 @@ def roofline(rows: Sequence[dict[str, Any]], target: Path) -> Path:
         panel.set_ylabel("TFLOP/s")
         panel.set_title(f"L = {row['length']}, Hkv = {row['kv_heads']}; area: share of the time")
         panel.grid(alpha=0.3)
-    return _saved(figure, target)
+    return saved(figure, target)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """Matplotlib, which draws to files alone."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -115,10 +116,11 @@ def _pyplot() -> Any:
     return plt
 
 
-def _saved(figure: Any, target: Path) -> Path:
+def saved(figure: Any, target: Path) -> Path:
+    """Write a figure and close it; returns the path."""
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=130)
-    _pyplot().close(figure)
+    pyplot().close(figure)
     return target
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
-from splagen.library import FeatureMap, hedgehog, identity, softmax, taylor
+from splagen.library import FeatureMap, Metric, hedgehog, identity, softmax, taylor
 from splagen.spec import Residual, Select, Spec, SPLASpec, windows
 from splagen.sse_spec import SSESpec
 from splagen.verification import Shape
@@ -129,6 +129,25 @@ def short_sparse_spec(group: int) -> SPLASpec:
     return replace(sparse_spec(group), dense_below=8 * K + 1, name="short_sparse")
 
 
+def rank_2_spec(group: int) -> SPLASpec:
+    """Block-sparse softmax whose metric has a covariance of rank 2."""
+    return _rank_spec(group, taylor(covariance="rank2"))
+
+
+def rank_4_spec(group: int) -> SPLASpec:
+    """The same of rank 4."""
+    return _rank_spec(group, taylor(covariance="rank4"))
+
+
+def rank_8_spec(group: int) -> SPLASpec:
+    """The same of rank 8."""
+    return _rank_spec(group, taylor(covariance="rank8"))
+
+
+def _rank_spec(group: int, metric: Metric) -> SPLASpec:
+    return replace(sparse_spec(group), select=replace(_select(), metric=metric), name="rank")
+
+
 def infllm_spec(group: int) -> SPLASpec:
     """InfLLM-v2's preset: a sink, 33 local blocks with the query's own, 62 free ones, no residual.
 
@@ -193,6 +212,15 @@ WORKS: dict[str, Work] = {
             (64 * K,),
             passes=("forward",),
             targets={("", 64 * K, 2): Target((6,), (4,)), ("", 64 * K, 8): Target((9,), (6,))},
+        ),
+        Work(
+            "selection_rank",
+            "statistics, scores with a covariance of rank 2, 4 or 8 and the top 13 alone",
+            {"rank 2": rank_2_spec, "rank 4": rank_4_spec, "rank 8": rank_8_spec},
+            "selection",
+            (Size(2, 16), Size(8, 4)),
+            (64 * K,),
+            passes=("forward",),
         ),
         Work(
             "whole",

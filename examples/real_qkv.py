@@ -21,6 +21,7 @@ def real_qkv(
     head_dim: int = TINY.head_dim,
     layer: int = 1,
     steps: int = 0,
+    context: int = TINY.context,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run a tiny dense byte model over `length` bytes of the source of argparse; return one layer's q, k, v.
@@ -32,6 +33,7 @@ def real_qkv(
         head_dim: channels of a head, even.
         layer: the layer to look at, from 0; the model has two.
         steps: training steps before the reading (about 0.1 s each); 0 leaves the initial weights.
+        context: bytes of a training window; beyond it the model has learnt nothing.
         seed: of weights and batches.
 
     Returns:
@@ -46,7 +48,7 @@ def real_qkv(
     text = torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8)
     if not 1 <= length <= len(text):
         raise ValueError(f"length={length}: the text has {len(text)} bytes; ask for 1 to {len(text)}")
-    config = replace(TINY, q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim)
+    config = replace(TINY, q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, context=context)
     model = build(config, seed, torch.device("cpu"))
     if steps:
         few = Training(steps=steps, batch=4, seed=seed, validate_every=steps, validation_windows=1)

@@ -52,13 +52,16 @@ _HOME = {
     "source": "pipeline",
     "generate": "pipeline",
     "generate_decoding": "pipeline",
+    "generate_packed": "pipeline",
     "SPLACache": "paged_cache",
     "scale_of": "paged_cache",
     "load": "pipeline",
     "load_decoding": "pipeline",
+    "load_packed": "pipeline",
     "Library": "pipeline",
     "DecodingLibrary": "pipeline",
     "verify": "pipeline",
+    "verify_packed": "pipeline",
     "tune": "pipeline",
 }
 __all__ = ["__version__", *_HOME]
@@ -92,14 +95,17 @@ if TYPE_CHECKING:
     from splagen.pipeline import Library as Library
     from splagen.pipeline import generate as generate
     from splagen.pipeline import generate_decoding as generate_decoding
+    from splagen.pipeline import generate_packed as generate_packed
     from splagen.pipeline import kernels as kernels
     from splagen.pipeline import load as load
     from splagen.pipeline import load_decoding as load_decoding
+    from splagen.pipeline import load_packed as load_packed
     from splagen.pipeline import lowered as lowered
     from splagen.pipeline import program as program
     from splagen.pipeline import source as source
     from splagen.pipeline import tune as tune
     from splagen.pipeline import verify as verify
+    from splagen.pipeline import verify_packed as verify_packed
     from splagen.spec import Numerics as Numerics
     from splagen.spec import Residual as Residual
     from splagen.spec import Select as Select

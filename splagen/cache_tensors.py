@@ -12,7 +12,7 @@ from splagen.codegen.decoding import Decoding
 
 NO_PAGE = -1
 NO_SEQUENCE = -1
-PAGE_TYPES = {"e4m3": torch.float8_e4m3fn}
+PAGE_TYPES = {"e4m3": torch.float8_e4m3fn, "float32": torch.float32}
 PAGE = 256  # tokens, where nothing else is said
 
 
@@ -103,5 +103,5 @@ class CacheTensors:
 
 
 def rows_span(part: Decoding, name: str) -> int:
-    """Tokens of one row of a page: one of keys and values, a cell of statistics."""
-    return 1 if name.removesuffix("_pages") in part.key_rows else part.geometry.cell
+    """Tokens of one row of a page: one of what tokens bring, a cell of statistics."""
+    return 1 if name in [a.name for a in part.keys] else part.geometry.cell

@@ -9,7 +9,7 @@ import math
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
+Packed: TypeAlias = Annotated[bool, typer.Option("--packed", help="The op on packed sequences (cu_seqlens).")]
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -55,15 +57,15 @@ def generate(
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("kernels"),
     decode: Decode = False,
     page_type: PageTypeName = INPUT,
+    packed: Packed = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the spec's kernels and op as one Python module."""
     with errors_as_status(as_json):
         made = read_spec_file(spec)
         check_page_type(decode, page_type)
-        library = _library(made, out, page_type if decode else None)
-        op = f"{made.name}_step" if decode else made.name
-        found = {"path": str(library.path), "module": library.path.stem, "op": op}
+        library = _library(made, out, page_type if decode else None, packed)
+        found = {"path": str(library.path), "module": library.path.stem, "op": library.op_name}
         emit(found, as_json, str(library.path))
 
 
@@ -177,6 +179,7 @@ def compile_command(
     ] = None,
     decode: Decode = False,
     page_type: PageTypeName = INPUT,
+    packed: Packed = False,
     as_json: AsJson = False,
 ) -> None:
     """Compile every kernel ahead of time; no GPU is needed."""
@@ -188,9 +191,14 @@ def compile_command(
 
         made = read_spec_file(spec)
         check_page_type(decode, page_type)
+        if packed and out is not None:
+            hint = "leave --out away: the module of `splagen generate --packed` compiles at its first call"
+            raise InputError("no build of packed sequences is written", hint)
         with tempfile.TemporaryDirectory() as folder:
-            kernels: Module = pipeline.decode_kernels(made, page_type) if decode else pipeline.kernels(made)
-            path = _library(made, Path(folder), page_type if decode else None).path
+            path = _library(made, Path(folder), page_type if decode else None, packed).path
+            kernels: Module = pipeline.packed_kernels(made) if packed else pipeline.kernels(made)
+            if decode:
+                kernels = pipeline.decode_kernels(made, page_type)
             able = [t for t in TARGETS if page_type == INPUT or t not in WITHOUT_E4M3]
             targets, dtypes = target or able, dtype or ["bf16"]
             build: Build | None = None
@@ -246,12 +254,14 @@ def doctor(as_json: AsJson = False) -> None:
             raise WrongResult(f"splagen cannot work here: {', '.join(bad)}")
 
 
-def _library(made: Spec, out: Path, page_type: str | None) -> Library:
-    """The generated module of the op, or of decoding with pages of a type."""
+def _library(made: Spec, out: Path, page_type: str | None, packed: bool) -> Library:
+    """The generated module of the op, on packed sequences or not, or of decoding with pages of a type."""
     from splagen import pipeline
 
+    if page_type is not None and packed:
+        raise InputError("--decode and --packed exclude one another", "give one of them")
     if page_type is None:
-        return pipeline.generate(made, out)
+        return pipeline.generate_packed(made, out) if packed else pipeline.generate(made, out)
     return pipeline.generate_decoding(made, out, page_type=page_type)
 
 

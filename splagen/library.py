@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import sympy as sp
 
@@ -99,7 +99,7 @@ def _call(fn: Callable[..., object], names: tuple[str, ...], path: str) -> sp.Ba
 # -- feature maps ------------------------------------------------------------------------------------------
 
 
-def _later(default: Any) -> Any:
+def later(default: Any) -> Any:
     """A field younger than the first specs: their text, and so their digest, leaves it out at its default."""
     return field(default=default, metadata={"later": True})
 
@@ -133,8 +133,8 @@ class FeatureMap:
     softmax: bool = False
     non_negative: bool = False
     name: str = "custom"
-    l2norm: bool = _later(False)
-    topk: int | None = _later(None)
+    l2norm: bool = later(False)
+    topk: int | None = later(None)
 
     def __post_init__(self) -> None:
         if self.signs not in (1, 2) or isinstance(self.signs, bool):
@@ -249,8 +249,11 @@ def feature_map(
 
 # -- metrics -----------------------------------------------------------------------------------------------
 
+MOST_RANKS = 8  # factors of a covariance: more cost what the keys of a block do
+Covariance: TypeAlias = Literal["none", "diag", "rank1", "rank2", "rank3", "rank4", "rank5", "rank6", "rank7", "rank8"]
+
 _COVARIANCES = {
-    "rank": "a low-rank covariance is planned and not built yet",
+    "rank": f"a low-rank covariance says its rank, up to rank{MOST_RANKS}",
     "pairdiag": "only the diagonal of the covariance is kept",
     "full": "a full covariance costs more bytes than the keys of its block",
 }
@@ -265,7 +268,8 @@ class Metric:
     Attributes:
         order: 1 uses the mean only, 2 the variance as well.
         form: "taylor" expands the mass, giving a + log1p(κ/2); "cumulant" expands its logarithm: a + κ/2.
-        covariance: "none" (order 1) or "diag" (order 2: per-feature variance, 1/n).
+        covariance: "none" (order 1); of order 2 "diag" (per-feature variance, 1/n), or "rank1" to "rank8": κ = Σ_r
+            (q·w_r)² over that many factors w_r of the covariance, without what they leave of its diagonal.
         clamp: largest κ that enters a cumulant of order 2, which overrates wide blocks; else None.
 
     Raises:
@@ -274,7 +278,7 @@ class Metric:
 
     order: Literal[1, 2] = 2
     form: Literal["taylor", "cumulant"] = "taylor"
-    covariance: Literal["none", "diag"] = "diag"
+    covariance: Covariance = "diag"
     clamp: float | None = None
 
     def __post_init__(self) -> None:
@@ -282,12 +286,12 @@ class Metric:
             raise SpecError(f"metric.order is {self.order!r}", "1 (mean) or 2 (mean and variance)")
         if self.form not in ("taylor", "cumulant"):
             raise SpecError(f"metric.form is {self.form!r}", '"taylor" or "cumulant"')
-        wanted = "none" if self.order == 1 else "diag"
-        if self.covariance != wanted:
+        if self.covariance not in (("none",) if self.order == 1 else get_args(Covariance)[1:]):
+            wanted = "none" if self.order == 1 else "diag"
             why = _COVARIANCES.get(self.covariance, f"order {self.order} uses covariance {wanted!r}")
             raise SpecError(
                 f"metric.covariance is {self.covariance!r}: {why}",
-                '"diag" with order 2, or "none" with order 1',
+                f'"diag" or "rank1" to "rank{MOST_RANKS}" with order 2, or "none" with order 1',
             )
         if self.form == "cumulant" and self.order == 2:
             good = isinstance(self.clamp, (int, float)) and not isinstance(self.clamp, bool)
@@ -298,15 +302,18 @@ class Metric:
         elif self.clamp is not None:
             raise SpecError(f"metric.clamp is {self.clamp!r}", "only a cumulant of order 2 takes a clamp: drop it")
 
+    @property
+    def rank(self) -> int:
+        """Factors of the covariance; 0 where it is none or a diagonal."""
+        return int(self.covariance.removeprefix("rank")) if self.covariance.startswith("rank") else 0
 
-def taylor(order: Literal[1, 2] = 2, covariance: Literal["none", "diag"] | None = None) -> Metric:
-    """Expansion of the mass, SPLA's metric: a, or a + log1p(κ/2). `covariance` None: what the order uses."""
+
+def taylor(order: Literal[1, 2] = 2, covariance: Covariance | None = None) -> Metric:
+    """Expansion of the mass, SPLA's metric: a, or a + log1p(κ/2). `covariance` None: "none", of order 2 "diag"."""
     return Metric(order, "taylor", covariance or ("none" if order == 1 else "diag"))
 
 
-def cumulant(
-    order: Literal[1, 2] = 2, covariance: Literal["none", "diag"] | None = None, clamp: float | None = 8.0
-) -> Metric:
+def cumulant(order: Literal[1, 2] = 2, covariance: Covariance | None = None, clamp: float | None = 8.0) -> Metric:
     """Expansion of the log mass, exact for Gaussian keys: a (which has no clamp), or a + min(κ, clamp)/2."""
     covariance = covariance or ("none" if order == 1 else "diag")
     return Metric(order, "cumulant", covariance, None if order == 1 else clamp)

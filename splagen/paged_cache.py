@@ -37,7 +37,7 @@ class SPLACache:
         page_table: int32 [sequences, pages of `tokens`], -1 where there is no page.
         seqlens: int32 [sequences].
         settled: int32 [sequences], the lengths before the last step: the least that `accept` leaves.
-        pages: keys, values and statistics by name, [pages, Hkv, rows of a page, width].
+        pages: keys, values, numbers of keys and statistics by name, [pages, Hkv, rows of a page(, width)].
         states: float32 sums over far blocks by name, [sequences, Hkv, ...].
         scratch: what a step hands from kernel to kernel.
     """

@@ -11,7 +11,7 @@ from typing import Any, get_args, overload
 
 import torch
 
-from splagen import settings
+from splagen import packed_verification, settings
 from splagen.autotune import tuner
 from splagen.autotune.device import this_device
 from splagen.autotune.search import EFFORTS, Progress
@@ -22,6 +22,8 @@ from splagen.codegen.compile import Module
 from splagen.codegen.decode_module import decode_module_text, stem
 from splagen.codegen.decoding import Decoding, decoding
 from splagen.codegen.files import import_file, write_generated
+from splagen.codegen.packed_module import packed_module_text
+from splagen.codegen.packed_partition import PackedPartition, packed_partition
 from splagen.codegen.partition import Partition
 from splagen.codegen.sequence_partition import SequencePartition
 from splagen.codegen.step_rows import PageType
@@ -48,9 +50,14 @@ class Library:
         return _imported(self.path)
 
     @property
+    def op_name(self) -> str:
+        """What the op is called in the module."""
+        return self.spec.name
+
+    @property
     def op(self) -> Callable[..., Any]:
         """The differentiable torch op of the spec."""
-        return getattr(self.module, self.spec.name)  # type: ignore[no-any-return]
+        return getattr(self.module, self.op_name)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -65,9 +72,21 @@ class DecodingLibrary(Library):
         return decoding(self.spec, self.module.PAGE_TYPE)
 
     @property
-    def op(self) -> Callable[..., Any]:
-        """The step: one token per sequence of a cache."""
-        return getattr(self.module, f"{self.spec.name}_step")  # type: ignore[no-any-return]
+    def op_name(self) -> str:
+        """Its op is the step: a few tokens per sequence of a cache."""
+        return f"{self.spec.name}_step"
+
+
+@dataclass(frozen=True)
+class PackedLibrary(Library):
+    """A generated module for packed sequences on disk."""
+
+    spec: SPLASpec
+
+    @property
+    def op_name(self) -> str:
+        """Its op takes rows of all sequences one behind the other, and where each begins."""
+        return f"{self.spec.name}_varlen"
 
 
 def program(spec: Spec) -> Program:
@@ -146,7 +165,7 @@ def generate(spec: Spec, out: str | Path) -> Library:
 
 
 def generate_decoding(spec: Spec, out: str | Path, *, page_type: str = "input") -> DecodingLibrary:
-    """Write `{name}_decode_{digest8}.py` into `out`: the step of one token per sequence of an `SPLACache`.
+    """Write `{name}_decode_{digest8}.py` into `out`: the step of a few tokens per sequence of an `SPLACache`.
 
     `page_type` is "input", and pages have the type of q, or "e4m3": keys, values and statistics in 8 bits
     (`{name}_decode_e4m3_{digest8}.py`).
@@ -161,6 +180,33 @@ def generate_decoding(spec: Spec, out: str | Path, *, page_type: str = "input") 
     path = Path(out) / f"{stem(spec, decode_kernels(spec, page_type).page_type)}_{digest(spec)[:8]}.py"
     write_generated(path, text)
     return DecodingLibrary(spec, path)
+
+
+def generate_packed(spec: Spec, out: str | Path) -> PackedLibrary:
+    """Write `{name}_varlen_{digest8}.py` into `out`: the op on packed sequences, `cu_seqlens` and `max_seqlen`.
+
+    Raises:
+        InputError: the spec is not an SPLASpec.
+        GeneratedFileError: a foreign file is in the way.
+    """
+    spec = _packable(spec)
+    short, part = digest(spec)[:8], packed_kernels(spec)
+    path = Path(out) / f"{spec.name}_varlen_{short}.py"
+    write_generated(path, packed_module_text(part, name=spec.name, digest=short, spec_text=to_toml(spec)))
+    return PackedLibrary(spec, path)
+
+
+def packed_kernels(spec: Spec) -> PackedPartition:
+    """The kernels of packed sequences.  Raises InputError if the spec is not an SPLASpec."""
+    found = kernels(_packable(spec))
+    assert isinstance(found, Partition)
+    return packed_partition(found)
+
+
+def _packable(spec: Spec) -> SPLASpec:
+    if not isinstance(spec, SPLASpec):
+        raise InputError(f"no packed module of kind {spec.kind}", hint="its op takes cu_seqlens as it is: generate it")
+    return spec
 
 
 def load(spec: Spec) -> Callable[..., Any]:
@@ -188,6 +234,17 @@ def load_decoding(spec: Spec, *, page_type: str = "input") -> DecodingLibrary:
     if not settings.interpreted():
         vars(library.module)["TUNED"] = TunedSchedules(spec, kernels=partial(decode_kernels, page_type=page_type))
     return library
+
+
+def load_packed(spec: SPLASpec) -> Callable[..., Any]:
+    """The op on packed sequences, generated under the cache directory and imported.
+
+    It takes the Schedules that were tuned for the op of a batch of as many sequences of max_seqlen tokens.
+    """
+    library = generate_packed(spec, settings.cache_dir() / "kernels")
+    if not settings.interpreted():
+        vars(library.module)["TUNED"] = TunedSchedules(spec)
+    return library.op
 
 
 def tune(
@@ -263,12 +320,39 @@ def verify(
     """
     if not isinstance(library, Library):
         library = generate(library, settings.cache_dir() / "kernels")
-    if device == "cpu" and not settings.interpreted():
-        raise InputError("the kernels run on a GPU or in Triton's interpreter", hint="set TRITON_INTERPRET=1")
+    _need_kernels(device)
     spec = library.spec
     shapes = default_shapes(spec, device) if shapes is None else shapes
     truth = oracle(to_toml(spec))
     return kind_of(spec).verify(library.module, truth, shapes=shapes, dtypes=dtypes, device=device, seed=seed)
+
+
+def verify_packed(
+    library: PackedLibrary,
+    *,
+    lengths: Sequence[int],
+    heads: int | None = None,
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+    device: str = "cpu",
+    seed: int = 0,
+) -> Report:
+    """Compare the kernels of packed sequences of these lengths with the oracle; `heads` of queries, None is one group.
+
+    On the CPU the kernels run in Triton's interpreter, as in `verify`.
+
+    Raises:
+        InputError: no GPU is asked for, and the kernels are not interpreted.
+    """
+    _need_kernels(device)
+    heads = library.spec.group_size if heads is None else heads
+    return packed_verification.verify(
+        library.module, lengths=lengths, heads=heads, dtypes=dtypes, device=device, seed=seed
+    )
+
+
+def _need_kernels(device: str) -> None:
+    if device == "cpu" and not settings.interpreted():
+        raise InputError("the kernels run on a GPU or in Triton's interpreter", hint="set TRITON_INTERPRET=1")
 
 
 def default_shapes(spec: Spec, device: str) -> list[Shape]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from splagen.errors import SpecError
-from splagen.library import FEATURE_MAPS, FeatureMap, Metric, ScoreFunction, hedgehog, score_function
+from splagen.library import FEATURE_MAPS, FeatureMap, Metric, ScoreFunction, hedgehog, later, score_function
 from splagen.library import feature_map as make_feature_map
 
 if TYPE_CHECKING:
@@ -119,6 +119,8 @@ class Select:
         tile: queries that share a choice: 1 with "token"; 16, 32, 64 or 128 with "tile".
         metric: the log score of a block.
         statistics: what the metric is computed from.
+        own_rows: whether scores and statistics are of rows q_m and k_m that the caller gives, such as those before
+            RoPE, in place of q and k.
     """
 
     block_size: int = 64
@@ -129,6 +131,7 @@ class Select:
     tile: int = 1
     metric: Metric = field(default_factory=Metric)
     statistics: Statistics = Statistics()
+    own_rows: bool = later(False)
 
     def __post_init__(self) -> None:
         _one_of("select.block_size", self.block_size, (16, 32, 64, 128))
@@ -139,9 +142,13 @@ class Select:
         _one_of("select.tile", self.tile, (1,) if self.granularity == "token" else (16, 32, 64, 128))
         _is_a("select.metric", self.metric, (Metric,), "taylor() or cumulant()")
         _is_a("select.statistics", self.statistics, (Statistics,), "Statistics() or windows()")
+        _one_of("select.own_rows", self.own_rows, (False, True))
         if self.statistics.width and self.block_size < self.statistics.width:
             what = f"select.statistics.width {self.statistics.width} with select.block_size {self.block_size}"
             raise SpecError(what, "a window must fit into a block: a larger block_size, or Statistics()")
+        if self.statistics.width and self.metric.rank:
+            what = f"select.metric.covariance is {self.metric.covariance!r} with overlapping windows"
+            raise SpecError(what, 'windows take covariance "diag"; a low rank takes Statistics(), of blocks or cells')
 
 
 @dataclass(frozen=True)
@@ -153,11 +160,14 @@ class Residual:
             converted.
         temperature: whether x is multiplied by exp(temperature[h]), a learned input per KV head, before phi.
         normaliser: whether the branch is divided by phi(q)·Σ phi(k), at least 1e-6; for phi >= 0 only.
+        own_rows: whether phi is of rows q_r and k_r that the caller gives, such as those before RoPE (as in
+            RAttention), in place of q and k.
     """
 
     feature_map: FeatureMap = hedgehog
     temperature: bool = False
     normaliser: bool = False
+    own_rows: bool = later(False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "feature_map", make_feature_map(self.feature_map))
@@ -167,6 +177,7 @@ class Residual:
             raise SpecError(f"linear.feature_map has {option}, which the residual branch does not support", hint)
         _one_of("linear.temperature", self.temperature, (False, True))
         _one_of("linear.normaliser", self.normaliser, (False, True))
+        _one_of("linear.own_rows", self.own_rows, (False, True))
         if self.normaliser and not self.feature_map.non_negative:
             what = f"linear.normaliser with linear.feature_map {self.feature_map.expression}, which may be < 0"
             raise SpecError(what, "use hedgehog, softmax, relu, relu2, elu1 or exp, or declare non_negative")

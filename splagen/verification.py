@@ -122,7 +122,7 @@ def random_inputs(
                 x = 0.3 * torch.randn(heads // group, generator=draw)
             case _:
                 x = torch.randn(batch, length, heads if "g" in v.axes else heads // group, *features, generator=draw)
-        if a.name == "k":
+        if a.name in ("k", "k_m"):
             blocks = -(-length // 16)
             drift = torch.randn(batch, blocks, heads // group, *features, generator=draw)
             x = x + 0.7 * drift.repeat_interleave(16, dim=1)[:, :length]

@@ -4,6 +4,7 @@ import ast
 import os
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -106,6 +107,12 @@ def fast_sort() -> None:
         from tests.interpreter_sort import patch
 
         patch()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where layers write their modules, once per run."""
+    return tmp_path_factory.mktemp("kernels")
 
 
 @pytest.fixture

@@ -19,9 +19,12 @@ def head_dims() -> st.SearchStrategy[int]:
 
 def metrics() -> st.SearchStrategy[library.Metric]:
     clamps = st.floats(0.25, 64.0, width=32)
+    ranks = st.integers(1, library.MOST_RANKS).map("rank{}".format)
     return st.one_of(
         st.sampled_from([library.taylor(), library.taylor(order=1), library.cumulant(order=1)]),
         clamps.map(lambda c: library.cumulant(clamp=c)),
+        ranks.map(lambda r: library.taylor(covariance=r)),
+        st.builds(lambda r, c: library.cumulant(covariance=r, clamp=c), ranks, clamps),
     )
 
 
@@ -41,8 +44,9 @@ def feature_maps(*, non_negative: bool = False) -> st.SearchStrategy[library.Fea
 def selects(draw: st.DrawFn) -> spec.Select:
     block_size = draw(st.sampled_from([16, 32, 64, 128]))
     granularity = draw(st.sampled_from(["token", "tile"]))
+    metric = draw(metrics())
     statistics = [spec.Statistics(), spec.Statistics(cell=16)]
-    if block_size >= 32:
+    if block_size >= 32 and not metric.rank:
         statistics.append(spec.windows())
     return spec.Select(
         block_size=block_size,
@@ -51,7 +55,7 @@ def selects(draw: st.DrawFn) -> spec.Select:
         local=draw(st.integers(0, 2) | st.integers(0, 1024)),
         granularity=granularity,
         tile=1 if granularity == "token" else draw(st.sampled_from([16, 32, 64, 128])),
-        metric=draw(metrics()),
+        metric=metric,
         statistics=draw(st.sampled_from(statistics)),
     )
 
@@ -60,7 +64,12 @@ def selects(draw: st.DrawFn) -> spec.Select:
 def residuals(draw: st.DrawFn) -> spec.Residual:
     normaliser = draw(st.booleans())
     phi = draw(feature_maps(non_negative=normaliser))
-    return spec.Residual(phi, temperature=draw(st.booleans()), normaliser=normaliser)
+    return spec.Residual(
+        phi,
+        temperature=draw(st.booleans()),
+        normaliser=normaliser,
+        own_rows=draw(st.sampled_from([False, False, False, True])),
+    )
 
 
 @st.composite

@@ -69,6 +69,15 @@ def document(result: Result) -> dict[str, Any]:
 # -- set-up ------------------------------------------------------------------------------------------------
 
 
+def test_packed_writes_the_op_on_packed_sequences(sequence: Path, tmp_path: Path) -> None:
+    """One file more beside that of the batch; a kind whose op packs by itself says so, and no build is written."""
+    found = json.loads(run("generate", SMALL, "--packed", "--out", tmp_path / "kernels", "--json").stdout)
+    assert found["op"] == f"{read_spec(SMALL).name}_varlen"
+    assert f"def {found['op']}(q, k, v, cu_seqlens, max_seqlen" in Path(found["path"]).read_text()
+    assert "takes cu_seqlens as it is" in refused("generate", sequence, "--packed", "--out", tmp_path / "kernels")
+    assert "no build of packed" in refused("compile", SMALL, "--packed", "--out", tmp_path / "build")
+
+
 def test_help_needs_neither_torch_nor_sympy() -> None:
     check = (
         "import sys\nfrom typer.testing import CliRunner\nfrom splagen.cli import app\n"

@@ -156,6 +156,12 @@ def test_refused(make, says):
     assert caught.value.hint
 
 
+def test_the_rank_of_a_covariance():
+    assert [taylor(covariance=f"rank{r}").rank for r in range(1, 9)] == [*range(1, 9)]
+    assert taylor().rank == taylor(order=1).rank == 0
+    assert metric_expression(taylor(covariance="rank2")) == metric_expression(taylor())
+
+
 def test_metric_closed_forms():
     assert metric_expression(taylor(order=1)) == A
     assert metric_expression(cumulant(order=1)) == A
@@ -182,7 +188,11 @@ def test_metric_against_sampling(metric):
         ({"order": 3}, "metric.order"),
         ({"order": True}, "metric.order"),
         ({"form": "pade"}, "metric.form"),
-        ({"covariance": "rank"}, "planned"),
+        ({"covariance": "rank"}, "up to rank8"),
+        ({"covariance": "rank0"}, "metric.covariance"),
+        ({"covariance": "rank9"}, "metric.covariance"),
+        ({"covariance": 4}, "metric.covariance"),
+        ({"order": 1, "covariance": "rank4"}, "metric.covariance"),
         ({"covariance": "full"}, "metric.covariance"),
         ({"covariance": "none"}, "metric.covariance"),
         ({"order": 1}, "metric.covariance"),

@@ -34,6 +34,13 @@ SPECS = {
         linear=Residual(lib.elu1, normaliser=True),
         combine="gate",
     ),
+    "own rows": SPLASpec(
+        head_dim=16,
+        group_size=2,
+        select=Select(block_size=16, budget=1, sinks=0, local=0, own_rows=True),
+        linear=Residual(own_rows=True),
+        combine="add",
+    ),
 }
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -58,8 +65,10 @@ def tensors(
 
 
 def leaves(spec: SPLASpec, given: dict[str, Tensor]) -> list[Tensor]:
-    names = [a.name for a in oracle(to_toml(spec)).partition.inputs]
-    return [given[n].detach().requires_grad_() for n in names]
+    """Inputs in order; those that have a gradient ask for it."""
+    part = oracle(to_toml(spec)).partition
+    asked = {n for n, _ in part.gradients}
+    return [given[a.name].detach().requires_grad_(a.name in asked) for a in part.inputs]
 
 
 def op_of(library: Library) -> Callable[..., Tensor]:
@@ -167,6 +176,19 @@ def test_modules_of_one_text_have_their_own_ops(tmp_path: Path, monkeypatch: pyt
         second.forward_op(*inputs)
 
 
+def test_rows_of_the_scores_have_no_gradient(make: Callable[[SPLASpec], Library], device: torch.device) -> None:
+    """Not even where they ask for one; what they are does decide the output."""
+    spec = SPECS["own rows"]
+    library = make(spec)
+    given = tensors(spec, 70, torch.float64, device)
+    inputs = {n: x.requires_grad_() for n, x in given.items() if n in ("q", "k", "v", "q_m", "k_m", "q_r", "k_r")}
+    o = library.op(**inputs)
+    o.square().sum().backward()
+    assert {n for n, x in inputs.items() if x.grad is None} == {"q_m", "k_m"}
+    other = library.op(**inputs | {"q_m": -inputs["q_m"]})
+    assert (other - o).abs().max() > 1e-3
+
+
 def test_only_the_output_has_a_gradient(make: Callable[[SPLASpec], Library], device: torch.device) -> None:
     spec = SPECS["rms temperature"]
     results = make(spec).module.forward_op(*leaves(spec, tensors(spec, 20, torch.float64, device)))
@@ -260,7 +282,8 @@ def test_activation_checkpointing(name: str, make: Callable[[SPLASpec], Library]
     call(library, plain).square().sum().backward()
     checkpoint(lambda *xs: call(library, list(xs)), *saved, use_reentrant=False).square().sum().backward()
     for x, y in zip(saved, plain, strict=True):
-        assert torch.equal(x.grad, y.grad)  # type: ignore[arg-type]
+        if x.requires_grad:
+            assert torch.equal(x.grad, y.grad)  # type: ignore[arg-type]
 
 
 def strided(x: Tensor, how: str) -> Tensor:
@@ -317,7 +340,7 @@ def test_query_chunks_bound_memory_and_change_nothing(
     def run() -> list[Tensor]:
         inputs = leaves(spec, given)
         o = call(library, inputs)
-        return [o, *torch.autograd.grad(o, inputs, cotangent(spec, given))]
+        return [o, *torch.autograd.grad(o, [x for x in inputs if x.requires_grad], cotangent(spec, given))]
 
     whole = run()
     seen: list[tuple[int, int]] = []

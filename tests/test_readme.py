@@ -17,7 +17,8 @@ from splagen.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCKS = BLOCK.findall(README)
 SLOW = {"verify", "compile", "doctor"}  # they launch or compile kernels
 
 
@@ -68,25 +69,26 @@ def run(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return result.stdout
 
 
-def test_python_blocks_run_in_order(tmp_path: Path) -> None:
-    code = "".join(text for language, text in BLOCKS if language == "python")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "SPLAGEN_CACHE_DIR": str(tmp_path / "cache"),
-        "TRITON_INTERPRET": "1",
-    }
+def run_blocks(text: str, folder: Path, **settings: str) -> str:
+    """Run the Python blocks of a document in order, as one program in a folder; what it prints."""
+    code = "".join(block for language, block in BLOCK.findall(text) if language == "python")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "SPLAGEN_CACHE_DIR": str(folder / "cache"), **settings}
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=tmp_path,
+        cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("program spla\n")
-    assert "torch.Size([1, 80, 2, 16])" in done.stdout
+    return done.stdout
+
+
+def test_python_blocks_run_in_order(tmp_path: Path) -> None:
+    printed = run_blocks(README, tmp_path, TRITON_INTERPRET="1")
+    assert printed.startswith("program spla\n")
+    assert "torch.Size([1, 80, 2, 16])" in printed
     assert [path.name for path in (tmp_path / "kernels").glob("spla_*.py")]
 
 

@@ -119,6 +119,7 @@ BAD = [
     ("select.tile", lambda: Select(tile=16)),
     ("select.tile", lambda: Select(granularity="tile")),
     ("select.metric", lambda: Select(metric="taylor")),
+    ("select.metric.covariance", lambda: Select(metric=library.taylor(covariance="rank4"), statistics=windows())),
     ("select.statistics", lambda: Select(statistics=None)),
     ("select.statistics.width", lambda: Select(block_size=16, statistics=windows())),
     ("select.statistics.cell", lambda: Statistics(cell=32)),

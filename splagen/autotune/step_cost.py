@@ -169,8 +169,8 @@ class Step(Attention):
 
     @cached_property
     def _key_pages(self) -> list[str]:
-        """Names of the pages of keys and values."""
-        return [f"{name}_pages" for name in self.part.key_rows]
+        """Names of the pages that have a row for each token, keys first."""
+        return [a.name for a in self.part.keys]
 
     def _given(self, a: Array) -> sp.Expr:
         """Rows of what a caller gives or gets."""

@@ -264,7 +264,7 @@ def _attention_run(
     part = truth.partition
     inputs = verification.random_inputs(truth, shape, dtype, device, seed)
     if alike:
-        inputs["q"] = related(inputs["q"], alike)
+        inputs |= {n: related(inputs[n], alike) for n in ("q", "q_m") if n in inputs}
     arguments = [inputs[a.name] for a in part.inputs]
 
     def once(schedules: Schedules) -> None:

@@ -21,6 +21,7 @@ from splagen.codegen.decoding import Decoding
 from splagen.codegen.index_kernels import SCHEDULE as INDEX_SCHEDULE
 from splagen.codegen.index_kernels import index_kernels
 from splagen.codegen.kernel import Array, Kernel
+from splagen.codegen.packed_partition import PackedPartition
 from splagen.codegen.partition import Partition
 from splagen.codegen.schedule import DTYPES, TARGETS, Schedule
 from splagen.codegen.sequence_partition import SequencePartition
@@ -147,8 +148,13 @@ def _wanted(
         for d in dtypes
         for k in launched(part, schedules[arch][d])
     ]
-    index = index_kernels(part.kernels)
+    index = _index(part)
     return chosen + [(k, arch, d, dict(INDEX_SCHEDULE)) for k in index for arch in targets for d in dtypes]
+
+
+def _index(part: Module) -> Sequence[Kernel]:
+    """The kernels that make the inverse index."""
+    return part.index if isinstance(part, PackedPartition) else index_kernels(part.kernels)
 
 
 def launched(part: Module, schedules: Mapping[str, Schedule]) -> list[Kernel]:
@@ -244,7 +250,7 @@ def _schedules(path: Path) -> dict[str, dict[str, dict[str, Schedule]]]:
 
 def _undescribed(path: Path, part: Module) -> list[Built]:
     """Kernels in the file that no Kernel describes would go unchecked: each is a failure."""
-    known = {f"{k.name}_kernel" for k in (*part.all_kernels, *index_kernels(part.kernels))}
+    known = {f"{k.name}_kernel" for k in (*part.all_kernels, *_index(part))}
     loose = [n for n in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE) if n not in known]
     return [
         Built(n.removesuffix("_kernel"), "", "", {}, error="not part of the partition: not compiled") for n in loose

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from splagen.codegen.base_two import LN_2
 from splagen.codegen.decode_selection import PLACES, Statistics
 from splagen.codegen.decode_states import State
 from splagen.codegen.geometry import Rows, features_of
@@ -39,7 +40,8 @@ from splagen.codegen.tile_code import (
     sums_of_tiles,
 )
 from splagen.errors import PartitionError
-from splagen.ir.program import Equation, Iota, Lse, Reduce, Var
+from splagen.ir.passes import signed_terms
+from splagen.ir.program import Equation, Iota, Lse, Program, Reduce, Var
 
 ROW_MAX = Array("row_max_parts", "sequences", dtype="float32")  # [B * tokens, Hkv, splits, GROUP]
 ROW_SUM = Array("row_sum_parts", "sequences", dtype="float32")
@@ -55,6 +57,17 @@ class _Late:
     arrays: tuple[Array, ...]
     covers: tuple[Equation, ...]
     holes: Mapping[str, str]
+
+
+def _totals(program: Program, states: Sequence[State]) -> dict[State, Equation]:
+    """What each state's reading is added up to: one sum where readings are only added to each other."""
+    found = {s: s.total for s in states}
+    alone = {s.total.out: s for s in states}
+    for eq in program.equations:
+        terms = signed_terms(eq)
+        if terms and terms.keys() <= alone.keys() and set(terms.values()) == {1}:
+            found.update({alone[v]: eq for v in terms})
+    return found
 
 
 @dataclass
@@ -74,7 +87,8 @@ class DecodeCode:
         stop = [*self.program.inputs, *(s.after for s in self.states)]
         self.forward = slice_back(self.program, [self.output], stop)
         self.sums = sums_of_tiles(self.program, self.forward, to_keys=False)
-        totals = {s.late: s.total.out for s in self.states}  # shared with what is read of the state
+        self.totals = _totals(self.program, self.states)
+        totals = {s.late: self.totals[s].out for s in self.states}  # shared with what is read of the state
         self.sums = [replace(s, into=totals.get(s.equation, s.into)) for s in self.sums]
         self.softmax = [s for s in self.sums if follows_softmax(self.program, s)]
         self.late = [s for s in self.sums if s.equation in totals]
@@ -96,10 +110,14 @@ class DecodeCode:
         self,
         tokens: Mapping[Var, Array],
         pages: Mapping[Var, Array],
+        numbers: Mapping[Var, Array],
         features: Mapping[Var, Array],
         statistics: Statistics | None,
     ) -> Kernel:
-        """Writes tokens, features of their queries, statistics of cells that they complete, and what became far."""
+        """Writes tokens, features of their queries, statistics of cells that they complete, and what became far.
+
+        `pages` are what the tokens bring, `numbers` what is kept of each of their keys beside them.
+        """
         geometry = self.geometry
         new = NewRow(geometry, "key", False)
         lines = []
@@ -107,6 +125,10 @@ class DecodeCode:
             row = as_kept(pages[v], new.load(tokens[v]))
             lines.append(f"{v.name} = {row}  # [1, {tokens[v].width[0]}]")
             lines.append(new.store(pages[v], v.name))
+        keys = self.row_code("key", "1", NewRow, tokens)
+        keys.loaded.update(pages)
+        kept = keys.compute(list(numbers), {})
+        lines += [*kept.lines, *(new.store(a, kept.names[v]) for v, a in numbers.items())]
         queries = self.row_code("query", "BLOCK_M", StepRows, tokens)
         queries.loaded.add(self.program.inputs[0])
         piece = queries.compute(list(features), {})
@@ -130,15 +152,15 @@ class DecodeCode:
         columns = max((a.width[1] for a in arrays if len(a.width) > 1), default=1)
         # with few sequences and heads, slices of columns have programs of their own
         folds = f"max(1, min({columns} // BLOCK_E, {MULTIPROCESSORS} // (B * Hkv)))"
-        covers = [*piece.equations, *(statistics.equations if statistics else ())]
-        read = [*piece.arrays]
+        covers = [*kept.equations, *piece.equations, *(statistics.equations if statistics else ())]
+        read = [*kept.arrays, *piece.arrays]
         if self.states:
             setup, count, block = visit(
                 self.walk.predicates.intervals(self._common([s.fresh for s in self.states]), J, {}),
                 "fresh", {"first": "held", "settled": "settled"}, "nJ", "i",
             )  # fmt: skip
             holes["fresh"] = {"setup": "\n".join(setup), "count": count, "block": block}
-            more, equations, parameters = self._state_rows({**tokens, **pages})
+            more, equations, parameters = self._state_rows({**tokens, **pages, **numbers})
             holes["state_rows"] = "\n".join(more)
             holes["left_size"] = arrays[0].width[0]
             holes["right_size"] = columns
@@ -153,7 +175,8 @@ class DecodeCode:
             *(tokens[v] for v in (q, *pages)),
             *(a for a in read if a.layout != "pages"),
         ]
-        made = [LENGTHS, *pages.values(), *features.values(), *(statistics.arrays.values() if statistics else ())]
+        paged = [*pages.values(), *numbers.values(), *(statistics.arrays.values() if statistics else ())]
+        made = [LENGTHS, *paged, *features.values()]
         return Kernel(
             "append",
             "decode_append",
@@ -203,7 +226,7 @@ class DecodeCode:
     @property
     def accumulated(self) -> list[Var]:
         """What each split adds up: sums of tiles, and what the queries read of the states."""
-        return list(dict.fromkeys([*(s.into for s in self.sums), *(s.total.out for s in self.states)]))
+        return list(dict.fromkeys([*(s.into for s in self.sums), *(eq.out for eq in self.totals.values())]))
 
     def part(self, v: Var) -> Array:
         """[B * tokens, Hkv, splits, GROUP(, width)] float32: a sum of each split."""
@@ -217,27 +240,23 @@ class DecodeCode:
         tiles, arrays = [], [LENGTHS, PAGES]
         covers: list[Equation] = []
         for title, facts, walk in self._walks():
-            code = TileCode(self.walk, facts, to_keys=False)
+            code = TileCode(self.walk, facts, to_keys=True)
             active = [s for s in self.linear if s.in_loop(code.facts)]
-            tile = code.body([*self.lse.args, *code.wanted(active)])
+            tile, scores = code.scores(self.lse, code.wanted(active))
             keys = operands(tile.products, [*self.softmax, *active], of_queries=False)
             complete = self.walk.chosen is not None and facts.get(self.walk.chosen, False)
             rows = self.row_code("key", "BLOCK_N", CompleteRows if complete else PagedRows, self.available)
             piece = rows.operands(keys)
             covers += [*piece.equations, *tile.products, *tile.equations]
             used += list(piece.arrays)
-            score, mask = (tile.names[v] for v in self.lse.args)
-            lines = [code.product_line(eq) for eq in tile.products] + list(tile.lines)
-            if mask != "True":
-                lines.append(f'{self.lse.args[0].name} = tl.where({mask}, {score}, -float("inf"))')
-                score = self.lse.args[0].name
             loops.append(walk | {
                 "title": title,
                 "loads": "\n".join(["key_ok = kpos < L", *piece.lines]),
-                "scores": "\n".join(lines),
-                "score": score,
+                "scores": "\n".join(scores.lines),
+                "score": scores.source,
+                "scale": scores.scale,
                 "softmax": [{"name": s.into.name, "operand": s.operand.name} for s in self.softmax if s.operand],
-                "linear": "\n".join(code.sum_line(s, tile.names) for s in active),
+                "linear": "\n".join(code.sum_line(s, tile.names, turned=True) for s in active),
             })  # fmt: skip
             tiles.append(tile)
         late = self._late()
@@ -250,15 +269,14 @@ class DecodeCode:
         piece = queries.operands([*wanted, *row_scalars(tiles, [*self.linear, *self.late])])
         states = [self._read(s) for s in self.states]
         made = {v: self.part(v) for v in self.accumulated}
+        read = [eq.out for eq in self.totals.values()]
         holes = {
             "heads": self.heads,
             "columns": self.columns,
             "prologue": "\n".join(piece.lines),
             "loops": loops,
-            "accumulators": [
-                {"name": v.name, "shape": self._shape(v, "BLOCK_M"), "store": self._store(v, a)}
-                for v, a in made.items()
-            ],
+            "accumulators": [self._sum(v, a) for v, a in made.items() if v not in read],
+            "read": [self._sum(v, a) for v, a in made.items() if v in read],
             "states": states,
             "late": late.holes if late else None,
             "left_size": self.states[0].array(self.geometry).width[0] if states else 0,
@@ -267,7 +285,7 @@ class DecodeCode:
         arrays += [self.available[s.row] for s in self.states]
         arrays += [INDICES, PLACES, COUNTS] if self.walk.chosen else []
         covers += [*piece.equations, *(s.equation for s in self.sums)]
-        covers += [eq for s in self.states for eq in (s.read, s.total)]
+        covers += [eq for s in self.states for eq in (s.read, s.total, self.totals[s])]
         return Kernel(
             "attend",
             "decode_attend",
@@ -290,7 +308,7 @@ class DecodeCode:
         if not self.states:
             return None
         mask = self._common(self.late_masks)
-        code = TileCode(self.walk, {mask: True}, to_keys=False)
+        code = TileCode(self.walk, {mask: True}, to_keys=True)
         tile = code.body(code.wanted(self.late))
         keys = operands(tile.products, self.late, of_queries=False)
         piece = self.row_code("key", "BLOCK_N", PagedRows, self.available).operands(keys)
@@ -302,7 +320,7 @@ class DecodeCode:
             "block": block,
             "loads": "\n".join(["key_ok = kpos < L", *piece.lines]),
             "scores": "\n".join([*(code.product_line(eq) for eq in tile.products), *tile.lines]),
-            "sums": "\n".join(code.sum_line(s, tile.names) for s in self.late),
+            "sums": "\n".join(code.sum_line(s, tile.names, turned=True) for s in self.late),
         }
         return _Late(tile, piece.arrays, (*piece.equations, *tile.products, *tile.equations), holes)
 
@@ -356,25 +374,30 @@ class DecodeCode:
         features = features_of(v)
         return f"({rows}, {self.geometry.width(features, pad=True)})" if features else f"({rows},)"
 
+    def _sum(self, v: Var, a: Array) -> dict[str, str]:
+        features = features_of(v)
+        shape = f"({self.geometry.width(features, pad=True)}, BLOCK_M)" if features else "(BLOCK_M,)"
+        return {"name": v.name, "shape": shape, "store": self._store(v, a)}
+
     def _store(self, v: Var, a: Array) -> str:
         if not a.width:
             return f"tl.store({a.name}_ptr + at, {v.name}, mask=row_ok)"
         column = "".join(a.features)
-        place = f"{a.name}_ptr + at[:, None] * {a.width[0]} + {column}[None, :]"
-        return f"tl.store({place}, {v.name}, mask=row_ok[:, None])"
+        place = f"{a.name}_ptr + at[None, :] * {a.width[0]} + {column}[:, None]"
+        return f"tl.store({place}, {v.name}, mask=row_ok[None, :])"
 
     def _read(self, s: State) -> dict[str, str]:
         """What a piece of a state's rows gives to the queries."""
         array, row = s.array(self.geometry), self.available[s.row]
-        left = array.width[0]
+        left, into = array.width[0], self.totals[s].out.name
         place = f"r * {row.name}_t + head * {row.name}_h"
         load = f"tl.load({row.name}_ptr + ({place})[:, None] + left[None, :], mask=row_ok[:, None], other=0.0)"
         base = f"{array.name}_ptr + (b * Hkv + h) * {left * (array.width[1] if s.right else 1)}"
         if s.right is None:
-            add = f"{s.total.out.name} += tl.sum(piece_of_row.to(tl.float32) * tl.load({base} + left)[None, :], axis=1)"
+            add = f"{into} += tl.sum(piece_of_row.to(tl.float32) * tl.load({base} + left)[None, :], axis=1)"
         else:
             state = f"tl.load({base} + left[:, None] * {array.width[1]} + e[None, :])"
-            add = f"{s.total.out.name} += dot_split(piece_of_row, {state})"
+            add = f"{into} += tl.trans(dot_split(piece_of_row, {state}))"
         return {"row": "piece_of_row", "load_row": load, "add": add}
 
     # -- merge --------------------------------------------------------------------------------------------
@@ -383,7 +406,7 @@ class DecodeCode:
         """Adds up the splits and finishes the rows."""
         held = {v: v.name for v in self.accumulated} | {self.lse.out: self.lse.out.name}
         finish = [f"{s.into.name} = {s.into.name} / row_sum[:, None]" for s in self.softmax]
-        finish.append(f"{self.lse.out.name} = row_max + tl.log(row_sum)")
+        finish.append(f"{self.lse.out.name} = (row_max + tl.log2(row_sum)) * {LN_2}")
         counts, counted, covers = self._counts()
         rows = self.row_code("query", "1", StepRows, tokens)
         piece = rows.compute([self.output], held | counted)

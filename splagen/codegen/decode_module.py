@@ -15,7 +15,7 @@ from splagen.errors import PartitionError
 from splagen.ir.text import equation_text
 from splagen.spec import SPLASpec
 
-FUNCTIONS = ("log1p", "tanh", "dot_split", "merge_topk", "round_e4m3")
+FUNCTIONS = ("log1p", "tanh", "dot_split", "merge_topk", "leading_factor", "round_e4m3")
 
 
 def decode_module_text(part: Decoding, spec: SPLASpec, *, digest: str, spec_text: str) -> str:
@@ -127,5 +127,4 @@ def _row(a: Array, part: Decoding) -> dict[str, object]:
         return {"name": a.name, "shape": f"(n.Hq, {part.geometry.value_dim})", "like": False, "by_token": False}
     heads = "n.Hkv" if any(p.name == f"{a.name}_pages" for p in part.pages) else "n.Hq"
     width = f", {a.width[0]}" if a.width else ""
-    like = a.name in ("q", "k", "v")
-    return {"name": a.name, "shape": f"({heads}{width},)", "like": like, "by_token": True}
+    return {"name": a.name, "shape": f"({heads}{width},)", "like": bool(a.width), "by_token": True}

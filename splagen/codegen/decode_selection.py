@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import sympy as sp
 
 from splagen.codegen.kernel import Array, Kernel
-from splagen.codegen.moments import BLOCK, MEAN, VARIANCE, Moments
+from splagen.codegen.moments import BLOCK, MEAN, VARIANCE, CellStatistics, Moments
 from splagen.codegen.selection import CELL, QUERY, TILE, Selection
 from splagen.codegen.selection_kernels import SelectionCode, kept
 from splagen.codegen.step_rows import (
@@ -29,7 +29,7 @@ from splagen.codegen.step_rows import (
 )
 from splagen.codegen.tile_code import COUNTS, INDICES
 from splagen.codegen.triton_expr import triton_text
-from splagen.ir.program import Equation, Var
+from splagen.ir.program import Equation, LowRank, Program, Var
 
 SCORES = Array("scores", "sequences", dtype="float32")  # [B * tokens, Hq, cells of a full table], base 2
 SCORE_MAX = Array("score_max", "sequences", dtype="float32")  # [B * tokens, Hq, splits]
@@ -51,36 +51,35 @@ class Statistics:
     degrees: dict[str, int]
 
 
-def statistics_code(selection: Selection, tokens: Mapping[Var, Array], keys: Array) -> Statistics:
-    """Every statistic of a cell whose window of keys is complete; `keys` are their pages, `tokens` the step's own."""
+def statistics_code(selection: Selection, tokens: Mapping[Var, Array], pages: Mapping[Var, Array]) -> Statistics:
+    """Every statistic of a cell whose window of keys is complete; `pages` are of keys, `tokens` the step's own."""
     geometry = selection.geometry
     moments = Moments(selection.program, geometry)
-    values = {v: moments.statistic(v)[0] for v in selection.statistics}
+    statistics = CellStatistics.of(moments, selection.statistics)
     width = selection.window(moments) * geometry.cell
     (source,) = moments.keys
-    kind: PageType = "e4m3" if keys.dtype == "e4m3" else "input"
-    arrays = {v: paged_array(v, geometry, padded=True, dtype=kind) for v in values}
+    kind: PageType = "e4m3" if pages[source].dtype == "e4m3" else "input"
+    arrays = {v: paged_array(v, geometry, padded=True, dtype=kind) for v in selection.statistics}
     cells = PagedCells(geometry, "key", False)
-    lines = []
-    for v, expr in values.items():
-        value = triton_text(expr, {MEAN.name: "mu", VARIANCE.name: "var"})
-        lines.append(cells.store(arrays[v], value))
+    lines = [cells.store(arrays[v], value, columns) for v, value, columns in statistics.values]
     usable = selection.bounds(selection.usable, CELL, QUERY, ("first_query", "last_query"), "nC")
     holes: dict[str, object] = {
         "cell": geometry.cell,
         "width": width,
-        "second": any(expr.has(VARIANCE) for expr in values.values()),
-        "load": PagedRows(geometry, "key", False).load(keys),
-        "new": as_kept(keys, NewKeys(geometry, "key", False).load(tokens[source])),
+        **statistics.holes,
+        "load": PagedRows(geometry, "key", False).load(pages[source]),
+        "new": as_kept(pages[source], NewKeys(geometry, "key", False).load(tokens[source])),
         "store": "\n".join(lines),
         "bounds": "\n".join(_completed(usable)),
     }
-    degrees = {arrays[v].name: _degree(expr) for v, expr in values.items()}
+    degrees = {a.name: _degree(selection.program, v, moments.statistic(v)[0]) for v, a in arrays.items()}
     return Statistics(holes, arrays, tuple(moments.equations), source, degrees)
 
 
-def _degree(expr: sp.Expr) -> int:
+def _degree(program: Program, v: Var, expr: sp.Expr) -> int:
     """By which power of a factor of all keys a statistic grows: 1 for a mean, 2 for a variance, 0 for neither's kin."""
+    if isinstance(program.definitions[v].op, LowRank):  # a covariance is the sum of their squares
+        return 1
     factor = sp.Symbol("factor", positive=True)
     grown = expr.subs({MEAN: factor * MEAN, VARIANCE: factor**2 * VARIANCE}, simultaneous=True)
     base, power = sp.simplify(grown / expr).as_base_exp()

@@ -19,7 +19,7 @@ from splagen.codegen.tile_code import Walk
 from splagen.errors import PartitionError, ScheduleError
 from splagen.ir.check import check
 from splagen.ir.decoding import state_pairs, step_program
-from splagen.ir.program import Contract, Equation, Iota, Program, Var
+from splagen.ir.program import Contract, Equation, Iota, Lse, Program, Var
 from splagen.ir.text import equation_text
 from splagen.spec import SPLASpec
 
@@ -28,14 +28,16 @@ from splagen.spec import SPLASpec
 class Decoding:
     """The kernels of a step in launch order, and every array by its part.
 
-    `tokens` are what a caller gives for each step, `pages` keys, values and statistics, `states` what is carried,
-    `scratch` what one kernel hands to the next, `output` o.  `scales` are those of pages in e4m3, in their order;
-    `degrees` says by the name of pages with which power of the keys' scale theirs goes, 0 for a scale of its own.
+    `tokens` are what a caller gives for each step, `keys` the pages with a row for each token, `pages` those and the
+    statistics, `states` what is carried, `scratch` what one kernel hands to the next, `output` o.  `scales` are those
+    of pages in e4m3, in their order; `degrees` says by the name of pages with which power of the keys' scale theirs
+    goes, 0 for a scale of its own.
     """
 
     program: Program
     kernels: tuple[Kernel, ...]
     tokens: tuple[Array, ...]
+    keys: tuple[Array, ...]
     pages: tuple[Array, ...]
     states: tuple[Array, ...]
     scratch: tuple[Array, ...]
@@ -114,23 +116,24 @@ def decoding(spec: SPLASpec, page_type: PageType = "input") -> Decoding:
     keys = [v for v in given if is_key_row(v)]
     pages = {v: paged_array(v, geometry, padded=False, dtype=page_type) for v in keys}
     states = tuple(State.of(program, *pair) for pair in pairs)
+    numbers = {v: paged_array(v, geometry, padded=False) for v in _numbers(program)}
     features = _features(program, tokens)
-    available = {**tokens, **pages, **features}
+    available = {**tokens, **pages, **numbers, **features}
     code = DecodeCode(walk, available, states)
     selection = Selection.of(program)
-    statistics = statistics_code(selection, tokens, pages[keys[0]]) if selection else None
-    kernels = [code.append(tokens, pages, features, statistics)]
+    statistics = statistics_code(selection, tokens, pages) if selection else None
+    kernels = [code.append(tokens, pages, numbers, features, statistics)]
     if selection and statistics:
         kernels += selection_kernels(selection, {**tokens, **statistics.arrays})
     output = replace(array_of(code.output, geometry, internal=False), layout="token_rows", name="o")
     kernels += [code.attend(), code.merge(tokens, output)]
     _check_coverage(program, kernels)
+    rows = (*pages.values(), *numbers.values())
+    paged = (*rows, *(statistics.arrays.values() if statistics else ()))
     kernels = [scaled(k) for k in kernels]
-    paged = (*pages.values(), *(statistics.arrays.values() if statistics else ()))
     scales = tuple(scale_array(a) for a in paged if a.dtype == "e4m3")
-    degrees = {a.name: 1 if a is pages[keys[0]] else 0 for a in pages.values()} | (
-        statistics.degrees if statistics else {}
-    )
+    degrees = {a.name: 1 if a is pages[keys[0]] else 0 for a in pages.values()}
+    degrees |= statistics.degrees if statistics else {}
     carried = tuple(s.array(geometry) for s in states)
     known = {a.name for a in (*tokens.values(), *paged, *carried, *scales, output)}
     known |= {"seqlens", "settled", "page_table"}
@@ -140,6 +143,7 @@ def decoding(spec: SPLASpec, page_type: PageType = "input") -> Decoding:
         program,
         tuple(kernels),
         tuple(tokens.values()),
+        rows,
         paged,
         carried,
         tuple(scratch.values()),
@@ -150,6 +154,11 @@ def decoding(spec: SPLASpec, page_type: PageType = "input") -> Decoding:
         scales,
         degrees,
     )
+
+
+def _numbers(program: Program) -> list[Var]:
+    """What is kept of each key so that its features follow from it alone: see `keep_normalisers`."""
+    return [eq.out for eq in program.equations if isinstance(eq.op, Lse) and is_key_row(eq.out)]
 
 
 def _features(program: Program, tokens: Mapping[Var, Array]) -> dict[Var, Array]:
@@ -184,19 +193,31 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
             columns = [a.width[1] for a in kernel.outputs if a.layout == "sequences" and len(a.width) > 1]
             block_e = min(max(columns, default=16), 32)
             found = {"BLOCK_N": 16, "BLOCK_E": block_e, "num_warps": 8 if wide else 4, "num_stages": 2}
+            if geometry.rank:  # the keys of a cell stay in registers from factor to factor
+                return found | {"num_warps": 8}
             return found | fits
         case "decode_score":
             block_c = 64 if widest <= 128 and not wide and arch != "gfx942" else 32
-            return {"BLOCK_C": block_c, "num_warps": 4, "num_stages": 3 if widest * (1 + wide) <= 256 else 2}
+            stages = 3 if widest * (1 + wide) <= 256 else 2
+            read = sum(a.width[-1] for a in kernel.inputs if a.layout == "pages")
+            while geometry.rank and DTYPES[dtype] * max(stages - 1, 1) * block_c * read > _half_shared(arch):
+                if block_c > 32 or (stages == 2 and block_c > 16):
+                    block_c //= 2
+                elif stages > 1:
+                    stages -= 1
+                else:
+                    break
+            return {"BLOCK_C": block_c, "num_warps": 4, "num_stages": stages}
         case "decode_select":
             block_j = max(16, min(512, 1024 // geometry.cells))
             return {"BLOCK_J": block_j, "BLOCK_S": 16, "num_warps": 4, "num_stages": 1}
         case "decode_settle":
             return {"BLOCK_K": max(512, 2 * int(str(kernel.holes["kept"]))), "num_warps": 4, "num_stages": 1}
         case "decode_attend":
-            stages = 3 if widest <= 128 and not wide else 2
-            found = {"BLOCK_N": 16, "num_warps": 8 if wide or widest > 128 else 4, "num_stages": stages}
-            return found | fits
+            # tiles of 64 keys are what a group of 4 warps multiplies; two programs fit a multiprocessor
+            block_n = min(geometry.block, 16 if wide else 64 if widest <= 128 else 32)
+            stages = 3 if widest <= 128 and not wide and arch != "gfx942" else 2
+            return {"BLOCK_N": block_n, "num_warps": 4, "num_stages": stages}
         case "decode_merge":
             return {"BLOCK_S": 16, "num_warps": 4, "num_stages": 1}
     raise PartitionError(f"{kernel.name} has no Schedule", hint=f"give the template {kernel.template} one")
@@ -206,24 +227,26 @@ def check_decode_schedule(kernel: Kernel, geometry: Geometry, schedule: Schedule
     """Raise ScheduleError if a Schedule is not legal for a kernel of a step."""
     check_fields(kernel, schedule)
     holes = kernel.holes
-    whole = {"BLOCK_N": [("block", geometry.block)]} if "BLOCK_N" in kernel.tunable else {}
-    if holes.get("left_size") and kernel.template == "decode_attend":
-        whole["BLOCK_N"].append(("rows of a state", int(str(holes["left_size"]))))
+    divided = {"BLOCK_N": ("block", geometry.block)} if "BLOCK_N" in kernel.tunable else {}
     if holes.get("right_size"):
-        whole["BLOCK_E"] = [("columns of a state", int(str(holes["right_size"])))]
-    for name, divided in whole.items():
-        for what, size in divided:
-            if size % schedule[name]:
-                raise ScheduleError(f"{name}={schedule[name]} of {kernel.name} does not divide the {size} of {what}")
+        divided["BLOCK_E"] = ("columns of a state", int(str(holes["right_size"])))
+    for name, (what, size) in divided.items():
+        if size % schedule[name]:
+            raise ScheduleError(f"{name}={schedule[name]} of {kernel.name} does not divide the {size} of {what}")
     if kernel.template == "decode_settle" and schedule["BLOCK_K"] < 2 * int(str(holes["kept"])):
         what = f"BLOCK_K={schedule['BLOCK_K']} of {kernel.name} holds no two lists of {holes['kept']} candidates"
         raise ScheduleError(what)
 
 
-SPLITTING = {"score": 264, "attend": 396, "chunk": 512}
+def _half_shared(arch: str) -> int:
+    """Bytes that two programs on a multiprocessor have each."""
+    return TARGETS[arch].shared_bytes // 2
+
+
+SPLITTING = {"score": 264, "attend": 264, "chunk": 512}
 """Programs that score and attend have at the most over all sequences and KV heads; blocks that one select sorts.
 
-264 is 2 for each of 132 multiprocessors, and 396 is 3, as many as fit at a time: none waits for a second wave.
+264 is 2 for each of 132 multiprocessors, as many as fit at a time: none waits for a second wave.
 """
 
 

@@ -20,7 +20,7 @@ from splagen.ir.program import Iota, Program, Var
 
 QUERY_AXES = frozenset({"T", "m"})
 KEY_AXES = frozenset({"J", "C", "n"})
-FEATURE_AXES = ("s", "d", "e")
+FEATURE_AXES = ("s", "r", "d", "e")
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,13 @@ class Geometry:
     signs: int
     head_dim: int
     value_dim: int
+    rank: int = 0  # factors of a covariance
 
     @classmethod
     def of(cls, program: Program) -> Geometry:
         """Read the extents from the program."""
-        names = ("g", "m", "C", "n", "s", "d", "e")
-        sizes = {a: e for a, e in program.axes if isinstance(e, int)}
+        names = ("g", "m", "C", "n", "s", "d", "e", "r")
+        sizes = {"r": 0} | {a: e for a, e in program.axes if isinstance(e, int)}
         return cls(*(sizes[a] for a in names))
 
     @property
@@ -54,11 +55,11 @@ class Geometry:
 
     def size(self, axis: str) -> int:
         """Extent of a feature axis."""
-        return {"s": self.signs, "d": self.head_dim, "e": self.value_dim}[axis]
+        return {"s": self.signs, "r": self.rank, "d": self.head_dim, "e": self.value_dim}[axis]
 
     def width(self, features: Iterable[str], *, pad: bool) -> int:
         """Columns of a tile over these feature axes."""
-        sizes = [self.size(a) if a == "s" or not pad else padded(self.size(a)) for a in features]
+        sizes = [self.size(a) if a in "sr" or not pad else padded(self.size(a)) for a in features]
         return math.prod(sizes)
 
     def columns(self, features: Iterable[str]) -> list[str]:
@@ -69,6 +70,11 @@ class Geometry:
         if padded(self.size(axis)) != self.size(axis) and name == axis:
             lines.append(f"{axis}_ok = {axis} < {self.size(axis)}")
         return lines
+
+    def factor_columns(self, factor: int) -> str:
+        """Source of the columns of one factor of a covariance among those of all, as internal arrays hold them."""
+        before = factor * self.width(("d",), pad=True)
+        return f"({before} + d)" if before else "d"
 
     def is_padded(self, features: Iterable[str]) -> bool:
         """True where the tile has more columns than the data."""

@@ -18,10 +18,15 @@ INDEX = Kernel(
         Array("seen", "index", dtype="int32"),  # [nJ]
     ),
     outputs=tuple(Array(name, "index", dtype="int32") for name in ("entries", "offsets", "blocks", "firsts")),
-    holes={"doc": "The places of a head counted from its own first, and the cut of all work into segments."},
+    holes={
+        "doc": "The places of a head counted from its own first, and the cut of all work into segments.",
+        "sorted": "head * N",  # where the places of a head begin
+        "first": "head * N",  # and the first of them
+    },
     grid="",  # inverse_index.jinja launches it
     scalars=("nJ", "N", "SEGMENTS", "SEGMENT"),
     tunable=("WIDTH",),
+    batch="head = tl.program_id(1).to(tl.int64)",
 )
 
 

@@ -18,8 +18,9 @@ Layout: TypeAlias = Literal[
     "states",  # [B, Hkv, chunks + 1, left width, right width]: prefixes, or a total and its parts
     "indices",  # [B, Hkv, nT, budget]
     "counts",  # [B, Hkv, nT]
-    "work",  # the inverse index: which queries chose each key block, cut into segments
+    "work",  # the inverse index: which queries chose each key block, cut into segments; `features` names more of it
     "index",  # what the inverse index is made from and consists of, contiguous
+    "bounds",  # [sequences + 1]: where each of packed sequences begins
     "segments",  # [B, Hkv, segments, BLOCK, width]: partial sums of key rows
     "parts",  # [B, Hkv, nT, budget, TILE * GROUP(, width)]: what each chosen block gives to a query row
     "partials",  # one partial sum per program, summed over programs by the launcher
@@ -42,6 +43,7 @@ Layout: TypeAlias = Literal[
 ]
 
 
+BATCH = "b = (tl.program_id(1) // {heads}).to(tl.int64)"
 WORK_PARTS = ("entries", "offsets", "blocks", "firsts")  # tensors of the inverse index
 
 
@@ -80,7 +82,7 @@ class Array:
     def pointers(self) -> tuple[str, ...]:
         """Kernel arguments that point to this array, or to the parts of an index."""
         if self.layout == "work":
-            return tuple(f"{self.name}_{part}_ptr" for part in WORK_PARTS)
+            return tuple(f"{self.name}_{part}_ptr" for part in (*WORK_PARTS, *self.features))
         if self.layout == "plan":
             return tuple(f"{part}_ptr" for part in self.features)
         return (f"{self.name}_ptr",)
@@ -89,7 +91,7 @@ class Array:
     def tensors(self) -> tuple[str, ...]:
         """What a launcher gives for the pointers."""
         if self.layout == "work":
-            return tuple(f"{self.name}.{part}" for part in WORK_PARTS)
+            return tuple(f"{self.name}.{part}" for part in (*WORK_PARTS, *self.features))
         if self.layout == "plan":
             return tuple(f"{self.name}.{part}" for part in self.features)
         return (self.name,)
@@ -101,7 +103,8 @@ class Kernel:
 
     `covers` lists the equations it computes, so that it can be tested alone against the oracle.  `grid` is host source
     for the launch grid; `tunable` names the constexpr arguments that a Schedule sets; `scratch` is memory that its
-    programs use while they run.
+    programs use while they run.  `batch` is the line by which a program finds its sequence in a batch, and `number`
+    counts the programs of a sequence from its first position: what changes where sequences are packed (packing.py).
     """
 
     name: str
@@ -114,6 +117,8 @@ class Kernel:
     scalars: tuple[str, ...] = ("L", "Hkv")
     tunable: tuple[str, ...] = ("BLOCK_M", "BLOCK_N")
     scratch: tuple[Array, ...] = ()
+    batch: str = BATCH.format(heads="Hkv")
+    number: str = "tl.program_id(0)"
 
     @property
     def arrays(self) -> list[Array]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import sympy as sp
@@ -28,8 +28,9 @@ from splagen.ir.program import Map, Program, Var
 from splagen.ir.text import equation_text
 
 # device functions that kernels call; a template each
-FUNCTIONS = ("log1p", "tanh", "dot_split", "merge_topk", "union_of")
+FUNCTIONS = ("log1p", "tanh", "dot_split", "merge_topk", "union_of", "leading_factor")
 _HEADS = {"query_rows": "Hq", "query_scalars": "Hq", "key_rows": "Hkv", "cell_rows": "Hkv"}
+_SIZES = {"LONGEST": "L"}  # names of sizes in kernels that have another on the host
 GENERATOR = 4  # bumped when the text or the numbers of kernels change on purpose
 
 
@@ -38,7 +39,7 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
     program = part.program
     geometry = Geometry.of(program)
     walk = Walk.of(program)
-    constants = _constants(geometry, walk)
+    constants = constants_of(geometry, walk)
     inputs = [a.name for a in part.inputs]
     cotangents = [a.name for a in part.cotangents]
     residuals = [a.name for a in part.residuals]
@@ -68,6 +69,8 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
             "group": geometry.group,
             "head_dim": geometry.head_dim,
             "value_dim": geometry.value_dim,
+            "rows": [a.name for a in part.inputs if a.layout in ("query_rows", "key_rows")],
+            "returned": _returned("backward_op", inputs, gradients, cotangents),
             "parameters": [_parameter(a, geometry) for a in part.inputs[3:]],
             "dense": _dense_text(part, part.dense, op, constants) if part.dense else "",
             "chosen_op": f"op_for({inputs[0]})" if part.dense else "forward_op",
@@ -97,24 +100,29 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
             "inputs": ", ".join(inputs),
             "forward_doc": f"Launch the forward kernels: returns {', '.join(forward_out)}.",
             "first": inputs[0],
-            "forward": _chosen_calls(
+            "forward": chosen_calls(
                 part.forward, part.strategies, {*inputs, *forward_out}, f"return {', '.join(forward_out)}"
             ),
             "backward_inputs": ", ".join([*inputs, *residuals, *cotangents]),
             "backward_doc": f"Launch the backward kernels: returns the gradients of {', '.join(gradients)}.",
-            "backward": _backward(part, geometry, {*inputs, *residuals, *cotangents}),
+            "backward": backward_calls(part, geometry, {*inputs, *residuals, *cotangents}),
             "registration": registration,
         },
     )
 
 
-def _launcher(kernel: Kernel, constants: dict[str, int]) -> str:
+def launcher(kernel: Kernel, constants: dict[str, int], allocation: Callable[[Array], str]) -> str:
+    """The launcher of a kernel; `allocation` gives the host source that allocates what it fills."""
     grid = kernel.grid
     for name, value in constants.items():
         grid = re.sub(rf"\b{name}\b", str(value), grid)
     grid = re.sub(r"\b(B|L|Hq|Hkv|nT|nJ|nC)\b", r"n.\1", grid)
-    scalars = [f"work.{s.lower()}" if s.startswith("SEGMENT") else f"n.{s}" for s in kernel.scalars]
-    return launcher_text(kernel, grid, lambda a: _allocation(a, constants), scalars)
+    scalars = [f"work.{s.lower()}" if s.startswith("SEGMENT") else f"n.{_SIZES.get(s, s)}" for s in kernel.scalars]
+    return launcher_text(kernel, grid, allocation, scalars)
+
+
+def _launcher(kernel: Kernel, constants: dict[str, int]) -> str:
+    return launcher(kernel, constants, lambda a: _allocation(a, constants))
 
 
 def _allocation(a: Array, constants: dict[str, int]) -> str:
@@ -143,7 +151,8 @@ def _allocation(a: Array, constants: dict[str, int]) -> str:
     return f"torch.empty({', '.join(shape)}, dtype={dtype}, device=n.device)"
 
 
-def _constants(geometry: Geometry, walk: Walk) -> dict[str, int]:
+def constants_of(geometry: Geometry, walk: Walk) -> dict[str, int]:
+    """What kernels and host know as constants of the spec."""
     constants = {
         "GROUP": geometry.group,
         "TILE": geometry.tile,
@@ -167,7 +176,7 @@ def _host_count(walk: Walk) -> tuple[str, str]:
     return "\n".join(lines), " + ".join(f"max(high_{k} - low_{k}, 0)" for k in range(len(found)))
 
 
-def _chosen_calls(kernels: list[Kernel], choices: Sequence[Choice], keep: set[str], last: str) -> str:
+def chosen_calls(kernels: list[Kernel], choices: Sequence[Choice], keep: set[str], last: str) -> str:
     """Launches in order; those in which the options of a choice differ stand under its Schedule."""
     names = {k.name for k in kernels}
     for c in choices:
@@ -219,7 +228,8 @@ def _calls(kernels: list[Kernel], keep: set[str], last: str) -> list[str]:
         call = f"launch_{k.name}({arguments})"
         if any(a.layout == "work" for a in k.inputs):
             indices = "block_indices" if "block_indices" in keep else "None"
-            index = f"work = inverse_index(n, {indices})"
+            given = ", ".join(["n", *(a.name for a in k.inputs if a.layout == "bounds"), indices])
+            index = f"work = inverse_index({given})"
             if index not in lines:
                 lines.append(index)
         outputs = ", ".join(a.name for a in k.outputs)
@@ -230,12 +240,13 @@ def _calls(kernels: list[Kernel], keep: set[str], last: str) -> list[str]:
     return [*lines, *last.splitlines()]
 
 
-def _backward(part: Partition, geometry: Geometry, given: set[str]) -> str:
+def backward_calls(part: Partition, geometry: Geometry, given: set[str]) -> str:
+    """Launches of backward, what makes gradients of partial sums, and the gradients in the order of the inputs."""
     partials = _partials(part.backward)
     finish, results = _finished(part.gradients, part.inputs, part.program, partials, geometry)
     keep = given | set(partials) | {v.name for _, v in part.gradients}
     last = "\n".join([*finish, f"return {', '.join(results)}"])
-    return _chosen_calls(part.backward, part.strategies, keep, last)
+    return chosen_calls(part.backward, part.strategies, keep, last)
 
 
 def _partials(kernels: Sequence[Kernel]) -> dict[str, Array]:
@@ -296,7 +307,9 @@ def _dense_text(part: Partition, dense: Dense, op: str, constants: dict[str, int
     finish, results = _finished(list(dense.gradients.items()), part.inputs, dense.rows, partials, geometry)
     found = {attention.q.name: "dq", attention.k.name: "dk", attention.v.name: "dv"}
     found |= dict(zip(dense.gradients, results, strict=True))
-    gradients = [found.get(x, f"torch.zeros_like({x}, memory_format=torch.contiguous_format)") for x in inputs]
+    differentiable = [n for n, _ in part.gradients]
+    zero = "torch.zeros_like({}, memory_format=torch.contiguous_format)"
+    gradients = [found.get(x, zero.format(x)) for x in differentiable]
     return render(
         "dense",
         {
@@ -315,10 +328,21 @@ def _dense_text(part: Partition, dense: Dense, op: str, constants: dict[str, int
             "forward": _dense_calls(dense.forward),
             "backward": [*_dense_calls(dense.backward), *finish],
             "rows_cotangents": [o_cotangent, *results],
+            "differentiable": differentiable,
             "gradients": gradients,
+            "returned": _returned("dense_backward_op", inputs, differentiable, [cotangent.name]),
             "fakes": [_allocation(a, constants) for a in arrays],
         },
     )
+
+
+def _returned(op: str, inputs: Sequence[str], gradients: Sequence[str], cotangents: Sequence[str]) -> str:
+    """Lines that return what autograd wants of an op's backward: None in the place of an input without a gradient."""
+    call = f"{op}(*ctx.saved_tensors, {cotangents[0]})"
+    if len(gradients) == len(inputs):
+        return f"return {call}"
+    placed = ", ".join(f"d_{x}" if x in gradients else "None" for x in inputs)
+    return f"{', '.join(f'd_{x}' for x in gradients)} = {call}\nreturn {placed}"
 
 
 def _dense_calls(kernels: Sequence[Kernel]) -> list[str]:
@@ -350,5 +374,7 @@ def _parameter(a: Array, geometry: Geometry) -> dict[str, str]:
         "head_rows": f"(n.Hq, {geometry.value_dim})",
         "kv_head_scalars": "(n.Hkv,)",
         "query_scalars": "(n.B, n.L, n.Hq)",
+        "query_rows": f"(n.B, n.L, n.Hq, {geometry.head_dim})",
+        "key_rows": f"(n.B, n.L, n.Hkv, {geometry.head_dim})",
     }
     return {"name": a.name, "shape": shapes[a.layout]}

@@ -1,5 +1,7 @@
 """Statistics of keys as moments: a variable over cells in terms of the mean and variance of a window of keys.
 
+The factors of a covariance (LowRank) come from the same centred keys.
+
 M1 and M2 stand for the mean of k and of k^2 over a window of w neighbouring cells.  Variables over cells are
 polynomials in them, so a kernel may compute any of them from the mean and the variance of its window: the
 equations may go through differences that would lose digits, the kernel does not.
@@ -7,18 +9,20 @@ equations may go through differences that would lose digits, the kernel does not
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import sympy as sp
 
 from splagen.codegen.affine import intervals, terms
 from splagen.codegen.geometry import Geometry, is_key_row
+from splagen.codegen.triton_expr import triton_text
 from splagen.errors import PartitionError
 from splagen.expression import symbol
-from splagen.ir.program import Contract, Equation, Iota, Map, Program, Reduce, Rename, Var, placeholder
+from splagen.ir.program import Contract, Equation, Iota, LowRank, Map, Program, Reduce, Rename, Var, placeholder
 from splagen.ir.text import equation_text
 
-KEY, MEAN, VARIANCE = symbol("key"), symbol("mu"), symbol("var")
+KEY, MEAN, VARIANCE, FACTOR = symbol("key"), symbol("mu"), symbol("var"), symbol("factor")
 BLOCK, HERE, THERE, POSITION, LENGTH = (symbol(x) for x in ("block", "here", "there", "position", "L"))
 
 
@@ -62,6 +66,8 @@ class Moments:
 
     def statistic(self, v: Var) -> tuple[sp.Expr, int]:
         """A variable over cells as an expression in MEAN and VARIANCE of a window, and the window's cells."""
+        if self._low_rank(v):
+            return FACTOR, 1
         expr = self.of(v)
         widths = {int(s.name.split("_")[1]) for s in expr.free_symbols if s.name.startswith("M")}
         if len(widths) != 1 or expr.has(KEY) or len(self.keys) != 1:
@@ -90,10 +96,27 @@ class Moments:
                     return self._window(eq)
         raise PartitionError(f"{v} is not a statistic of keys")
 
+    def _low_rank(self, v: Var) -> LowRank | None:
+        """The operation behind factors of the covariance of a cell's keys; None for other statistics."""
+        eq = self.program.definitions.get(v)
+        if eq is None or not isinstance(eq.op, LowRank):
+            return None
+        self.equations[eq] = None
+        rows = self.of(eq.args[0])
+        if len(eq.args) != 2 or not self._exist(eq.args[1]) or sp.expand(rows - KEY + moment(1, 1)) != 0:
+            raise PartitionError(f"`{equation_text(eq)}` is not over the centred keys of a cell that exist")
+        if len(self.keys) != 1:
+            raise PartitionError(f"{v} is not a statistic of one window of keys")
+        return eq.op
+
+    def _exist(self, mask: Var) -> bool:
+        """True for the mask of the keys inside the sequence."""
+        exists = predicate(self.program, mask, {("J", "C", "n"): POSITION})
+        return terms(exists) == [(LENGTH - 1 - POSITION,)]
+
     def _mean(self, eq: Equation) -> sp.Expr:
         """Mean over the existing keys of a cell."""
-        exists = predicate(self.program, eq.args[1], {("J", "C", "n"): POSITION})
-        if terms(exists) != [(LENGTH - 1 - POSITION,)]:
+        if not self._exist(eq.args[1]):
             raise PartitionError(f"`{equation_text(eq)}` is not a mean over the keys that exist")
         try:
             powers = sp.Poly(self.of(eq.args[0]), KEY).terms()
@@ -118,3 +141,34 @@ class Moments:
         for (p, p2), c in sums.terms():
             total += c * count * (moment(1, count) if p else moment(2, count) if p2 else 1)
         return total
+
+
+@dataclass(frozen=True)
+class CellStatistics:
+    """The statistics of a cell as a kernel forms them.
+
+    `values` lists (statistic, source, columns of its array that the source is for), None for all columns; `holes` are
+    those of the templates: whether there is a variance, and the factors of the covariance, one call after the other.
+    """
+
+    values: tuple[tuple[Var, str, str | None], ...]
+    holes: Mapping[str, object]
+
+    @classmethod
+    def of(cls, moments: Moments, statistics: Iterable[Var]) -> CellStatistics:
+        """From the mean, the variance and the factors of each window; PartitionError where something else is needed."""
+        values: list[tuple[Var, str, str | None]] = []
+        factors: list[dict[str, object]] = []
+        second = False
+        for v in statistics:
+            expr, _ = moments.statistic(v)
+            second |= expr.has(VARIANCE)
+            op = moments.program.definitions[v].op
+            if not isinstance(op, LowRank):
+                values.append((v, triton_text(expr, {MEAN.name: "mu", VARIANCE.name: "var"}), None))
+                continue
+            for i in range(moments.geometry.rank):
+                name = f"{v.name}_{i}"
+                factors.append({"name": name, "number": i, "steps": op.steps})
+                values.append((v, name, moments.geometry.factor_columns(i)))
+        return cls(tuple(values), {"second": second, "factors": factors})

@@ -16,7 +16,7 @@ import sympy as sp
 from splagen.codegen.triton_expr import triton_text
 from splagen.errors import PartitionError
 from splagen.expression import symbol
-from splagen.ir.program import Contract, Equation, Iota, Map, Program, Reduce, Softmax, Var, placeholder
+from splagen.ir.program import Contract, Equation, Iota, Lse, Map, Program, Reduce, Softmax, Var, placeholder
 from splagen.ir.text import equation_text
 
 
@@ -72,6 +72,8 @@ class Region:
                 source = self._reduce("sum", product, None, [a for v in eq.args for a in v.axes if a not in keep])
             case Softmax(axes):
                 return self._softmax(eq, axes, names, lines)
+            case Lse(axes):
+                return self._lse(eq, axes, names, lines)
             case Iota((axis,)) if isinstance(self.extents[axis], int):
                 return self._index(axis)
             case _:
@@ -154,6 +156,17 @@ class Region:
         lines.append(f"{out} = {out} / {total}")
         return out
 
+    def _lse(self, eq: Equation, axes: Sequence[str], names: Mapping[Var, str], lines: list[str]) -> str:
+        x, where = self._masked(eq, names)
+        if where:
+            raise PartitionError(f"a masked log-sum-exp has no region form: `{equation_text(eq)}`")
+        out = eq.out.name
+        lines.append(f"{out}_top = {self._reduce('max', x, None, axes)}")
+        power = f"tl.exp({x} - {out}_top)"
+        total = self._reduce("sum", power, None, axes)
+        lines.append(f"{out} = {out}_top + tl.log({total})")
+        return out
+
     def _index(self, axis: str) -> str:
         (d,) = self._dims_of([axis])
         view = ", ".join(":" if i == d else "None" for i in range(len(self.dims)))
@@ -184,3 +197,13 @@ def slice_back(program: Program, wanted: Iterable[Var], stop: Iterable[Var]) -> 
         seen.add(v)
         todo.extend(definitions[v].args)
     return [eq for eq in program.equations if eq.out in seen]
+
+
+def followed(wanted: Iterable[Var], equations: Sequence[Equation]) -> list[Equation]:
+    """Those of the equations, in their order, that the wanted variables follow from."""
+    read, found = set(wanted), []
+    for eq in reversed(equations):
+        if eq.out in read:
+            read |= set(eq.args)
+            found.append(eq)
+    return found[::-1]

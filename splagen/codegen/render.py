@@ -63,7 +63,9 @@ def kernel_text(kernel: Kernel) -> str:
     """Device code of one kernel."""
     pointers = [name for a in kernel.arrays for name in a.pointers]
     strides = [name for a in kernel.arrays for name in a.stride_names]
+    batch = {"batch": kernel.batch} if "batch" in _variables(kernel.template) else {}
     holes = {
+        **batch,
         "doc": "\n    ".join(equation_text(eq) for eq in kernel.covers) + "\n    ",
         **kernel.holes,
         "name": f"{kernel.name}_kernel",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from splagen.codegen.base_two import to_base2
 from splagen.codegen.geometry import Geometry, Rows, column_name, features_of, is_parameter
 from splagen.codegen.kernel import Array
-from splagen.codegen.region import Region, slice_back
+from splagen.codegen.region import Region, followed, slice_back
 from splagen.ir.program import Equation, Program, Var
 
 
@@ -80,7 +81,7 @@ class RowCode:
                     self.loaded.add(v)
             names[v] = self._lifted(source, v, rows, exact=v in bound)
         region = Region(rows.dims, self.program.order, self.program.extents)
-        body, after = region.emit(equations, names)
+        body, after = region.emit(followed(wanted, to_base2(equations)), names)
         lines += body
         flat = {v: bound.get(v, v.name) for v in needed}
         for v in wanted:
@@ -113,7 +114,7 @@ class RowCode:
         """
         piece = self.compute(wanted, {})
         lines = list(piece.lines)
-        like = self.program.inputs[0].name
+        like = self._like(piece)
         for v in wanted:
             if v in self.available:
                 continue
@@ -126,6 +127,12 @@ class RowCode:
             else:
                 lines.append(f"{v.name} = {source}.to({like}.dtype)")
         return Piece(tuple(lines), piece.arrays, piece.equations, {v: v.name for v in wanted})
+
+    def _like(self, piece: Piece) -> str:
+        """A row in the input type that the kernel holds: q, or where it is not read another that is."""
+        q = self.program.inputs[0]
+        held = [a.name for a in piece.arrays if a.dtype == "input" and a.features and a.layout != "head_rows"]
+        return q.name if self.side == "key" or q in self.loaded or not held else held[0]
 
     def columns_of(self, variables: Iterable[Var]) -> list[str]:
         """Lines that define the columns of these rows, and of their padding, once per kernel."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from splagen.codegen.geometry import Geometry, features_of, is_parameter
-from splagen.codegen.kernel import Array, Kernel
+from splagen.codegen.kernel import BATCH, Array, Kernel
 from splagen.codegen.row_code import RowCode
 from splagen.ir.program import Program, Var
 
@@ -42,6 +42,7 @@ def rows_kernel(
         holes,
         f"(cdiv(L, BLOCK_M), B * {heads})",
         tunable=("BLOCK_M",),
+        batch=BATCH.format(heads=holes["heads"]),
     )
 
 

@@ -229,13 +229,16 @@ def _score_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) 
     A top-k sorts every tile of blocks once per tile of queries: few tiles per program where the lists are long.
     """
     cells = [a.width[0] for a in kernel.inputs if a.layout == "cell_rows"]
-    rows = len(cells) * cells[0]  # a row operand for each statistic
+    rows = len(cells) * min(cells)  # a row operand for each statistic
+    factors = sum(cells) > rows  # of a covariance: more products, and their operands, than rows
     if kernel.template == "score_lse":
         block_m, block_c, warps, stages = (128, 64, 8, 3) if size == 2 else (32, 32, 4, 2)
         if size == 2 and len(cells) == 1:
             warps, stages = 4, 2
         if rows > 256:  # operands stay in registers
-            block_m, block_c, warps, stages = min(block_m, 64), 32, 4, 2
+            block_m, block_c, warps, stages = min(block_m, 64), 32, 8 if factors and size == 2 else 4, 2
+        if sum(cells) > 512:
+            block_c = min(block_c, 32)
         least = 16
     else:
         rows_of_tile, kept = (int(str(kernel.holes[x])) for x in ("rows_of_tile", "kept"))
@@ -244,9 +247,9 @@ def _score_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) 
             block_m //= 2
         least = max(16, 2 * geometry.cells)
         most = 128 if len(cells) == 1 and rows <= 128 else 64 if rows <= 256 else 32
-        block_c, warps, stages = max(least, min(block_j * geometry.cells, most)), 4, 2
+        block_c, warps, stages = max(least, min(block_j * geometry.cells, most)), 8 if factors and size == 2 else 4, 2
     if size == 4:  # products without tensor cores
-        most = 32 if rows <= 256 else 16
+        most = 32 if rows <= 256 and not factors else 16
         block_m, block_c = min(block_m, most), max(least, min(block_c, most))
     while size * (block_m * rows + stages * block_c * sum(cells)) > shared:
         if stages > 1:

@@ -3,7 +3,8 @@
     free  = topk over blocks J of score where far
     score = sum, or max over a band of cells, of the sum over the rows of a tile of share
     share = exp(metric - lse) where usable,  lse = log-sum-exp of metric over cells where usable
-    metric = any expression in products of rows of q with statistics of keys, and in positions
+    metric = any expression in products of rows of q with statistics of keys, in sums over factors of a covariance of
+             expressions in such products, and in positions
 
 The log of a factor of exp(metric) is never taken: exp(e + log(w)) is exp(e) * w.
 """
@@ -58,6 +59,15 @@ class Product:
 
 
 @dataclass(frozen=True)
+class FactorSum:
+    """out = sum over the factors r of a covariance of `term`, an expression over the names of products with r."""
+
+    out: Var
+    term: sp.Expr
+    products: tuple[Product, ...]
+
+
+@dataclass(frozen=True)
 class Selection:
     """The parts of one top-k over blocks."""
 
@@ -68,7 +78,8 @@ class Selection:
     share: Equation
     lse: Equation
     products: tuple[Product, ...]
-    metric: sp.Expr  # over the names of products and of `others`
+    factor_sums: tuple[FactorSum, ...]
+    metric: sp.Expr  # over the names of products, of sums over factors, and of `others`
     others: tuple[Var, ...]  # what else the metric reads: numbers that follow from positions
 
     @classmethod
@@ -82,18 +93,21 @@ class Selection:
         share, pooled = _pooling(program, found[0])
         lse = _normaliser(program, share)
         metric, leaves = _inlined(program, lse.args[0])
-        products: list[Product] = []
-        scaled = metric
+        scales: dict[Var, sp.Rational] = {}
+        scaled, products = _products(program, metric, leaves, scales)
+        factor_sums = []
         for v in leaves:
             eq = program.definitions[v]
-            if isinstance(eq.op, Contract):
-                product = _product(program, eq, metric)
-                before = [p.scale for p in products if p.row == product.row]
-                product = replace(product, scale=before[0]) if before else product
-                products.append(product)
-                scaled = scaled.xreplace({symbol(v.name): symbol(v.name) / product.scale})
-        others = tuple(v for v in leaves if v not in [p.out for p in products])
-        return cls(program, Geometry.of(program), found[0], pooled, share, lse, tuple(products), scaled, others)
+            if eq.op == Reduce("sum", ("r",)) and len(eq.args) == 1:
+                term, read = _inlined(program, eq.args[0])
+                term, inside = _products(program, term, read, scales)
+                if {p.out for p in inside} != {*read}:
+                    raise PartitionError(f"`{equation_text(eq)}` sums more than products of a query with factors")
+                factor_sums.append(FactorSum(v, term, inside))
+        taken = [*(p.out for p in products), *(s.out for s in factor_sums)]
+        others = tuple(v for v in leaves if v not in taken)
+        geometry = Geometry.of(program)
+        return cls(program, geometry, found[0], pooled, share, lse, products, tuple(factor_sums), scaled, others)
 
     @property
     def far(self) -> Var:
@@ -108,12 +122,17 @@ class Selection:
     @property
     def statistics(self) -> tuple[Var, ...]:
         """The statistics that the products read, each once."""
-        return tuple(dict.fromkeys(p.cell for p in self.products))
+        return tuple(dict.fromkeys(p.cell for p in self.all_products))
+
+    @property
+    def all_products(self) -> tuple[Product, ...]:
+        """Those with a factor of a covariance too."""
+        return (*self.products, *(p for s in self.factor_sums for p in s.products))
 
     @property
     def rows(self) -> tuple[Var, ...]:
         """The rows of queries that the products read, each once."""
-        return tuple(dict.fromkeys(p.row for p in self.products))
+        return tuple(dict.fromkeys(p.row for p in self.all_products))
 
     def window(self, moments: Moments) -> int:
         """Cells per window of the statistics.  Only sums over complete windows are moments."""
@@ -242,10 +261,26 @@ def _inlined(program: Program, v: Var) -> tuple[sp.Expr, list[Var]]:
     return expand(v), list(leaves)
 
 
+def _products(
+    program: Program, expr: sp.Expr, leaves: Sequence[Var], scales: dict[Var, sp.Rational]
+) -> tuple[sp.Expr, tuple[Product, ...]]:
+    """The products among the leaves of an expression, and the expression over them scaled; a row has one scale."""
+    products: list[Product] = []
+    scaled = expr
+    for v in leaves:
+        eq = program.definitions[v]
+        if isinstance(eq.op, Contract):
+            product = _product(program, eq, expr)
+            product = replace(product, scale=scales.setdefault(product.row, product.scale))
+            products.append(product)
+            scaled = scaled.xreplace({symbol(v.name): symbol(v.name) / product.scale})
+    return scaled, tuple(products)
+
+
 def _product(program: Program, eq: Equation, metric: sp.Expr) -> Product:
     """One product of rows and statistics, with the smallest factor that the metric multiplies it by.
 
-    Computed rows are rounded to the input type: with the factor inside, squares of queries do not overflow
+    Computed rows are rounded to the input type: with the factor inside, factor_sums of queries do not overflow
     float16.
     """
     rows = [v for v in eq.args if is_query_row(v) and features_of(v) == ("d",)]

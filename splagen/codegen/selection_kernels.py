@@ -12,17 +12,19 @@ from dataclasses import dataclass
 import sympy as sp
 
 from splagen.codegen.base_two import LOG2_E
-from splagen.codegen.geometry import Rows, array_of
+from splagen.codegen.geometry import Geometry, Rows, array_of, features_of
 from splagen.codegen.kernel import Array, Kernel
-from splagen.codegen.moments import BLOCK, MEAN, VARIANCE, Moments
+from splagen.codegen.moments import BLOCK, CellStatistics, Moments
 from splagen.codegen.region import Dim, Region, slice_back
 from splagen.codegen.row_code import RowCode
-from splagen.codegen.selection import CELL, QUERY, TILE, Selection
+from splagen.codegen.selection import CELL, QUERY, TILE, Product, Selection
 from splagen.codegen.tile_code import COUNTS, INDICES
 from splagen.codegen.triton_expr import triton_text
 from splagen.errors import PartitionError
 from splagen.ir.program import Equation, Iota, TopK, Var
 from splagen.ir.text import equation_text
+
+LAST_FIRST = "tl.num_programs(0) - 1 - tl.program_id(0)"
 
 
 class CellRows(Rows):
@@ -65,17 +67,15 @@ class SelectionCode:
         """Every statistic of every cell, from the mean and the centred second moment of its window."""
         geometry = self.geometry
         moments = Moments(self.program, geometry)
-        values = {v: moments.statistic(v)[0] for v in self.selection.statistics}
+        statistics = CellStatistics.of(moments, self.selection.statistics)
         width = self.selection.window(moments)
         (keys,) = moments.keys
-        columns = geometry.width(("d",), pad=True)
-        arrays = {v: Array(v.name, "cell_rows", ("d",), (columns,), "input", True) for v in values}
+        arrays = {v: _cell_array(v, geometry) for v in self.selection.statistics}
         lines = []
-        for v, expr in values.items():
-            value = triton_text(expr, {MEAN.name: "mu", VARIANCE.name: "var"})
+        for v, value, columns in statistics.values:
             if geometry.is_padded(("d",)):
                 value = f"tl.where(d_ok[None, :], {value}, 0.0)"
-            lines.append(self.cells.store(arrays[v], value))
+            lines.append(self.cells.store(arrays[v], value, columns))
         self.available.update(arrays)
         holes = {
             "keys": keys.name,
@@ -84,7 +84,7 @@ class SelectionCode:
             "width": width * geometry.cell,
             "columns": "\n".join(geometry.columns(("d",))),
             "column_ok": " & d_ok[None, None, :]" if geometry.is_padded(("d",)) else "",
-            "second": any(expr.has(VARIANCE) for expr in values.values()),
+            **statistics.holes,
             "store": "\n".join(lines),
         }
         order = {eq: i for i, eq in enumerate(self.program.equations)}
@@ -130,6 +130,7 @@ class SelectionCode:
             holes,
             "(cdiv(L * GROUP, BLOCK_M), B * Hkv)",
             tunable=("BLOCK_M", "BLOCK_C"),
+            number=LAST_FIRST,
         )
 
     def score_topk(self) -> Kernel:
@@ -174,6 +175,7 @@ class SelectionCode:
             holes,
             f"(cdiv(nT * {rows_of_tile}, max(BLOCK_M, {rows_of_tile})), B * Hkv)",
             tunable=("BLOCK_M", "BLOCK_C"),
+            number=LAST_FIRST,
         )
 
     def inputs(self) -> list[Array]:
@@ -192,24 +194,32 @@ class SelectionCode:
         """Lines that load and compute the rows of the products, as their operands."""
         code = RowCode(self.program, self.geometry, "query", "BLOCK_M", self.available, row_type=self.row_type)
         code.defined_columns.add("d")
-        scales = {p.row: triton_text(p.scale, {}) for p in self.selection.products if p.scale != 1}
+        scales = {p.row: triton_text(p.scale, {}) for p in self.selection.all_products if p.scale != 1}
         return list(code.operands(self.selection.rows, scales).lines)
 
     def loads(self) -> list[str]:
         """Lines that load the statistics of a tile of cells."""
         width = self.geometry.width(("d",), pad=True)
+        factors = range(self.geometry.rank)
+        columns = {
+            v: {f"{v.name}_{i}": self.geometry.factor_columns(i) for i in factors} if "r" in v.axes else {v.name: None}
+            for v in self.selection.statistics
+        }
         return [
-            f"{v.name} = {self.cells.load(self.available[v])}  # [BLOCK_C, {width}]" for v in self.selection.statistics
+            f"{name} = {self.cells.load(self.available[v], column=column)}  # [BLOCK_C, {width}]"
+            for v, of_v in columns.items()
+            for name, column in of_v.items()
         ]
 
     def scores(self) -> tuple[list[str], dict[str, str]]:
         """Lines that bring the products, the mask and what else the metric reads; source by name."""
         selection = self.selection
-        lines = [
-            f'{p.out.name} = tl.dot({p.row.name}, tl.trans({p.cell.name}), input_precision="ieee")'
-            "  # [BLOCK_M, BLOCK_C]"
-            for p in selection.products
-        ]
+        lines = [_dot(p, p.cell.name) for p in selection.products]
+        for s in selection.factor_sums:
+            names = {p.out.name: p.out.name for p in s.products}
+            for i in range(self.geometry.rank):
+                lines += [_dot(p, f"{p.cell.name}_{i}") for p in s.products]
+                lines.append(f"{s.out.name} {'+=' if i else '='} {triton_text(s.term, names)}")
         dims = (Dim(frozenset("bhgTm")), Dim(frozenset("JC")))
         places: dict[tuple[str, ...], str] = {("T", "m"): "query[:, None]", ("J", "C"): "cell[None, :]"}
         wanted = [*selection.others, selection.usable]
@@ -217,7 +227,8 @@ class SelectionCode:
         if not selection.holds(selection.usable, _inside(self.geometry.cell, CELL)):
             mask = names[selection.usable.name]
             names[selection.usable.name] = "cell_ok[None, :]" if mask == "True" else f"{mask} & cell_ok[None, :]"
-        return lines + more, names | {p.out.name: p.out.name for p in selection.products}
+        held = [*(p.out.name for p in selection.products), *(s.out.name for s in selection.factor_sums)]
+        return lines + more, names | {name: name for name in held}
 
     def far(self) -> list[str]:
         """Lines that define `far` [TILES, BLOCK_J]."""
@@ -285,6 +296,18 @@ _ROW_INDEX = (
     "head = h * GROUP + row % HEADS",
     "row_ok = (row % HEADS < GROUP) & (query < L)",
 )
+
+
+def _cell_array(v: Var, geometry: Geometry) -> Array:
+    """The array of a statistic of every cell."""
+    features = features_of(v)
+    return Array(v.name, "cell_rows", features, (geometry.width(features, pad=True),), "input", True)
+
+
+def _dot(product: Product, cell: str) -> str:
+    """Line that multiplies rows of queries with the statistic of that name."""
+    operands = f"{product.row.name}, tl.trans({cell})"
+    return f'{product.out.name} = tl.dot({operands}, input_precision="ieee")  # [BLOCK_M, BLOCK_C]'
 
 
 def _inside(size: int, place: sp.Symbol) -> sp.Expr:

@@ -23,6 +23,7 @@ from splagen.ir.text import equation_text
 
 VECTOR = padded_extent(1)  # columns that a state without a value feature takes; only the first holds data
 SPAN = 1024  # positions that one part of a total sums: many programs, and little to add up
+BOTH = "bh = tl.program_id(1).to(tl.int64)"  # a batch and a KV head by one number
 READERS = 128  # positions whose rows read a total together: as many as fill a tile
 
 
@@ -197,6 +198,7 @@ def scan_kernel(chain: StateChain, program: Program, walk: Walk) -> Kernel:
             {"state": array.name, "size": size, "chunk": chunk},
             f"(cdiv({size}, BLOCK_E), B * Hkv)",
             tunable=("BLOCK_M", "BLOCK_E"),
+            batch=BOTH,
         )
     return Kernel(
         f"scan_{chain.states.out.name}",
@@ -207,6 +209,7 @@ def scan_kernel(chain: StateChain, program: Program, walk: Walk) -> Kernel:
         {"state": array.name, "size": size, "chunk": chunk, "origin": origin(chain, walk)},
         f"(cdiv({size}, BLOCK_E), B * Hkv)",
         tunable=("BLOCK_M", "BLOCK_E"),
+        batch=BOTH,
     )
 
 

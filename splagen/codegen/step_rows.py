@@ -50,7 +50,7 @@ class PagedRows(Rows):
     def _place(self, array: Array) -> str:
         if array.layout != "pages":
             return super()._place(array)
-        return f"({self.position} * {array.width[0]})[:, None]"
+        return f"({self.position} * {array.width[0]})[:, None]" if array.width else self.position
 
 
 class NewRow(PagedRows):
@@ -108,9 +108,10 @@ def step_array(v: Var, geometry: Geometry, *, internal: bool = False) -> Array:
 
 
 def paged_array(v: Var, geometry: Geometry, *, padded: bool, dtype: PageType = "input") -> Array:
-    """The pages of key rows or of statistics."""
+    """The pages of key rows or of statistics, in the input type or e4m3; numbers in float32."""
     features = features_of(v)
-    return Array(f"{v.name}_pages", "pages", features, (geometry.width(features, pad=padded),), dtype, padded)
+    width = (geometry.width(features, pad=padded),) if features else ()
+    return Array(f"{v.name}_pages", "pages", features, width, dtype if features else "float32", padded)
 
 
 def scale(pages: Array) -> str:

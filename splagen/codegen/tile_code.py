@@ -21,7 +21,7 @@ from splagen.codegen.geometry import (
 )
 from splagen.codegen.kernel import Array
 from splagen.codegen.predicates import J, Predicates, T, visit
-from splagen.codegen.region import Dim, Region, slice_back
+from splagen.codegen.region import Dim, Region, followed, slice_back
 from splagen.errors import PartitionError
 from splagen.ir.passes import signed_terms
 from splagen.ir.program import Contract, Equation, Iota, Lse, Program, TopK, Var
@@ -232,7 +232,7 @@ class TileCode:
         bound = {eq.out: eq.out.name for eq in products} | self.positions | self.read
         for eq in between:
             bound.update({v: f"{v.name}{self.row_view}" for v in eq.args if is_query_row(v) and v.kind == "real"})
-        printed = _read_by(wanted, to_base2(between))
+        printed = followed(wanted, to_base2(between))
         lines, names = self.region.emit(printed, bound)
         read = {*wanted, *(v for eq in printed for v in eq.args)}
         formed = tuple(eq for eq in products if eq.out in read)
@@ -259,8 +259,11 @@ class TileCode:
         shape = "[BLOCK_N, BLOCK_M]" if self.to_keys else "[BLOCK_M, BLOCK_N]"
         return f'{eq.out.name} = tl.dot({left.name}, tl.trans({right.name}), input_precision="ieee")  # {shape}'
 
-    def sum_line(self, s: Sum, names: Mapping[Var, str], *, across: bool = False) -> str:
-        """Line that adds this loop's tile to the sum; `across` where the sum goes to the tile's second side."""
+    def sum_line(self, s: Sum, names: Mapping[Var, str], *, across: bool = False, turned: bool = False) -> str:
+        """Line that adds this loop's tile to the sum; `across` where the sum goes to the tile's second side.
+
+        A `turned` sum goes there too and lies as the tile does: [features, second side].
+        """
         factors = [names.get(v, f"{v.name}{self.row_view}") for v in s.factors]
         masks = [names[v] for v in s.masks if names[v] != "True"]
         value = " * ".join(factors) or "1.0"
@@ -270,9 +273,11 @@ class TileCode:
         if not masks and not any(is_tile_value(v) for v in s.factors):
             value = f"tl.broadcast_to({value}, {'(BLOCK_N, BLOCK_M)' if self.to_keys else '(BLOCK_M, BLOCK_N)'})"
         if s.operand is None:
-            return f"{s.into.name} += tl.sum({value}, axis={0 if across else 1})"
+            return f"{s.into.name} += tl.sum({value}, axis={0 if across or turned else 1})"
         operand = s.operand.name
         tile = f"({value}).to({operand}.dtype)" if not value.isidentifier() else f"{value}.to({operand}.dtype)"
+        if turned:
+            return f'{s.into.name} = tl.dot(tl.trans({operand}), {tile}, {s.into.name}, input_precision="ieee")'
         tile = f"tl.trans({tile})" if across else tile
         return f'{s.into.name} = tl.dot({tile}, {operand}, {s.into.name}, input_precision="ieee")'
 
@@ -283,16 +288,6 @@ class TileCode:
             needed.update(dict.fromkeys(v for v in s.factors if is_tile_value(v)))
             needed.update(dict.fromkeys(v for v in s.masks if v not in self.facts))
         return list(needed)
-
-
-def _read_by(wanted: Sequence[Var], equations: Sequence[Equation]) -> list[Equation]:
-    """Those of the equations that the wanted variables need."""
-    read, found = set(wanted), []
-    for eq in reversed(equations):
-        if eq.out in read:
-            read |= set(eq.args)
-            found.append(eq)
-    return found[::-1]
 
 
 def operands(products: Iterable[Equation], sums: Iterable[Sum], of_queries: bool) -> list[Var]:

@@ -14,6 +14,7 @@ from splagen.ir.program import (
     Contract,
     CumSum,
     Equation,
+    LowRank,
     Map,
     Op,
     Program,
@@ -111,7 +112,7 @@ def _constant(op: Op, args: tuple[Var, ...], known: Mapping[Var, sp.Basic]) -> s
             return value if not value.free_symbols else None
         case Contract():
             return sp.Integer(0) if any(_is_zero(known.get(v)) for v in args) else None
-        case Reduce():
+        case Reduce() | LowRank():
             return sp.Integer(0) if nowhere or _is_zero(known.get(args[0])) else None
         case Softmax():
             return sp.Integer(0) if nowhere else None

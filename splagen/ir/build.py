@@ -17,6 +17,7 @@ from splagen.ir.program import (
     Extent,
     Iota,
     Kind,
+    LowRank,
     Lse,
     Map,
     Op,
@@ -120,6 +121,12 @@ class Builder:
     def unit_inverse(self, name: str, x: Var, row: str = "i", column: str = "j", third: str = "l") -> Var:
         """Inverse of 1 + x, x strictly lower triangular over (row, column)."""
         return self.add(name, UnitInverse(row, column, third), x)
+
+    def low_rank(
+        self, name: str, x: Var, where: Var | None = None, *, rows: str, features: str, rank: str, steps: int
+    ) -> Var:
+        """Factors along `rank` of the second moment of the rows where the mask holds."""
+        return self.add(name, LowRank(rows, features, rank, steps), *_masked(x, where))
 
     def rename(self, name: str, x: Var, **pairs: str) -> Var:
         """The same array with axes renamed (old=new)."""

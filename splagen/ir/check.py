@@ -8,10 +8,12 @@ from typing import TypeAlias
 from splagen.errors import ProgramError
 from splagen.expression import ExpressionError, check_expression
 from splagen.ir.program import (
+    LOW_RANK_FEATURES,
     Contract,
     CumSum,
     Equation,
     Iota,
+    LowRank,
     Lse,
     Map,
     Op,
@@ -102,6 +104,26 @@ def _unit_inverse(program: Program, eq: Equation) -> str | None:
     return None
 
 
+def _low_rank(program: Program, eq: Equation) -> str | None:
+    assert isinstance(eq.op, LowRank)
+    if not 1 <= len(eq.args) <= 2:
+        return f"takes an array and at most one mask, not {len(eq.args)} arguments"
+    if len(eq.args) == 2 and eq.args[1].kind != "bool":
+        return f"the mask {eq.args[1].name} is {eq.args[1].kind}, not bool"
+    x, rank = eq.args[0], program.extents.get(eq.op.rank)
+    missing = [a for a in (eq.op.rows, eq.op.features) if a not in x.axes]
+    if missing or eq.op.rows == eq.op.features:
+        return f"{x} has no axis {missing[0]}" if missing else f"{eq.op.rows} is both rows and features"
+    if len(eq.args) == 2 and eq.op.features in eq.args[1].axes:
+        return f"the mask {eq.args[1].name} differs between features"
+    if not isinstance(rank, int) or eq.op.rank in union_axes(eq.args, program.order):
+        return f"{eq.op.rank} must be an axis of a known extent that no argument carries"
+    width = program.extents[eq.op.features]
+    if not isinstance(width, int) or width > LOW_RANK_FEATURES:
+        return f"{eq.op.features} must have a known extent of at most {LOW_RANK_FEATURES}"
+    return f"steps is {eq.op.steps}; at least 1 is taken" if eq.op.steps < 1 else None
+
+
 def _rename(program: Program, eq: Equation) -> str | None:
     assert isinstance(eq.op, Rename)
     if len(eq.args) != 1:
@@ -130,6 +152,7 @@ CHECK: dict[type[Op], Rule] = {
     CumSum: _cumsum,
     Rename: _rename,
     UnitInverse: _unit_inverse,
+    LowRank: _low_rank,
 }
 
 

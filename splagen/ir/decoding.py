@@ -7,6 +7,7 @@ earlier block, where a linear branch allows for less: `carry` finds those sums a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,10 +15,12 @@ import sympy as sp
 
 from splagen.errors import ProgramError, SpecError
 from splagen.expression import symbol
+from splagen.ir.assumptions import fold_constants
 from splagen.ir.build import Builder
 from splagen.ir.frontend_spla import LENGTH, spla_program
-from splagen.ir.passes import LOWERING, run, share
-from splagen.ir.program import Contract, Equation, Iota, Map, Program, Var, placeholder, rename_arguments
+from splagen.ir.passes import LOWERING, copy_prop, run, share
+from splagen.ir.program import Contract, Equation, Iota, Lse, Map, Program, Softmax, Var, placeholder, rename_arguments
+from splagen.ir.unroll import unroll
 from splagen.spec import SPLASpec
 
 FIRST = symbol("first")  # position of the first token of the step
@@ -41,13 +44,33 @@ def step_program(spec: SPLASpec) -> Program:
     if spec.select and spec.select.tile != 1:
         what = f"select.granularity is {spec.select.granularity!r}: a query chooses together with later ones"
         raise SpecError(what, 'decoding takes specs with granularity="token"')
-    return run(_by_query(spla_program(spec)), (*LOWERING, carry, share))
+    return run(_by_query(spla_program(spec)), (*LOWERING, *WRITTEN_OUT, carry, share))
 
 
 def state_pairs(program: Program) -> list[tuple[Var, Var]]:
     """The states of a step: (before, after)."""
     definitions = program.definitions
     return [(definitions[after].args[0], after) for after in program.outputs[1:]]
+
+
+def keep_normalisers(program: Program) -> Program:
+    """F = softmax(x over features) of a key  ->  l = lse(x);  f = exp(x - l).
+
+    Features of keys are formed anew in every step; the number l is kept with the key.  Law: value unchanged.
+    """
+    b = Builder.resume(program)
+    b.equations = []
+    for eq in program.equations:
+        if not isinstance(eq.op, Softmax) or "n" not in eq.out.axes or {"J", "C", "n"} & set(eq.op.axes):
+            b.equations.append(eq)
+            continue
+        lse = b.add(f"{eq.out.name}_lse", Lse(eq.op.axes), *eq.args)
+        b.equations.append(Equation(eq.out, Map(sp.exp(placeholder(0) - placeholder(1))), (eq.args[0], lse)))
+    return program.with_equations(b.equations)
+
+
+WRITTEN_OUT = (unroll("s"), fold_constants, copy_prop, keep_normalisers)
+"""Features of either sign of x are rows of their own, and nothing is summed to form those of a key."""
 
 
 def _by_query(program: Program) -> Program:
@@ -88,7 +111,7 @@ def carry(program: Program) -> Program:
 
 def _advance(b: Builder, program: Program, total: Equation, mask: Var) -> Var:
     """The state after the step: a block enters it once, when it is far for the first token of a step."""
-    name = total.out.name.removesuffix("_prefix").removesuffix("_all")
+    name = re.sub(r"_(all|prefix)(?=_|$)", "", total.out.name)
     axes = tuple(a for a in total.out.axes if a != "T")
     before = b.input(f"{name}_state", axes)
     eq = program.definitions[mask]

@@ -4,8 +4,8 @@ The residual branch is written as what it means, linear attention over the far b
 be computed by subtraction is for the passes to find.
 
 Axes: b batch, h KV head, g query head inside its group, T tile of queries, m query inside the tile, J key block,
-C statistics cell inside the block, n key inside the cell, s sign of the feature map, d query/key feature, e value
-feature.  Token selection is tile selection with tiles of one query.
+C statistics cell inside the block, n key inside the cell, s sign of the feature map, r factor of a covariance, d
+query/key feature, e value feature.  Token selection is tile selection with tiles of one query.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from splagen.spec import FeatureMap, Select, SPLASpec
 
 RMS_EPS = sp.Rational(1, 10**6)
 NORMALISER_EPS = sp.Rational(1, 10**6)
+POWER_STEPS = 3  # of the power method behind each factor of a covariance: docs/semantics.md
 DENSE_TILE = 64  # queries per tile and keys per block where nothing is selected: any value means the same
 LENGTH = symbol("L")
 
@@ -55,10 +56,11 @@ class _Frontend:
         self.block, self.cell, self.tile = block_size(spec), cell_size(spec), tile_size(spec)
         cells = self.block // self.cell
         signs = spec.linear.feature_map.signs if spec.linear else 1
+        rank = [("r", spec.select.metric.rank)] if spec.select and spec.select.metric.rank else []
         sizes: list[tuple[str, int | sp.Expr]] = [
             ("b", symbol("B")), ("h", symbol("Hkv")), ("g", spec.group_size), ("T", symbol("nT")), ("m", self.tile),
             ("J", symbol("nJ")), ("C", cells), ("n", self.cell), ("Jw", symbol("nJ")), ("Cw", cells),
-            ("s", signs), ("d", spec.head_dim), ("e", spec.value_dim),
+            ("s", signs), *rank, ("d", spec.head_dim), ("e", spec.value_dim),
         ]  # fmt: skip
         b = self.b = Builder(spec.name, sizes, scalars=("L", "Hkv"))
         self.q = b.input("q", (*ROW, "d"))
@@ -78,6 +80,10 @@ class _Frontend:
         if not spec.linear or not far or not free:
             return b.program(o_s)
         return b.program(self.combine(o_s, self.residual_branch(far, free)))
+
+    def rows(self, branch: str) -> tuple[Var, Var]:
+        """Queries and keys of one branch alone, such as those before the rotation by position."""
+        return self.b.input(f"q_{branch}", self.q.axes), self.b.input(f"k_{branch}", self.k.axes)
 
     @property
     def scale(self) -> sp.Expr:
@@ -104,10 +110,11 @@ class _Frontend:
     def block_score(self, select: Select) -> Var:
         """score[b h T J]: attention mass that the metric expects in a block, per head normalised, summed over heads."""
         b, cell = self.b, self.cell
+        q, k = self.rows("m") if select.own_rows else (self.q, self.k)
         width = select.statistics.width or cell
-        second_order = select.metric.order == 2
-        mean = b.reduce("mean", "mean", ("n",), self.k, self.valid)
-        variance = self.variance(mean) if second_order else None
+        diagonal = select.metric.order == 2 and not select.metric.rank
+        mean = b.reduce("mean", "mean", ("n",), k, self.valid)
+        variance = self.variance(k, mean) if diagonal else None
         if select.statistics.width:
             mean, variance = self.windows(mean, variance, width // cell)
         start = b.iota("cell", "J", "C")
@@ -119,13 +126,16 @@ class _Frontend:
 
         mask = b.map("usable", usable, qpos, start)
         scale = self.scale
-        a = b.contract("a", (*ROW, "J", "C"), self.q, mean)
+        a = b.contract("a", (*ROW, "J", "C"), q, mean)
         metric = metric_expression(select.metric)
         args = [a]
         values = {symbol("a"): scale * symbol("x0")}
         if variance is not None:
-            q2 = b.map("q2", lambda x: x * x, self.q)
+            q2 = b.map("q2", lambda x: x * x, q)
             args.append(b.contract("kappa", (*ROW, "J", "C"), q2, variance))
+        elif select.metric.rank:
+            args.append(self.low_rank_kappa(q, k, mean))
+        if len(args) > 1:
             values[symbol("kappa")] = scale**2 * symbol("x1")
         if not complete:
             # a partial last block holds fewer keys: log |B| enters its score
@@ -144,9 +154,17 @@ class _Frontend:
             return b.reduce("score", "sum", ("g", "m", "C"), share)
         return self.max_pool(share)
 
-    def variance(self, mean: Var) -> Var:
-        square = self.b.map("centred2", lambda x, mu: (x - mu) ** 2, self.k, mean)
+    def variance(self, k: Var, mean: Var) -> Var:
+        square = self.b.map("centred2", lambda x, mu: (x - mu) ** 2, k, mean)
         return self.b.reduce("variance", "mean", ("n",), square, self.valid)
+
+    def low_rank_kappa(self, q: Var, k: Var, mean: Var) -> Var:
+        """q^T Cov q with the covariance of a cell's keys replaced by a sum of outer products w_r w_r^T."""
+        b = self.b
+        centred = b.map("centred", lambda x, mu: x - mu, k, mean)
+        factor = b.low_rank("factor", centred, self.valid, rows="n", features="d", rank="r", steps=POWER_STEPS)
+        along = b.contract("along", (*ROW, "J", "C", "r"), q, factor)
+        return b.reduce("kappa", "sum", ("r",), b.map("along2", lambda x: x * x, along))
 
     def windows(self, mean: Var, variance: Var | None, cells: int) -> tuple[Var, Var | None]:
         """Statistics of windows of `cells` neighbouring cells, from those of the cells."""
@@ -206,9 +224,10 @@ class _Frontend:
         """o_r: linear attention over the far blocks not chosen; exactly 0 where there are none (gate)."""
         b, linear = self.b, self.spec.linear
         assert linear is not None
+        q, k = self.rows("r") if linear.own_rows else (self.q, self.k)
         tau = b.input("temperature", ("h",)) if linear.temperature else None
-        phi_q = self.features("phi_q", self.q, linear.feature_map, tau)
-        phi_k = self.features("phi_k", self.k, linear.feature_map, tau)
+        phi_q = self.features("phi_q", q, linear.feature_map, tau)
+        phi_k = self.features("phi_k", k, linear.feature_map, tau)
         rest = b.map("rest", lambda f, chosen: sp.And(f, sp.Not(chosen)), far, free)
         left = b.reduce("n_unsel", "sum", ("J",), rest)
         total = b.contract("rest_kv", (*ROW, "e"), rest, self.valid, phi_q, phi_k, self.v)

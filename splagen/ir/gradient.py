@@ -15,6 +15,7 @@ from splagen.ir.program import (
     CumSum,
     Equation,
     Iota,
+    LowRank,
     Lse,
     Map,
     Op,
@@ -35,9 +36,10 @@ Rule: TypeAlias = Callable[[Builder, Equation, Var, "set[Var]"], Iterator[tuple[
 def derive_gradient(program: Program, wrt: Sequence[str] | None = None) -> Program:
     """The program followed by the equations of its gradient.
 
-    For every output y a new input dy holds its cotangent; for every real input x in `wrt` (all of them, unless told)
-    `gradients` names the variable that holds dx.  Rewrite, for y = f(x):   dx += (df/dx)^T dy.
-    Law: equals torch autograd of the oracle.  Raises ProgramError if an output does not depend on an input asked for.
+    For every output y a new input dy holds its cotangent; for every real input x in `wrt` (None: those that an output
+    depends on through differentiable operations) `gradients` names the variable that holds dx.  Rewrite, for y = f(x):
+    dx += (df/dx)^T dy.  Law: equals torch autograd of the oracle.  Raises ProgramError if an output does not depend on
+    an input asked for.
     """
     inputs = [v for v in program.inputs if v.kind == "real" and (wrt is None or v.name in wrt)]
     active = _active(program, inputs)
@@ -55,6 +57,8 @@ def derive_gradient(program: Program, wrt: Sequence[str] | None = None) -> Progr
                 pending.setdefault(x, []).append(_sum_to(b, x, dx))
     gradients = []
     for x in inputs:
+        if x not in pending and wrt is None:
+            continue
         if x not in pending:
             raise ProgramError(f"no output of {program.name} depends on {x}", hint="leave it out of wrt")
         gradients.append((x, _total(b, x, pending[x])))
@@ -66,7 +70,7 @@ def _active(program: Program, inputs: Sequence[Var]) -> set[Var]:
     """Real variables that depend on an input asked for through differentiable operations."""
     active = set(inputs)
     for eq in program.equations:
-        if eq.out.kind == "real" and not isinstance(eq.op, (Iota, TopK)) and active & set(eq.args):
+        if eq.out.kind == "real" and GRADIENT[type(eq.op)] is not _none and active & set(eq.args):
             active.add(eq.out)
     return active
 
@@ -195,4 +199,5 @@ GRADIENT: dict[type[Op], Rule] = {
     CumSum: _cumsum,
     Rename: _rename,
     UnitInverse: _unit_inverse,
+    LowRank: _none,
 }

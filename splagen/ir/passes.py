@@ -281,7 +281,7 @@ def scaling(eq: Equation | None) -> tuple[sp.Expr, Var] | None:
     if eq is None or not isinstance(eq.op, Map) or len(eq.args) != 1 or eq.out.kind != "real":
         return None
     number, rest = eq.op.expr.as_independent(placeholder(0), as_Add=False)
-    return (number, eq.args[0]) if rest == placeholder(0) and number.is_number else None
+    return (number, eq.args[0]) if rest == placeholder(0) and number.is_number and number != 1 else None
 
 
 def join_sums(together: Callable[[Equation], bool]) -> Pass:

@@ -3,6 +3,7 @@
     program  ::= axes inputs equations outputs
     equation ::= var[axes] = op(var, ...)
     op       ::= Iota | Map | Contract | Reduce | Softmax | Lse | TopK | CumSum | Rename | UnitInverse
+               | LowRank
 
 There are no loops, branches, tiles, permutes or float types.  Every variable carries its axes in the one order that
 the program declares, so broadcasting is by name.  An axis has an extent (an integer, or a symbol known at run time),
@@ -25,6 +26,7 @@ from splagen.expression import symbol
 
 Kind: TypeAlias = Literal["real", "int", "bool"]
 Extent: TypeAlias = int | sp.Expr
+LOW_RANK_FEATURES = 260  # the most that LowRank takes: the squares of 1 to 260 are distinct modulo 521
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,27 @@ class UnitInverse:
     third: str
 
 
-Op: TypeAlias = Iota | Map | Contract | Reduce | Softmax | Lse | TopK | CumSum | Rename | UnitInverse
-OPS: tuple[type, ...] = (Iota, Map, Contract, Reduce, Softmax, Lse, TopK, CumSum, Rename, UnitInverse)
+@dataclass(frozen=True)
+class LowRank:
+    """Factors w_0, w_1, ... along the axis `rank`, sum_i w_i w_i^T ~ x^T x / n over the n rows of x where a mask holds.
+
+    For i = 0, 1, ...: y = x v with v[d] = 2 ((i + 1) (d + 1)^2 mod 521) - 521, then `steps` times y <- x x^T (y / |y|),
+    then y <- y / |y|;  w_i = x^T y / sqrt(n);  x <- x - y y^T x.  Where |y| = 0, y stays 0; no row at all gives 0.
+
+    This is the power method on the Gram matrix of the rows, one direction at a time.  The y are orthonormal, so
+    sum_i w_i w_i^T is x^T P x / n for a projector P: with more factors it grows, never exceeds x^T x / n, and equals it
+    once they are as many as the rank of x.  The number of steps is part of the meaning: the factors are smooth in x
+    even where eigenvalues meet and eigenvectors jump, so two evaluations agree to rounding.  No gradient.
+    """
+
+    rows: str
+    features: str
+    rank: str
+    steps: int
+
+
+Op: TypeAlias = Iota | Map | Contract | Reduce | Softmax | Lse | TopK | CumSum | Rename | UnitInverse | LowRank
+OPS: tuple[type, ...] = (Iota, Map, Contract, Reduce, Softmax, Lse, TopK, CumSum, Rename, UnitInverse, LowRank)
 
 
 @dataclass(frozen=True)
@@ -235,6 +256,8 @@ def result(op: Op, args: tuple[Var, ...], order: Mapping[str, int]) -> tuple[tup
             return args[0].axes, args[0].kind
         case UnitInverse():
             return args[0].axes, "real"
+        case LowRank(rows, _, rank):
+            return ordered((set(union_axes(args, order)) - {rows}) | {rank}, order), "real"
         case Rename(pairs):
             new = dict(pairs)
             return ordered((new.get(a, a) for a in args[0].axes), order), args[0].kind

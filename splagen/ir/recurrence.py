@@ -18,6 +18,7 @@ from splagen.ir.program import (
     CumSum,
     Equation,
     Iota,
+    LowRank,
     Lse,
     Map,
     Op,
@@ -74,6 +75,8 @@ def restrict(program: Program, axis: str, masks: Sequence[str]) -> Program:
                 op = Reduce(how, rest) if rest else Map(placeholder(0))
             case Softmax() | TopK() if axis in (op.axes if isinstance(op, Softmax) else (op.axis,)):
                 raise ProgramError(f"{eq.out} chooses along {axis}", hint="restrict the part behind the router")
+            case LowRank(rows, features, rank) if axis in (rows, features, rank):
+                raise ProgramError(f"{eq.out} goes along {axis}", hint="restrict what is behind it")
         new[eq.out] = Var(eq.out.name, *result(op, args, order))
         equations.append(Equation(new[eq.out], op, args))
     return replace(
@@ -141,8 +144,14 @@ def _single(eq: Equation, gone: set[str], zero: set[Var]) -> tuple[Op, tuple[Var
                 raise ProgramError(f"{eq.out} counts along {' '.join(over)}, of which one is left", hint=_NO_RECURRENCE)
             held = len(eq.args) > 1
             return Map(sp.Piecewise((placeholder(0), placeholder(1)), (0, True))) if held else same, eq.args
-        case Softmax() | Lse() | TopK():
-            along = {eq.op.axis} if isinstance(eq.op, TopK) else set(eq.op.axes)
+        case Softmax() | Lse() | TopK() | LowRank():
+            match eq.op:
+                case TopK(_, axis):
+                    along = {axis}
+                case LowRank(rows, features, rank):
+                    along = {rows, features, rank}
+                case Softmax(axes) | Lse(axes):
+                    along = set(axes)
             if along & gone:
                 what = f"{eq.out} goes along {' '.join(sorted(along & gone))}, of which one is left"
                 raise ProgramError(what, hint=_NO_RECURRENCE)

@@ -18,6 +18,7 @@ from splagen.ir.program import (
     CumSum,
     Equation,
     Iota,
+    LowRank,
     Lse,
     Map,
     Op,
@@ -281,6 +282,37 @@ def _unit_inverse(world: World, eq: Equation, args: Sequence[Tensor]) -> Tensor:
     return inverse.movedim((-2, -1), pair)
 
 
+def _low_rank(world: World, eq: Equation, args: Sequence[Tensor]) -> Tensor:
+    """One direction after the other, on [..., rows, features]."""
+    assert isinstance(eq.op, LowRank)
+    x, mask, axes = _operand_and_mask(world, eq, args)
+    pair = [axes.index(a) for a in (eq.op.rows, eq.op.features)]
+    x = world.real(x).detach().masked_fill(~mask, 0).movedim(pair, (-2, -1))
+    held = mask.select(pair[1], 0).sum(pair[0] - (pair[0] > pair[1]))[..., None]
+    count = world.real(held).clamp(min=1)
+    place = torch.arange(x.shape[-1], device=world.device)
+    factors = []
+    for i in range(world.sizes[eq.op.rank]):
+        start = 2 * ((i + 1) * (place + 1) ** 2 % 521) - 521
+        y = x @ world.real(start)
+        for _ in range(eq.op.steps):
+            along = _unit(y)[..., None, :] @ x
+            y = (x @ along.mT)[..., 0]
+        y = _unit(y)[..., None, :]
+        along = y @ x
+        factors.append(along[..., 0, :] / count.sqrt())
+        x = x - y.mT * along
+    rest = [a for a in axes if a not in (eq.op.rows, eq.op.features)]
+    found = torch.stack(factors, dim=-2)  # [..., rank, features]
+    where = [*rest, eq.op.rank, eq.op.features]
+    return found.permute([where.index(a) for a in eq.out.axes])
+
+
+def _unit(y: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    return y / length.masked_fill(length == 0, 1)
+
+
 EVALUATE: dict[type[Op], Rule] = {
     Iota: _iota,
     Map: _map,
@@ -292,6 +324,7 @@ EVALUATE: dict[type[Op], Rule] = {
     CumSum: _cumsum,
     Rename: _rename,
     UnitInverse: _unit_inverse,
+    LowRank: _low_rank,
 }
 
 

@@ -13,6 +13,7 @@ from splagen.ir.program import (
     CumSum,
     Equation,
     Iota,
+    LowRank,
     Lse,
     Map,
     Op,
@@ -53,6 +54,7 @@ PRINT: dict[type[Op], Callable[..., str]] = {
     CumSum: lambda op, args: _over("cumsum", op.axes, args),
     Rename: lambda op, args: f"rename({args[0].name}, {', '.join(f'{a}={b}' for a, b in op.pairs)})",
     UnitInverse: lambda op, args: f"unit_inverse({args[0].name}, {op.row} {op.column})",
+    LowRank: lambda op, args: _over("low_rank", (op.rows,), args)[:-1] + f", steps={op.steps})",
 }
 
 

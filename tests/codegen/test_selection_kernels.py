@@ -23,6 +23,7 @@ from splagen.ir.program import Equation, Map, Program, placeholder
 from splagen.ir.reference import evaluate
 from splagen.layout import Blocked
 from splagen.spec import Select, SPLASpec, Statistics, windows
+from splagen.verification import TOLERANCE, relative_error
 from tests.interpreter_sort import patch
 
 patch()
@@ -32,6 +33,8 @@ METRICS = {
     "order 1": library.taylor(order=1),
     "Taylor": library.taylor(),
     "cumulant": library.cumulant(clamp=1.5),
+    "rank 2": library.taylor(covariance="rank2"),
+    "cumulant of rank 5": library.cumulant(covariance="rank5", clamp=1.5),
 }
 STATISTICS = {"block": Statistics(), "cells": Statistics(cell=16), "windows": windows()}
 
@@ -154,10 +157,15 @@ def compare(spec: SPLASpec, out: Path, batch: int, length: int, kv_heads: int, *
     # a statistic that no query may use need not be the oracle's: a window that leaves the sequence
     used = want["usable"].any(0).any(0).reshape(-1)
     for name in statistics:
-        x = want[name].permute(0, 2, 3, 1, 4).flatten(1, 2)
-        assert torch.isfinite(got[name]).all()
-        torch.testing.assert_close(got[name][..., : spec.head_dim].double()[:, used], x[:, used], rtol=1e-5, atol=1e-6)
-        assert not got[name][..., spec.head_dim :].any()
+        x = want[name].permute(0, 2, 3, 1, *range(4, want[name].ndim)).flatten(1, 2)
+        found = got[name].unflatten(-1, (*x.shape[3:-1], -1))  # factors lie side by side
+        assert torch.isfinite(found).all()
+        kept, x = found[..., : spec.head_dim].double()[:, used], x[:, used]
+        if "r" in low.var(name).axes:  # rounding moves an entry by a share of the largest factor
+            assert relative_error(kept, x) <= TOLERANCE[torch.float32][0]
+        else:
+            torch.testing.assert_close(kept, x, rtol=1e-5, atol=1e-6)
+        assert not found[..., spec.head_dim :].any()
     x = blocked.to_tensor(lse, want[lse.name])
     torch.testing.assert_close(got[lse.name].double(), x, rtol=1e-5, atol=1e-5)
     assert_same_choice(spec, got, want)
@@ -176,7 +184,7 @@ AXES: dict[str, Iterable[object]] = {
 
 def pairs() -> list[tuple[object, ...]]:
     """Few cases among which any two choices of different axes meet."""
-    everything = list(itertools.product(*AXES.values()))
+    everything = [c for c in itertools.product(*AXES.values()) if not (METRICS[c[0]].rank and c[1] == "windows")]
     both = list(itertools.combinations(range(len(AXES)), 2))
     missing = {(i, j, c[i], c[j]) for c in everything for i, j in both}
     cases = []

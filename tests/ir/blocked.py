@@ -58,6 +58,10 @@ def random_rows(
         "q": spread * normal(batch, length, heads, spec.head_dim),
         "k": spread * normal(batch, length, kv_heads, spec.head_dim),
         "v": normal(batch, length, kv_heads, spec.value_dim),
+        "q_m": spread * normal(batch, length, heads, spec.head_dim),
+        "k_m": spread * normal(batch, length, kv_heads, spec.head_dim),
+        "q_r": spread * normal(batch, length, heads, spec.head_dim),
+        "k_r": spread * normal(batch, length, kv_heads, spec.head_dim),
         "gamma_s": 1 + normal(kv_heads, spec.group_size, spec.value_dim) / 4,
         "gamma_r": 1 + normal(kv_heads, spec.group_size, spec.value_dim) / 4,
         "gate_s": normal(batch, length, heads),
@@ -72,9 +76,9 @@ def blocked(spec: SPLASpec, rows: Mapping[str, Tensor], *, spare: int = 0) -> di
     """The arrays that the spec's Program reads; a cotangent do is laid out like q."""
     made = {}
     for name, x in rows.items():
-        if name in ("q", "do", "do_s", "gate_s", "gate_r"):
+        if name in ("q", "q_m", "q_r", "do", "do_s", "gate_s", "gate_r"):
             made[name] = query_rows(spec, x, spare=spare)
-        elif name in ("k", "v"):
+        elif name in ("k", "v", "k_m", "k_r"):
             made[name] = key_rows(spec, x, spare=spare)
         else:
             made[name] = x

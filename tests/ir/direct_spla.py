@@ -73,6 +73,7 @@ def direct(spec: SPLASpec, rows: Rows, chosen: NDArray[np.bool_]) -> tuple[Array
     """(o, o_s, o_r) of batch entry 0, [L, Hq, E]; chosen [Hkv, L, blocks] is the selection of every query."""
     r = {n: x.numpy() for n, x in rows.items()}
     q, k, v = (r[n][0] for n in "qkv")
+    q_r, k_r = (r.get(f"{n}_r", r[n])[0] for n in "qk")
     length, heads = q.shape[:2]
     block = block_size(spec)
     out = np.zeros((3, length, heads, spec.value_dim))
@@ -91,7 +92,7 @@ def direct(spec: SPLASpec, rows: Rows, chosen: NDArray[np.bool_]) -> tuple[Array
                 warm = np.exp(r["temperature"][kv]) if linear.temperature else 1.0
                 name = linear.feature_map.name
                 weights = [
-                    (j, features(name, warm * q[t, h]) @ features(name, warm * k[j, kv]))
+                    (j, features(name, warm * q_r[t, h]) @ features(name, warm * k_r[j, kv]))
                     for b in left
                     for j in range(block * b, min(block * (b + 1), length))
                 ]

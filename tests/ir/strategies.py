@@ -129,6 +129,17 @@ class _Growing:
         row, column = self.any_of([("i", "j"), ("j", "i")])
         self.keep(self.b.unit_inverse("inverse", mixing, row, column), 8.0)
 
+    def low_rank(self) -> None:
+        able = [(v, features, rank) for v in self.reals for features, rank in ("cd", "dc")
+                if features in v.axes and rank not in v.axes and len(v.axes) > 1]  # fmt: skip
+        if able:
+            v, features, rank = self.any_of(able)
+            rows = self.any_of([a for a in v.axes if a != features])
+            masks = [m for m in self.masks if not {features, rank} & set(m.axes)]
+            mask, steps = self.any_of([None, *masks]), self.draw(st.integers(1, 3))
+            out = self.b.low_rank("factor", v, mask, rows=rows, features=features, rank=rank, steps=steps)
+            self.keep(out, 2 * self.bound[v])
+
     def affine(self) -> None:
         left = self.b.iota("left", *self.some_axes(NAMES[:3], 1))
         right = self.b.iota("right", *self.some_axes(NAMES, 1))
@@ -162,7 +173,7 @@ class _Growing:
                 self.keep(self.b.reduce("count", "sum", rest.axes[:1], rest), 4.0)
 
 
-STEPS = ("map", "contract", "contract", "reduce", "softmax", "lse", "cumsum", "rename", "unit_inverse")
+STEPS = ("map", "contract", "contract", "reduce", "softmax", "lse", "cumsum", "rename", "unit_inverse", "low_rank")
 MASK_STEPS = ("affine", "above", "topk", "topk", "complement")
 
 

@@ -15,6 +15,7 @@ from splagen.ir.program import (
     CumSum,
     Equation,
     Iota,
+    LowRank,
     Lse,
     Map,
     Op,
@@ -32,12 +33,14 @@ X = Var("x", ("i", "d"))
 Y = Var("y", ("j",))
 Z = Var("z", ("i", "j"))
 W = Var("w", ("i", "j", "k"))
+V = Var("v", ("i", "j", "e"))
 M = Var("m", ("i",), "bool")
-AXES = (("i", symbol("N")), ("j", symbol("N")), ("k", symbol("N")), ("d", 2))
+F = Var("f", ("i", "d"), "bool")
+AXES = (("i", symbol("N")), ("j", symbol("N")), ("k", symbol("N")), ("d", 2), ("r", 4), ("e", 261))
 
 
 def with_equation(out: Var, op: Op, *args: Var) -> Program:
-    return Program("bad", AXES, (X, Y, Z, W, M), (Equation(out, op, args),), ())
+    return Program("bad", AXES, (X, Y, Z, W, V, M, F), (Equation(out, op, args),), ())
 
 
 def real(*axes: str) -> Var:
@@ -165,6 +168,40 @@ BAD = {
     "unit inverse whose third axis is its row": (
         with_equation(real("i", "j"), UnitInverse("i", "j", "i"), Z),
         "bad: i j and i must be three axes of one extent, in `out[i j] = unit_inverse(z, i j)`",
+    ),
+    "low rank of three": (
+        with_equation(real("j", "d"), LowRank("i", "d", "r", 1), V, M, M),
+        "bad: takes an array and at most one mask, not 3 arguments, in `out[j d] = low_rank(v, over=i, where=m, "
+        "steps=1)`",
+    ),
+    "low rank where a number says so": (
+        with_equation(real("d", "r"), LowRank("i", "d", "r", 1), X, Y),
+        "bad: the mask y is real, not bool, in `out[d r] = low_rank(x, over=i, where=y, steps=1)`",
+    ),
+    "low rank of rows it lacks": (
+        with_equation(real("i", "r"), LowRank("j", "d", "r", 1), X),
+        "bad: x[i d] has no axis j, in `out[i r] = low_rank(x, over=j, steps=1)`",
+    ),
+    "low rank of one axis": (
+        with_equation(real("i", "r"), LowRank("d", "d", "r", 1), X),
+        "bad: d is both rows and features, in `out[i r] = low_rank(x, over=d, steps=1)`",
+    ),
+    "low rank where features differ": (
+        with_equation(real("d", "r"), LowRank("i", "d", "r", 1), X, F),
+        "bad: the mask f differs between features, in `out[d r] = low_rank(x, over=i, where=f, steps=1)`",
+    ),
+    "low rank of a rank known at run time": (
+        with_equation(real("j", "d"), LowRank("i", "d", "j", 1), X),
+        "bad: j must be an axis of a known extent that no argument carries, in `out[j d] = low_rank(x, over=i, "
+        "steps=1)`",
+    ),
+    "low rank over many features": (
+        with_equation(real("j", "e", "r"), LowRank("i", "e", "r", 1), V),
+        "bad: e must have a known extent of at most 260, in `out[j e r] = low_rank(v, over=i, steps=1)`",
+    ),
+    "low rank without a step": (
+        with_equation(real("d", "r"), LowRank("i", "d", "r", 0), X),
+        "bad: steps is 0; at least 1 is taken, in `out[d r] = low_rank(x, over=i, steps=0)`",
     ),
     "two variables of one name": (
         with_equation(Var("x", ("j",)), CumSum(("j",)), Y),

@@ -19,7 +19,20 @@ from splagen.ir.frontend_sse import recurrence_program, router_program
 from splagen.ir.gradient import derive_gradient
 from splagen.ir.partitions import copied, copy_name, masks_as_factors, unroll
 from splagen.ir.passes import run
-from splagen.ir.program import Contract, CumSum, Iota, Lse, Program, Reduce, Rename, Softmax, TopK, UnitInverse, Var
+from splagen.ir.program import (
+    Contract,
+    CumSum,
+    Iota,
+    LowRank,
+    Lse,
+    Program,
+    Reduce,
+    Rename,
+    Softmax,
+    TopK,
+    UnitInverse,
+    Var,
+)
 from splagen.ir.reference import evaluate
 from splagen.sse_spec import Router, SSESpec
 from tests.ir.strategies import CASES, LENGTH, inputs, programs, sizes
@@ -70,6 +83,8 @@ def goes_along(p: Program, axis: str) -> bool:
             case Rename(pairs) if any(axis in pair for pair in pairs):
                 return True
             case UnitInverse() if axis in (eq.op.row, eq.op.column, eq.op.third):
+                return True
+            case LowRank(rows, features, rank) if axis in (rows, features, rank):
                 return True
             case Reduce(how, over) if axis in over and (how == "max" or eq.args[0].kind != "real"):
                 return True

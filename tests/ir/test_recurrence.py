@@ -18,7 +18,7 @@ from splagen.ir.frontend_sse import recurrence_program, router_program, states
 from splagen.ir.gradient import derive_gradient
 from splagen.ir.passes import Pass, copy_prop, drop_unused, run, settle_names, share
 from splagen.ir.products import fold_products, largest_rank, pull_factors
-from splagen.ir.program import Lse, Map, Program, Reduce, Softmax, TopK, Var
+from splagen.ir.program import LowRank, Lse, Map, Program, Reduce, Softmax, TopK, Var
 from splagen.ir.recurrence import (
     carried,
     restrict,
@@ -186,6 +186,8 @@ def refused_by_single(p: Program, axes: set[str]) -> bool:
             case Reduce(_, over) if set(over) <= axes and eq.args[0].kind == "bool":
                 return True
             case TopK(_, axis) if axis in axes:
+                return True
+            case LowRank(rows, features, rank) if {rows, features, rank} & axes:
                 return True
     return False
 

@@ -95,6 +95,7 @@ DIRECT = {
     ),
     "identity": small_spec(linear=Residual("identity"), combine="add", value_dim=24),
     "sparse": small_spec(linear=None, combine="none"),
+    "own rows": small_spec(select=Select(block_size=16, budget=1, own_rows=True), linear=Residual(own_rows=True)),
 }
 
 
@@ -148,7 +149,7 @@ def test_a_chunk_of_query_tiles_is_the_slice_of_the_whole(spec: SPLASpec) -> Non
     (out,) = program.outputs
     whole = evaluate(program, rows, scalars={"L": length})[out.name]
     start, stop = 1, whole.shape[3] - 1
-    part = {n: x[:, :, :, start:stop] if n == "q" or n.startswith("gate") else x for n, x in rows.items()}
+    part = {n: x[:, :, :, start:stop] if n[0] == "q" or n.startswith("gate") else x for n, x in rows.items()}
     got = evaluate(program, part, scalars={"L": length}, offsets={"T": start})[out.name]
     assert_near(got, whole[:, :, :, start:stop])
 

@@ -48,7 +48,7 @@ class Memory:
         rows = Var(v.name, axes, v.kind)
         x = self.full(v, value, ROWS[a.layout])
         cells = a.layout == "cell_rows"
-        x = x.permute(0, 2, 3, 1, 4).flatten(1, 2) if cells else self.blocked.to_tensor(rows, x)
+        x = x.permute(0, 2, 3, 1, *range(4, x.ndim)).flatten(1, 2) if cells else self.blocked.to_tensor(rows, x)
         if a.features and a.padded:
             x = torch.nn.functional.pad(x, (0, padded(x.shape[-1]) - x.shape[-1]))
         if len(a.features) > 1:
@@ -60,7 +60,7 @@ class Memory:
         x = self.load(a, stored.double())
         if a.layout == "cell_rows":
             sizes = self.blocked.sizes
-            x = x.unflatten(1, (sizes["J"], sizes["C"])).permute(0, 3, 1, 2, 4)
+            x = x.unflatten(1, (sizes["J"], sizes["C"])).permute(0, 3, 1, 2, *range(4, x.ndim + 1))
         else:
             axes = ordered((*ROWS[a.layout], *features_of(v)), self.program.order)
             x = self.blocked.to_axes(Var(v.name, axes, v.kind), x)

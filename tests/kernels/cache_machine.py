@@ -7,14 +7,14 @@ from typing import ClassVar
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
 from splagen.errors import InputError
 from splagen.paged_cache import SPLACache
 from splagen.pipeline import DecodingLibrary
 from splagen.verification import TOLERANCE
-from tests.kernels.decoding import BY_TOKEN, inputs, last_row, relative
+from tests.kernels.decoding import BY_TOKEN, inputs, last_row, relative, selection_gap
 
 PAGE = 16
 
@@ -58,7 +58,10 @@ class CacheMachine(RuleBasedStateMachine):
     width: ClassVar[int] = 6  # pages of the longest sequence
     pages: ClassVar[int] = 9  # fewer than all slots could take
     step_tokens: ClassVar[int] = 8
+    tokens: ClassVar[tuple[int, ...]] = (8, 1, 2, 3, 4, 5, 6, 7)  # that a step may take
     runs: ClassVar[tuple[int, ...]] = (1, 3)  # steps of one rule
+    start: ClassVar[int] = 40  # tokens of the first sequence, when a history begins
+    begun: ClassVar["Saved | None"] = None  # what that gave: made once, and restored for each history
 
     saves = Bundle("saves")
 
@@ -103,17 +106,32 @@ class CacheMachine(RuleBasedStateMachine):
             index = scratch["block_indices"][row].long()
             mask = torch.zeros(self.kv_heads, blocks + 1, dtype=torch.bool, device=self.device)
             free = mask.scatter(1, torch.where(index < 0, blocks, index), True)[None, :, None, :blocks]
-            gap = selection_gap(self.library, sequence.rows, sequence.length, free)
+            gap = selection_gap(self.spec, sequence.rows, sequence.length, free)
             assert gap <= TOLERANCE[self.dtype][2]
         error = relative(o, last_row(self.spec, sequence.rows, sequence.length, free))
         assert error <= TOLERANCE[self.dtype][0]
 
     # -- steps --------------------------------------------------------------------------------------------
 
+    @initialize()
+    def begin(self) -> None:
+        """A sequence whose state has blocks already."""
+        kind = type(self)
+        if kind.begun is None:
+            self.allocate(self.width)
+            for _ in range(self.start // self.step_tokens):
+                new = self.drawn(self.step_tokens)
+                self.cache.step(*new.values())
+                self.live[0] = self.longer(0, new, self.step_tokens)
+            kind.begun = self.save()
+        self.restore(kind.begun)
+        self.seed = 1000
+
     @precondition(lambda self: self.live)
-    @rule(tokens=st.integers(1, 8), several=st.integers(0, 1))
-    def step(self, tokens: int, several: int) -> None:
+    @rule(which=st.integers(0, 7), several=st.integers(0, 1))
+    def step(self, which: int, several: int) -> None:
         """A few steps of so many tokens; the last one's first and last token are compared."""
+        tokens = self.tokens[which % len(self.tokens)]
         for _ in range(self.runs[several]):
             new = self.drawn(tokens)
             given = {n: x[:, 0] if tokens == 1 and n in BY_TOKEN else x for n, x in new.items()}
@@ -136,6 +154,12 @@ class CacheMachine(RuleBasedStateMachine):
         old = self.live[slot]
         rows = {n: torch.cat([old.rows[n], x[slot, :tokens][None]], 1) if n in BY_TOKEN else x for n, x in new.items()}
         return replace(old, rows=rows, before=old.length)
+
+    @precondition(lambda self: self.live)
+    @rule(which=st.integers(0, 7), counts=st.lists(st.integers(0, 8), min_size=8, max_size=8))
+    def step_and_accept(self, which: int, counts: list[int]) -> None:
+        self.step(which, 0)
+        self.accept(counts)
 
     @precondition(lambda self: self.live)
     @rule(counts=st.lists(st.integers(-1, 9), min_size=8, max_size=8))
@@ -234,15 +258,3 @@ class CacheMachine(RuleBasedStateMachine):
             held = self.cache._held.get(slot, [])
             assert self.cache.page_table[slot].tolist() == held + [-1] * (self.width - len(held))
             assert len(held) == (self.live[slot].pages if slot in self.live else 0)
-
-
-def selection_gap(library: DecodingLibrary, rows: dict[str, Tensor], length: int, free: Tensor) -> float:
-    """How far a choice is from the definition's: 0 if equal, small where scores tie, infinite if not a choice."""
-    want = last_row(library.spec, rows, length, None, wanted="free")
-    if torch.equal(free, want):
-        return 0.0
-    if not torch.equal(free.sum(-1), want.sum(-1)):
-        return float("inf")
-    score = last_row(library.spec, rows, length, None, wanted="score")
-    gap = score.masked_fill(~want | free, 0).sum(-1) - score.masked_fill(~free | want, 0).sum(-1)
-    return float((gap / score.amax(-1)).max())

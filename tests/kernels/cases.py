@@ -106,6 +106,11 @@ SMALL = (
           select=select(block_size=128, sinks=0, local=0, statistics=CELLS, tile=64)),
     small("order 1", (1, 2, 110), select=select(metric=lib.taylor(order=1))),
     small("cumulant", (1, 2, 110), select=select(metric=lib.cumulant(clamp=3.0))),
+    small("rank 2", (1, 2, 110), fp16=True, linear=None, select=select(metric=lib.taylor(covariance="rank2"))),
+    small("rank 4 tile 16 non-causal", (1, 2, 110), causal=False, linear=None,
+          select=select(tile=16, metric=lib.taylor(covariance="rank4"))),
+    small("rank 8 cells head 24", (1, 2, 110), head_dim=24, value_dim=16, linear=None,
+          select=select(block_size=32, sinks=0, statistics=CELLS, metric=lib.cumulant(covariance="rank8"))),
     small("many sinks and local", (1, 2, 135), select=select(sinks=3, local=4)),
     small("budget 17", (1, 1, 330), group_size=1, select=select(budget=17, sinks=0, local=0, tile=16)),
     # sizes
@@ -123,6 +128,11 @@ SMALL = (
           linear=Residual(lib.elu1), fp16=True),
     small("head 40 value 16", (1, 2, 90), head_dim=40, value_dim=16, select=select(tile=16)),
     small("head 16 value 96", (1, 1, 90), group_size=1, value_dim=96, select=select(tile=16)),
+    # queries and keys of one branch alone
+    small("own rows of the residual, temperature, dense below", (1, 2, 90), (1, 2, 60), dense_below=64,
+          linear=Residual(own_rows=True, temperature=True, normaliser=True), combine="add"),
+    small("own rows of both, head 24, tile 16", (1, 2, 150), head_dim=24, select=select(own_rows=True, tile=16),
+          linear=Residual(own_rows=True)),
     # short sequences
     small("dense below: dense", (1, 2, 90), dense_below=128),
     small("dense below: sparse", (1, 1, 90), (1, 1, 63), dense_below=64, group_size=1),
@@ -167,6 +177,11 @@ GPU = (
          select=chosen(tile=32, statistics=windows())),
     real("block 16 cumulant", (1000, 63), FP16, group_size=6,
          select=chosen(block_size=16, budget=16, metric=lib.cumulant(clamp=8.0))),
+    real("rank 2", (1000, 4095), BF16, FP32, select=chosen(metric=lib.taylor(covariance="rank2"))),
+    real("rank 4 head 128", (4095,), BF16, FP16, head_dim=128, group_size=16,
+         select=chosen(metric=lib.taylor(covariance="rank4"))),
+    real("rank 8 block 128 tile 64", (1000,), BF16, causal=False, head_dim=80,
+         select=chosen(block_size=128, tile=64, metric=lib.cumulant(covariance="rank8"))),
     real("block 128 cells", (4095,), BF16, head_dim=128, group_size=8,
          select=chosen(block_size=128, budget=2, statistics=CELLS)),
     real("non-causal", (1000, 65), BF16, FP32, causal=False, batch=2),
@@ -186,6 +201,9 @@ GPU = (
     real("normaliser tile non-causal", (1000,), FP16, causal=False, select=chosen(tile=32),
          linear=Residual(lib.elu1, temperature=True, normaliser=True), combine="add"),
     real("dense below", (1000, 1001), BF16, dense_below=1001),
+    real("own rows", (1000, 65), BF16, FP32, head_dim=128, select=chosen(own_rows=True),
+         linear=Residual(own_rows=True)),
+    real("own rows dense below", (1000, 1001), BF16, dense_below=1001, linear=Residual(own_rows=True)),
 )  # fmt: skip
 
 # sizes of a model, for tests of single kernels and of Schedules on a GPU

@@ -17,7 +17,8 @@ from splagen.verification import TOLERANCE, relative_error
 from tests.ir.blocked import blocked, plain_rows
 from tests.kernels.cases import CELLS, USER
 
-BY_TOKEN = ("q", "k", "v", "gate_s", "gate_r")
+ROWS = ("q", "k", "v", "q_m", "k_m", "q_r", "k_r")
+BY_TOKEN = (*ROWS, "gate_s", "gate_r")
 
 SELECT = Select(block_size=16, budget=1, sinks=1, local=1)
 SMALL = SPLASpec(head_dim=16, group_size=2, select=SELECT)
@@ -32,11 +33,18 @@ SPECS = {
     "windows": replace(SMALL, select=replace(SELECT, block_size=32, sinks=0, local=0, statistics=windows())),
     "order 1": replace(SMALL, select=replace(SELECT, metric=lib.taylor(order=1))),
     "cumulant": replace(SMALL, select=replace(SELECT, metric=lib.cumulant(clamp=2.0))),
+    "rank 4": replace(SMALL, select=replace(SELECT, metric=lib.taylor(covariance="rank4"))),
+    "rank 3, cells, head 24": replace(
+        SMALL,
+        head_dim=24,
+        select=replace(SELECT, block_size=32, statistics=CELLS, metric=lib.cumulant(covariance="rank3")),
+    ),
     "no residual": replace(SMALL, linear=None, combine="none"),
     "dense window": replace(SMALL, linear=None, select=None, combine="none", score=lib.sliding_window(20)),
     "dense below": replace(SMALL, dense_below=68),
     "head 24 value 40 group 3": replace(SMALL, head_dim=24, value_dim=40, group_size=3, scale=0.3),
     "group 1": replace(SMALL, group_size=1),
+    "own rows": replace(SMALL, select=replace(SELECT, own_rows=True), linear=Residual(own_rows=True)),
 }
 LIMIT = {dtype: limits[0] for dtype, limits in TOLERANCE.items()}
 
@@ -45,6 +53,7 @@ GPU = {
     "default": REAL,
     "group 16": replace(REAL, group_size=16),
     "cells, value 64": replace(REAL, value_dim=64, select=replace(REAL.select, statistics=CELLS)),  # type: ignore[type-var]
+    "rank 4": replace(REAL, select=replace(REAL.select, metric=lib.taylor(covariance="rank4"))),  # type: ignore[type-var]
     "no residual, head 80": replace(REAL, head_dim=80, linear=None, combine="none"),
     "normaliser": replace(REAL, linear=Residual(lib.elu1, normaliser=True), combine="add"),
     "head 256": replace(REAL, head_dim=256, value_dim=256),
@@ -82,9 +91,13 @@ def inputs(
         "gate_s": normal(batch, length, heads),
         "gate_r": normal(batch, length, heads),
         "temperature": normal(kv_heads) / 4,
+        "q_m": normal(batch, length, heads, spec.head_dim),
+        "k_m": normal(batch, length, kv_heads, spec.head_dim),
+        "q_r": normal(batch, length, heads, spec.head_dim),
+        "k_r": normal(batch, length, kv_heads, spec.head_dim),
     }
     wanted = [v.name for v in spla_program(spec).inputs]
-    return {n: rows[n].to(device=device, dtype=dtype if n in "qkv" else torch.float32) for n in wanted}
+    return {n: rows[n].to(device=device, dtype=dtype if n in ROWS else torch.float32) for n in wanted}
 
 
 def tokens(rows: Mapping[str, Tensor], t: int) -> list[Tensor]:
@@ -110,7 +123,7 @@ def last_row(spec: SPLASpec, rows: Mapping[str, Tensor], length: int, free: Tens
     for n, x in rows.items():
         x = x.double()
         x = x[:, :length] if n in BY_TOKEN else x
-        x = x[:, length - 1 :] if n in BY_TOKEN and n not in ("k", "v") and tiled else x
+        x = x[:, length - 1 :] if n in BY_TOKEN and n[0] not in "kv" and tiled else x
         seen[n] = x.unflatten(0, (-1, spec.group_size)) if n.startswith("gamma") else x
     arrays = blocked(spec, seen)
     blocks = arrays["k"].shape[2]
@@ -174,9 +187,24 @@ def follow(cache: SPLACache, rows: Mapping[str, Tensor], steps: list[tuple[int, 
             for i in range(count):
                 row = b * count + i
                 free = chosen_blocks(cache, cache.width * cache.page_size // cache.part.geometry.block)
+                if free is not None:
+                    free = free[row : row + 1, ..., : -(-(s + i + 1) // cache.part.geometry.block)]
+                    assert selection_gap(spec, alone, s + i + 1, free) <= TOLERANCE[cache.dtype][2]
                 got.append(o[b, i])
-                want.append(last_row(spec, alone, s + i + 1, None if free is None else free[row : row + 1])[0])
+                want.append(last_row(spec, alone, s + i + 1, free)[0])
         cache.accept(torch.tensor(kept, dtype=torch.int32, device=device))
         held = [s + k for s, k in zip(held, kept, strict=True)]
         assert cache.seqlens.tolist() == held
     return relative(torch.stack(got), torch.stack(want))
+
+
+def selection_gap(spec: SPLASpec, rows: dict[str, Tensor], length: int, free: Tensor) -> float:
+    """How far a choice is from the definition's: 0 if equal, small where scores tie, infinite if not a choice."""
+    want = last_row(spec, rows, length, None, wanted="free")
+    if torch.equal(free, want):
+        return 0.0
+    if not torch.equal(free.sum(-1), want.sum(-1)):
+        return float("inf")
+    score = last_row(spec, rows, length, None, wanted="score")
+    gap = score.masked_fill(~want | free, 0).sum(-1) - score.masked_fill(~free | want, 0).sum(-1)
+    return float((gap / score.amax(-1)).max())

@@ -77,6 +77,7 @@ def test_every_axis_has_a_case() -> None:
         assert {(s.metric.order, s.metric.form) for s in selects} == {
             (1, "taylor"), (2, "taylor"), (2, "cumulant")
         }  # fmt: skip
+        assert {s.metric.rank for s in selects} == {0, 2, 4, 8}
         assert {(s.statistics.cell, s.statistics.pool) for s in selects} == {
             (None, "logsum"), (16, "logsum"), (16, "max")
         }  # fmt: skip

@@ -30,7 +30,15 @@ from tests.kernels.decoding import (
 
 pytestmark = pytest.mark.usefixtures("fast_sort")
 
-OFTEN = ("default", "temperature, gate", "windows", "no residual", "dense below", "head 24 value 40 group 3")
+OFTEN = (
+    "default",
+    "temperature, gate",
+    "windows",
+    "no residual",
+    "dense below",
+    "head 24 value 40 group 3",
+    "own rows",
+)
 
 
 @pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in SPECS])

@@ -48,6 +48,10 @@ SPECS: dict[str, tuple[SPLASpec, Shape]] = {
         SPLASpec(head_dim=16, causal=False, select=WINDOWS, linear=Residual(lib.elu1), combine="gate"),
         (1, 2, 150),
     ),
+    "rank 3": (
+        SPLASpec(head_dim=24, group_size=2, select=replace(TILE, metric=lib.taylor(covariance="rank3")), linear=None),
+        (1, 2, 110),
+    ),
     "sums apart": (SPLASpec(head_dim=80, group_size=2, select=replace(TILE, tile=16), combine="add"), (1, 2, 150)),
 }
 REAL = {"token": (REAL_SPECS["token"], (2, 8, 1000)), "tile": (REAL_SPECS["tile"], (1, 8, 1000))}

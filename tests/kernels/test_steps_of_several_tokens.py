@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from splagen.errors import InputError
-from tests.kernels.decoding import BY_TOKEN, GPU, LIMIT, SMALL, SPECS, cache_of, follow, inputs, some
+from tests.kernels.decoding import BY_TOKEN, GPU, LIMIT, REAL, SMALL, SPECS, cache_of, follow, inputs, some
 
 pytestmark = pytest.mark.usefixtures("fast_sort")
 
@@ -30,15 +30,18 @@ def test_steps_of_several_tokens_of_which_some_are_kept(tmp_path: Path, device: 
     spec = SPECS["no sinks, no local"]
     cache = cache_of(spec, tmp_path, device, kv_heads=1, step_tokens=8)
     cache.allocate(112), cache.allocate(112)
-    assert follow(cache, inputs(spec, 2, 64, 1, torch.float32, device), SPECULATIVE) < LIMIT[torch.float32]
+    rows = inputs(spec, 2, 64, 1, torch.float32, device)
+    for t in range(0, 24, 8):  # from 32 on, more blocks are far than are chosen
+        cache.step(*some(rows, [t, t], 8))
+    assert follow(cache, rows, SPECULATIVE, 24) < LIMIT[torch.float32]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPECS)
 def test_more_steps_of_several_tokens(name: str, tmp_path: Path, device: torch.device) -> None:
-    cache = cache_of(SPECS[name], tmp_path, device, step_tokens=8)
+    cache = cache_of(SPECS[name], tmp_path, device, kv_heads=1, step_tokens=8)
     cache.allocate(112), cache.allocate(112)
-    rows = inputs(SPECS[name], 2, 112, 2, torch.float32, device)
+    rows = inputs(SPECS[name], 2, 112, 1, torch.float32, device)
     for t in range(0, 40, 8):
         cache.step(*some(rows, [t, t], 8))
     assert follow(cache, rows, LONG, 40) < LIMIT[torch.float32]
@@ -104,3 +107,37 @@ def test_steps_of_several_tokens_on_a_gpu(name: str, dtype: torch.dtype, tmp_pat
     for t in range(0, 504, 8):
         cache.step(*some(rows, [t, t], 8))
     assert follow(cache, rows, LONG * 3, 504) < LIMIT[dtype]
+
+
+@pytest.mark.gpu
+def test_steps_and_accepts_are_captured_together(tmp_path: Path, device: torch.device) -> None:
+    """A graph of a step of four tokens and its accept, replayed, leaves what both leave outside of it, bit by bit."""
+    made = [
+        cache_of(REAL, tmp_path, device, tokens=1024, page_size=64, dtype=torch.bfloat16, step_tokens=4) for _ in "ab"
+    ]
+    rows = inputs(REAL, 2, 1000, 2, torch.bfloat16, device)
+    for cache in made:
+        cache.allocate(1024), cache.allocate(1024)
+    static = [x.clone() for x in some(rows, [0, 0], 4)]
+    kept = torch.zeros(2, dtype=torch.int32, device=device)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        made[0].step(*static)
+        made[0].accept(kept)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = made[0].step(*static)
+        made[0].accept(kept)
+    draw = torch.Generator().manual_seed(0)
+    for t in range(200):
+        for x, y in zip(static, some(rows, [4 * t, 4 * t], 4), strict=True):
+            x.copy_(y)
+        kept.copy_(torch.randint(5, (2,), generator=draw, dtype=torch.int32))
+        graph.replay()
+        assert torch.equal(out, made[1].step(*static))
+        made[1].accept(kept)
+        assert torch.equal(made[0].seqlens, made[1].seqlens)
+    assert made[0].seqlens.min() > 300
+    assert all(torch.equal(made[0].states[n], x) for n, x in made[1].states.items())

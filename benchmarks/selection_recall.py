@@ -1,0 +1,224 @@
+"""How much attention the blocks hold that a metric chooses, for q and k of a model.
+
+    python -m benchmarks.selection_recall --qk FILE.pt [--length 32768] [--device cuda]
+    python -m benchmarks.selection_recall --byte-lm 200       # q and k of the byte model, trained that many steps
+
+FILE is torch.save({"q": q [1, L, Hq, D], "k": k [1, L, Hkv, D]}) of one layer, as attention meets them.  For some
+queries the attention that each block holds is formed exactly, summed over the heads of a group.  The best `budget`
+far blocks by that, and those by each metric, are compared: `of_best` is the one over the other, `covered` all attention
+that the query then sees, forced blocks included.  Metrics of the library are evaluated by their definition; the full
+covariance, which the library does not have, by the variance of the scores of a block's keys, which is the same number.
+Writes benchmarks/results/selection_recall.json and draws docs/selection_recall.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import plots
+from benchmarks.given import read_qk
+from benchmarks.record import ROOT, write
+from splagen.ir.frontend_spla import spla_program
+from splagen.ir.reference import evaluate
+from splagen.layout import Blocked, chunked
+from splagen.library import Metric, cumulant, taylor
+from splagen.spec import Select, SPLASpec
+
+CLAMP = 8.0  # of cumulants
+METRICS: dict[str, Metric | str] = {
+    "order 1": taylor(order=1),
+    "diagonal": taylor(),
+    "rank 2": taylor(covariance="rank2"),
+    "rank 4": taylor(covariance="rank4"),
+    "rank 8": taylor(covariance="rank8"),
+    "full": "taylor",
+    "diagonal cumulant": cumulant(clamp=CLAMP),
+    "rank 8 cumulant": cumulant(covariance="rank8", clamp=CLAMP),
+    "full cumulant": "cumulant",
+}
+BLOCKS, BUDGETS = (32, 64, 128), (4, 8, 16, 32)
+STRETCH = 16  # neighbouring queries that are evaluated together
+SINKS, LOCAL = 1, 1
+
+
+@dataclass(frozen=True)
+class Masses:
+    """Of some queries [T]: what a group's heads hold in each block [Hkv, T, J], and which blocks are far [T, J]."""
+
+    held: Tensor
+    far: Tensor
+    scores: Mapping[str, Tensor]  # by metric, [Hkv, T, J]
+
+
+def masses(q: Tensor, k: Tensor, block: int, starts: Sequence[int], metrics: Mapping[str, Metric | str]) -> Masses:
+    """What blocks hold and what metrics say of it, for STRETCH queries from each start.
+
+    q [1, L, Hq, D] and k [1, L, Hkv, D]; numbers are float64.
+    """
+    parts = {name: _defined(q, k, block, m, starts) for name, m in metrics.items() if isinstance(m, Metric)}
+    held, far = [], []
+    forms = {name: form for name, form in metrics.items() if isinstance(form, str)}
+    for start in starts:
+        t = torch.arange(start, min(start + STRETCH, q.shape[1]), device=q.device)
+        scores = _scores(q, k, block, t)
+        held.append(torch.softmax(scores.flatten(-2), -1).unflatten(-1, scores.shape[-2:]).sum((1, -1)))
+        ends = block * (1 + torch.arange(scores.shape[-2], device=q.device)) - 1
+        usable = ends <= t[:, None]
+        for name, form in forms.items():
+            parts.setdefault(name, []).append(_by_full_covariance(scores, usable, form))
+        number, own = torch.arange(len(ends), device=q.device), t[:, None] // block
+        far.append((number >= SINKS) & (number < own - LOCAL))
+    return Masses(torch.cat(held, 1), torch.cat(far), {name: torch.cat(x, 1) for name, x in parts.items()})
+
+
+def _scores(q: Tensor, k: Tensor, block: int, t: Tensor) -> Tensor:
+    """Scaled scores [Hkv, g, T, J, n] of the queries t, -inf behind each query."""
+    length, kv_heads, dim = k.shape[1:]
+    blocks = -(-length // block)
+    rows = q[0, t].double().unflatten(1, (kv_heads, -1))  # [T, Hkv, g, D]
+    s = torch.einsum("thgd,khd->hgtk", rows, k[0].double()) * dim**-0.5
+    s = s.masked_fill(torch.arange(length, device=q.device) > t[:, None], -torch.inf)
+    return torch.nn.functional.pad(s, (0, blocks * block - length), value=-torch.inf).unflatten(-1, (blocks, block))
+
+
+def _by_full_covariance(scores: Tensor, usable: Tensor, form: str) -> Tensor:
+    """The metric's mass of each block: the mean and variance of q·k over its keys are q·mean and q^T Cov q."""
+    inside = scores.masked_fill(~usable[..., None], 0)
+    mean, kappa = inside.mean(-1), inside.var(-1, correction=0)
+    excess = torch.log1p(kappa / 2) if form == "taylor" else kappa.clamp(max=CLAMP) / 2
+    share = torch.softmax((mean + excess).masked_fill(~usable, -torch.inf), -1)
+    return share.nan_to_num(0).sum(1)  # a query before the end of the first block uses none
+
+
+def _defined(q: Tensor, k: Tensor, block: int, metric: Metric, starts: Sequence[int]) -> list[Tensor]:
+    """The scores of the definition, [Hkv, T, J] of each stretch of queries."""
+    group, dim = q.shape[2] // k.shape[2], q.shape[3]
+    select = Select(block, budget=1, sinks=SINKS, local=LOCAL, metric=metric)
+    program = spla_program(SPLASpec(head_dim=dim, group_size=group, select=select, linear=None))
+    blocked = Blocked(program, 1, q.shape[1], k.shape[2])
+    rows, keys = (blocked.to_axes(program.var(n), x.double()) for n, x in (("q", q), ("k", k)))
+    known = {"scalars": {"L": q.shape[1]}}
+    names = {"mean", "variance", "factor"} & set(program.names())
+    sizes = blocked.sizes
+    of_cells = [program.var(n) for n in names]
+    given = evaluate(program, {"k": keys}, sizes=sizes, wanted=of_cells, **known)  # type: ignore[arg-type]
+    found = []
+    for start in starts:
+        stop = min(start + STRETCH, q.shape[1])
+        part = chunked({"q": rows}, {"q": program.var("q").axes.index("T")}, start, stop) | {"k": keys}
+        more = {"sizes": sizes | {"T": stop - start}, "offsets": {"T": start}, "given": given}
+        score = evaluate(program, part, wanted=[program.var("score")], **known, **more)  # type: ignore[arg-type]
+        found.append(score["score"][0])
+    return found
+
+
+def recall(m: Masses, budget: int) -> dict[str, dict[str, float]]:
+    """By metric: `of_best` and `covered`, averaged over the queries with more far blocks than the budget."""
+    rows = m.far.sum(1) > budget
+    held, far = m.held[:, rows], m.far[rows]
+    total = held.sum(-1)  # heads of a group
+    forced = held.masked_fill(far, 0).sum(-1)
+
+    def chosen(by: Tensor) -> Tensor:
+        best = by.masked_fill(~far, -1).topk(budget, -1).indices
+        return held.gather(-1, best).sum(-1)
+
+    best = chosen(held)
+    found = {}
+    for name, score in {"best": held, **m.scores}.items():
+        got = chosen(score if name == "best" else score[:, rows])
+        of_best, covered = (got / best).mean(), ((got + forced) / total).mean()
+        found[name] = {"of_best": float(of_best), "covered": float(covered)}
+    return found
+
+
+def measure(
+    q: Tensor, k: Tensor, *, blocks: Sequence[int] = BLOCKS, budgets: Sequence[int] = BUDGETS, stretches: int = 32
+) -> list[dict[str, Any]]:
+    """A row for each block size, budget and metric; queries come from the second half of the sequence.
+
+    Raises:
+        ValueError: nothing is left to choose, because the sequence is short.
+    """
+    length = q.shape[1]
+    starts = [int(x) for x in torch.linspace(length // 2, length - STRETCH, stretches)]
+    rows = []
+    for block in blocks:
+        found = masses(q, k, block, starts, METRICS)
+        for budget in budgets:
+            if int((found.far.sum(1) > budget).sum()) == 0:
+                continue
+            for name, figures in recall(found, budget).items():
+                rows.append({"block": block, "budget": budget, "metric": name, **figures})
+    if not rows:
+        what = f"a query of {length} positions has no more far blocks than {min(budgets)}"
+        raise ValueError(f"{what}: give a longer sequence, or smaller blocks")
+    return rows
+
+
+def draw(rows: Sequence[Mapping[str, Any]], title: str, target: Path) -> Path:
+    """`of_best` against the budget: a panel for each block size, a line for each metric."""
+    plt = plots.pyplot()
+    blocks = sorted({r["block"] for r in rows})
+    figure, panels = plt.subplots(1, len(blocks), figsize=(4.2 * len(blocks), 4), sharey=True, squeeze=False)
+    for panel, block in zip(panels[0], blocks, strict=True):
+        for i, name in enumerate(METRICS):
+            line = [(r["budget"], r["of_best"]) for r in rows if (r["block"], r["metric"]) == (block, name)]
+            style = "--" if "cumulant" in name else "-"
+            panel.plot(*zip(*line, strict=True), style, color=f"C{i}", marker="o", markersize=3, label=name)
+        panel.set_xscale("log", base=2)
+        panel.set_xlabel("blocks chosen")
+        panel.set_title(f"blocks of {block}")
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel("attention held, over that of the best choice")
+    panels[0][-1].legend(fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    return plots.saved(figure, target)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, record and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--qk", type=Path)
+    source.add_argument("--byte-lm", type=int, metavar="STEPS")
+    parser.add_argument("--length", type=int, help="keep the first positions only")
+    parser.add_argument("--stretches", type=int, default=32, help=f"of {STRETCH} queries each")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    given = parser.parse_args(arguments)
+    if given.qk:
+        q, k = read_qk(given.qk)
+        name = given.qk.stem
+    else:
+        from examples.real_qkv import real_qkv
+
+        length = given.length or 2048
+        q, k, _ = real_qkv(length, head_dim=64, steps=given.byte_lm, context=length)
+        name = f"byte model of two layers, {given.byte_lm} training steps"
+    q, k = (x[:, : given.length].to(given.device) for x in (q, k))
+    rows = measure(q, k, stretches=given.stretches)
+    sizes = {
+        "source": name,
+        "length": q.shape[1],
+        "q_heads": q.shape[2],
+        "kv_heads": k.shape[2],
+        "head_dim": q.shape[3],
+    }
+    queries = STRETCH * given.stretches
+    print(write("selection_recall", {**sizes, "queries": queries, "rows": rows}, given.results))
+    title = f"{name}: L = {q.shape[1]}, Hq = {q.shape[2]}, Hkv = {k.shape[2]}, D = {q.shape[3]}, {queries} queries"
+    print(draw(rows, title, given.docs / "selection_recall.png"))
+
+
+if __name__ == "__main__":
+    main()

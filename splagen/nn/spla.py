@@ -1,0 +1,120 @@
+"""SPLA, block-sparse or dense attention as a layer: projections, norms, RoPE, the op, output projection."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from splagen import settings
+from splagen.errors import InputError
+from splagen.nn.branches import Branches
+from splagen.nn.cache import RowCache, StepCache
+from splagen.nn.generated import Generated
+from splagen.nn.norm import normed
+from splagen.nn.rotary import Rotary
+from splagen.spec import SPLASpec
+
+
+class SPLAAttention(nn.Module):
+    """Attention of a spec of SPLA (arXiv 2601.22379) on x [B, L, width].
+
+    q = W_q x, k = W_k x, v = W_v x; q and k optionally through an RMSNorm over the head dimension; RoPE for the
+    branches that shall see it; the op; W_o.  A spec without `select` makes it dense attention, one without `linear`
+    block-sparse attention.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        spec: SPLASpec,
+        *,
+        rotary: Rotary | None = None,
+        qk_norm: bool = False,
+        bias: bool = False,
+        eps: float = 1e-6,
+        folder: str | Path | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Generate the kernels, and start values.
+
+        Args:
+            width: channels of x and of the result.
+            heads: Hq, a multiple of the spec's group_size.
+            spec: what is computed; `rotary` gives branches rows of their own where they need them.
+            rotary: which rows RoPE turns; None is none.
+            qk_norm: whether q and k go through an RMSNorm, with gains that all heads share (Qwen3).
+            bias: of the projections.
+            eps: of the RMSNorm.
+            folder: of the generated module; None is `kernels/` in splagen's cache, with tuned Schedules.
+            device: of the parameters.
+            dtype: of the parameters.
+
+        Raises:
+            InputError: heads do not go into groups.
+        """
+        super().__init__()
+        if heads < 1 or heads % spec.group_size:
+            raise InputError(f"heads is {heads}", f"a multiple of the spec's group_size, {spec.group_size}")
+        self.spec = rotary.spec(spec) if rotary else spec
+        self.heads, self.kv_heads, self.rotary, self.folder = heads, heads // spec.group_size, rotary, folder
+        self.generated = Generated(self.spec, folder)
+        made: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(width, heads * spec.head_dim, bias=bias, **made)
+        self.k_proj = nn.Linear(width, self.kv_heads * spec.head_dim, bias=bias, **made)
+        self.v_proj = nn.Linear(width, self.kv_heads * spec.value_dim, bias=bias, **made)
+        self.o_proj = nn.Linear(heads * spec.value_dim, width, bias=bias, **made)
+        self.q_norm = nn.RMSNorm(spec.head_dim, eps=eps, **made) if qk_norm else None
+        self.k_norm = nn.RMSNorm(spec.head_dim, eps=eps, **made) if qk_norm else None
+        self.branches = Branches(self.spec, heads, width, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, cache: RowCache | StepCache | None = None) -> Tensor:
+        """The layer's y [B, L, width] of x [B, L, width]; with a cache the L positions follow those that it holds."""
+        spec = self.spec
+        q = normed(self.q_norm, self.q_proj(x).unflatten(-1, (self.heads, spec.head_dim)))
+        k = normed(self.k_norm, self.k_proj(x).unflatten(-1, (self.kv_heads, spec.head_dim)))
+        v = self.v_proj(x).unflatten(-1, (self.kv_heads, spec.value_dim))
+        inputs = self._rows(q, k, cache.length if cache else 0) | {"v": v} | self.branches(x)
+        o = self.generated.op(**inputs) if cache is None else cache.attend(inputs)
+        return self.o_proj(o.flatten(2))  # type: ignore[no-any-return]
+
+    def _rows(self, q: Tensor, k: Tensor, start: int) -> dict[str, Tensor]:
+        if self.rotary:
+            return self.rotary.rows(self.spec, q, k, start)
+        select, linear = self.spec.select, self.spec.linear
+        own = [
+            s
+            for s, part in (("", True), ("_m", select and select.own_rows), ("_r", linear and linear.own_rows))
+            if part
+        ]
+        return {f"q{s}": q for s in own} | {f"k{s}": k for s in own}
+
+    def cache(self, sequences: int, tokens: int, *, steps: bool | None = None) -> RowCache | StepCache:
+        """An empty cache for generation with `sequences` of up to `tokens` positions, in the parameters' dtype.
+
+        `steps` asks for steps of decoding, which a GPU runs, or Triton's interpreter; without them each call computes
+        from all positions.  None is steps where the layer lies on a GPU.
+
+        Raises:
+            SpecError: a query of the spec depends on others or on later keys.
+            InputError: a size or dtype that `SPLACache` does not take, or steps on a CPU without the interpreter.
+        """
+        weight = self.v_proj.weight
+        if steps is None:
+            steps = weight.is_cuda
+        if not steps:
+            return RowCache(self.spec, self.generated.op)
+        if not weight.is_cuda and not settings.interpreted():
+            raise InputError("steps of decoding run on a GPU or in Triton's interpreter", "steps=False")
+        return StepCache(
+            self.spec, sequences=sequences, kv_heads=self.kv_heads, tokens=tokens,
+            dtype=weight.dtype, device=weight.device, folder=self.folder,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """What is not seen from the parts."""
+        return f"{self.spec.name}, heads={self.heads}, kv_heads={self.kv_heads}, rotary={self.rotary}"
