@@ -343,7 +343,7 @@ def test_decode_stands_for_the_step_in_every_command_that_generates(tmp_path: Pa
     found = document(run("generate", SMALL, "--decode", "--out", tmp_path, "--json"))
     assert found["op"].endswith("_step")
     assert run("show", SMALL, "--decode", "--source").stdout.strip() == Path(found["path"]).read_text().strip()
-    assert "rest_kv_state" in run("show", SMALL, "--decode").stdout
+    assert "_settled" in run("show", SMALL, "--decode").stdout
     assert "def settle_kernel(" in run("show", SMALL, "--decode", "--kernel", "settle").stdout
     cost = document(run("show", SMALL, "--decode", "--after", "cost", "--shape", "4,2,4096", "--json"))
     assert [k["launched_in"] for k in cost["kernels"]] == [["step"]] * 6

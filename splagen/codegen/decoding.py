@@ -195,7 +195,8 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
             found = {"BLOCK_N": 16, "BLOCK_E": block_e, "num_warps": 8 if wide else 4, "num_stages": 2}
             if geometry.rank:  # the keys of a cell stay in registers from factor to factor
                 return found | {"num_warps": 8}
-            return found | fits
+            eight = any(x.dtype == "e4m3" for x in kernel.arrays)  # what is read is converted: more registers
+            return found if eight else found | fits
         case "decode_score":
             block_c = 64 if widest <= 128 and not wide and arch != "gfx942" else 32
             stages = 3 if widest * (1 + wide) <= 256 else 2
