@@ -1,6 +1,6 @@
 """Decoding with SPLA: steps of a sequence's tokens in a CUDA graph, beside their floor and dense attention by cuDNN.
 
-python -m benchmarks.spla_step [--tokens N ...] [--schedules JSON] [--kernels] [--out DIR]
+python -m benchmarks.spla_step [--tokens N ...] [--tuned] [--page-type e4m3] [--schedules JSON] [--kernels] [--out DIR]
 
 The sequences hold random keys and values of the length given; statistics and states are those of these keys.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -19,8 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.floors import PEAK_BYTES
 from benchmarks.record import write
 from benchmarks.timing import time_ms
+from splagen.autotune.cost import evaluate
+from splagen.autotune.step_cost import Step, step_sizes
+from splagen.codegen.decoding import SPLITTING, decoding
+from splagen.codegen.step_rows import PageType
 from splagen.paged_cache import SPLACache
-from splagen.pipeline import DecodingLibrary, generate_decoding
+from splagen.pipeline import DecodingLibrary, generate_decoding, load_decoding
 from splagen.spec import Select, SPLASpec
 
 HQ, D, BLOCK = 32, 128, 64
@@ -50,10 +54,11 @@ def filled(library: DecodingLibrary, batch: int, kv_heads: int, length: int, ste
     for _ in range(batch):
         cache.allocate(most)
     keys = cache.pages["k_pages"]
-    for x in (keys, cache.pages["v_pages"]):
-        x.normal_(generator=draw)
     for page in range(0, keys.shape[0], 256):
-        cells = keys[page : page + 256].unflatten(2, (-1, BLOCK)).float()
+        for x in (keys, cache.pages["v_pages"]):
+            drawn = torch.empty(x[page : page + 256].shape, device="cuda")
+            x[page : page + 256].copy_(drawn.normal_(generator=draw))  # not every type has random numbers of its own
+        cells = keys[page : page + 256].float().unflatten(2, (-1, BLOCK))
         cache.pages["mean_pages"][page : page + 256].copy_(cells.mean(3))
         cache.pages["variance_pages"][page : page + 256].copy_(cells.var(3, correction=0))
     for sign, name in ((1, "phi_k_0_lse_pages"), (-1, "phi_k_1_lse_pages")):
@@ -79,14 +84,14 @@ def given(spec: SPLASpec, batch: int, kv_heads: int, step_tokens: int = 1) -> li
     return [*tokens, *(1 + normal(HQ, spec.value_dim) / 4 for _ in range(2))]
 
 
-def floor_us(batch: int, kv_heads: int, length: int) -> float:
-    """Microseconds of the bytes that a one-token step must read: all statistics, keys and values of 64 blocks, states.
+def floor_us(batch: int, kv_heads: int, length: int, page_type: PageType = "input") -> float:
+    """Microseconds of the bytes that a step of one token has to move, by the cost model.
 
     A step of several tokens reads as much where they choose alike.
     """
-    blocks, exact = length // BLOCK, FREE + 3
-    read = kv_heads * (blocks * 2 * D * 2 + exact * BLOCK * 2 * D * 2 + 2 * D * D * 4)
-    return 1e6 * batch * read / PEAK_BYTES
+    part = decoding(spec_of(kv_heads), page_type)
+    sizes = step_sizes(part, batch, kv_heads, length, SPLITTING)
+    return 1e6 * evaluate(Step.of(part, "bf16").floor(), sizes, "a step") / PEAK_BYTES
 
 
 def replay_us(cache: SPLACache, tokens: list[Tensor], repeats: int = 50) -> float:
@@ -153,24 +158,31 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1], help="of a step, per sequence")
     parser.add_argument("--kernels", action="store_true", help="also the time of each kernel")
     parser.add_argument("--dense", action="store_true", help="also dense attention by cuDNN")
+    parser.add_argument("--page-type", choices=get_args(PageType), default="input", help="what pages hold")
+    parser.add_argument("--tuned", action="store_true", help="Schedules of the cache: `splagen tune --decode`")
     parser.add_argument("--cases", type=int, nargs="+", default=[*range(len(CASES))])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = []
     for batch, kv_heads, length, aim in (CASES[i] for i in args.cases):
         spec = spec_of(kv_heads)
-        library = generate_decoding(spec, "build")
+        library = (
+            load_decoding(spec, page_type=args.page_type)
+            if args.tuned
+            else generate_decoding(spec, "build", page_type=args.page_type)
+        )
         chosen = library.module.SCHEDULES["sm_90"]["bf16"]
         for name, fields in args.schedules.items():
             chosen[name] = {**chosen[name], **fields}
         row: dict[str, Any] = {"batch": batch, "kv_heads": kv_heads, "length": length, "aim_us": aim}
+        row |= {"page_type": args.page_type, "tuned": args.tuned}
         if args.dense or args.out:
             row["dense_us"] = dense_us(batch, kv_heads, length)
             torch.cuda.empty_cache()
         for step_tokens in args.tokens:
             cache = filled(library, batch, kv_heads, length, step_tokens)
             tokens = given(spec, batch, kv_heads, step_tokens)
-            found = row | {"tokens": step_tokens, "floor_us": floor_us(batch, kv_heads, length)}
+            found = row | {"tokens": step_tokens, "floor_us": floor_us(batch, kv_heads, length, args.page_type)}
             found["us"] = replay_us(cache, tokens)
             found["share_of_floor"] = found["floor_us"] / found["us"]
             if args.kernels:

@@ -54,9 +54,12 @@ _HOME = {
     "generate_decoding": "pipeline",
     "generate_packed": "pipeline",
     "SPLACache": "paged_cache",
+    "scale_of": "paged_cache",
     "load": "pipeline",
+    "load_decoding": "pipeline",
     "load_packed": "pipeline",
     "Library": "pipeline",
+    "DecodingLibrary": "pipeline",
     "verify": "pipeline",
     "verify_packed": "pipeline",
     "tune": "pipeline",
@@ -87,12 +90,15 @@ if TYPE_CHECKING:
     from splagen.library import taylor as taylor
     from splagen.library import topk_softmax as topk_softmax
     from splagen.paged_cache import SPLACache as SPLACache
+    from splagen.paged_cache import scale_of as scale_of
+    from splagen.pipeline import DecodingLibrary as DecodingLibrary
     from splagen.pipeline import Library as Library
     from splagen.pipeline import generate as generate
     from splagen.pipeline import generate_decoding as generate_decoding
     from splagen.pipeline import generate_packed as generate_packed
     from splagen.pipeline import kernels as kernels
     from splagen.pipeline import load as load
+    from splagen.pipeline import load_decoding as load_decoding
     from splagen.pipeline import load_packed as load_packed
     from splagen.pipeline import lowered as lowered
     from splagen.pipeline import program as program

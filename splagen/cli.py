@@ -9,15 +9,19 @@ import math
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
 from splagen import cli_cache, cli_cost, cli_tune, settings
 from splagen.errors import InputError, WrongResult
 from splagen.terminal import (
+    INPUT,
     AsJson,
+    Decode,
+    PageTypeName,
     SpecFile,
+    check_page_type,
     emit,
     errors_as_status,
     mark,
@@ -27,6 +31,10 @@ from splagen.terminal import (
     read_spec_file,
     table,
 )
+
+if TYPE_CHECKING:
+    from splagen.pipeline import Library
+    from splagen.spec import Spec
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -47,15 +55,16 @@ app.add_typer(cli_cache.app, name="cache")
 def generate(
     spec: SpecFile,
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("kernels"),
+    decode: Decode = False,
+    page_type: PageTypeName = INPUT,
     packed: Packed = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the spec's kernels and op as one Python module."""
     with errors_as_status(as_json):
-        from splagen import pipeline
-
         made = read_spec_file(spec)
-        library = pipeline.generate_packed(made, out) if packed else pipeline.generate(made, out)
+        check_page_type(decode, page_type)
+        library = _library(made, out, page_type if decode else None, packed)
         found = {"path": str(library.path), "module": library.path.stem, "op": library.op_name}
         emit(found, as_json, str(library.path))
 
@@ -73,6 +82,8 @@ def show(
     ] = None,
     dtype: Annotated[str | None, typer.Option(metavar="|".join(DTYPES), help="Of cost: bf16.")] = None,
     gpu: Annotated[str | None, typer.Option(metavar="NAME", help="Of cost: such as H100; H200.")] = None,
+    decode: Decode = False,
+    page_type: PageTypeName = INPUT,
     as_json: AsJson = False,
 ) -> None:
     """Print the spec's equations, or what becomes of them."""
@@ -82,19 +93,25 @@ def show(
         from splagen.ir.text import program_text
 
         made = read_spec_file(spec)
+        check_page_type(decode, page_type)
         if (after is not None) + (kernel is not None) + source > 1:
             raise InputError("--after, --kernel and --source exclude one another", "give one of them")
         if after == "cost":
-            cli_cost.show_cost(made, shape, dtype, gpu, as_json)
+            cli_cost.show_cost(made, shape, dtype, gpu, page_type if decode else None, as_json)
             return
         if shape or dtype or gpu:
             raise InputError("--shape, --dtype and --gpu belong to the table of costs", "add --after cost")
+        if after is not None and decode:
+            raise InputError(f"--after {after} beside --decode", "take cost, or leave --decode out")
         found: dict[str, Any] = {"name": made.name}
+        part = pipeline.decode_kernels(made, page_type) if decode else None
         if after is not None:
             found |= {"after": after, "text": program_text(pick("pass", after, pipeline.stages(made), "cost"))}
         elif kernel is not None:
-            k = pick("kernel", kernel, {k.name: k for k in pipeline.kernels(made).all_kernels})
+            k = pick("kernel", kernel, {k.name: k for k in (part or pipeline.kernels(made)).all_kernels})
             found |= {"kernel": k.name, "template": k.template, "text": kernel_text(k)}
+        elif part is not None:
+            found["text"] = pipeline.decode_source(made, page_type) if source else program_text(part.program)
         else:
             found["text"] = pipeline.source(made) if source else program_text(pipeline.program(made))
         emit(found, as_json, found["text"].rstrip("\n"))
@@ -160,6 +177,8 @@ def compile_command(
     out: Annotated[
         Path | None, typer.Option(help="Write the module with its machine code here: it runs without a compiler.")
     ] = None,
+    decode: Decode = False,
+    page_type: PageTypeName = INPUT,
     packed: Packed = False,
     as_json: AsJson = False,
 ) -> None:
@@ -167,17 +186,21 @@ def compile_command(
     with errors_as_status(as_json):
         from splagen import pipeline
         from splagen.codegen.binaries import Build, write_build
-        from splagen.codegen.compile import compile_module, keep_module, raise_if_failed
-        from splagen.codegen.schedule import TARGETS
+        from splagen.codegen.compile import Module, compile_module, keep_module, raise_if_failed
+        from splagen.codegen.schedule import TARGETS, WITHOUT_E4M3
 
         made = read_spec_file(spec)
+        check_page_type(decode, page_type)
         if packed and out is not None:
             hint = "leave --out away: the module of `splagen generate --packed` compiles at its first call"
             raise InputError("no build of packed sequences is written", hint)
         with tempfile.TemporaryDirectory() as folder:
-            path = (pipeline.generate_packed(made, folder) if packed else pipeline.generate(made, folder)).path
-            kernels = pipeline.packed_kernels(made) if packed else pipeline.kernels(made)
-            targets, dtypes = target or list(TARGETS), dtype or ["bf16"]
+            path = _library(made, Path(folder), page_type if decode else None, packed).path
+            kernels: Module = pipeline.packed_kernels(made) if packed else pipeline.kernels(made)
+            if decode:
+                kernels = pipeline.decode_kernels(made, page_type)
+            able = [t for t in TARGETS if page_type == INPUT or t not in WITHOUT_E4M3]
+            targets, dtypes = target or able, dtype or ["bf16"]
             build: Build | None = None
             if out is None:
                 rows = compile_module(path, kernels, targets=targets, dtypes=dtypes, jobs=jobs)
@@ -229,6 +252,17 @@ def doctor(as_json: AsJson = False) -> None:
         emit({"ok": not bad, "checks": [asdict(c) for c in found]}, as_json, listing)
         if bad:
             raise WrongResult(f"splagen cannot work here: {', '.join(bad)}")
+
+
+def _library(made: Spec, out: Path, page_type: str | None, packed: bool) -> Library:
+    """The generated module of the op, on packed sequences or not, or of decoding with pages of a type."""
+    from splagen import pipeline
+
+    if page_type is not None and packed:
+        raise InputError("--decode and --packed exclude one another", "give one of them")
+    if page_type is None:
+        return pipeline.generate_packed(made, out) if packed else pipeline.generate(made, out)
+    return pipeline.generate_decoding(made, out, page_type=page_type)
 
 
 # -- requests --------------------------------------------------------------------------------------------

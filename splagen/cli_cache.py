@@ -10,7 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from splagen.errors import InputError
-from splagen.terminal import AsJson, SpecFile, emit, errors_as_status, mark, pick, read_shape, read_spec_file, table
+from splagen.terminal import (
+    INPUT,
+    AsJson,
+    Decode,
+    PageTypeName,
+    SpecFile,
+    check_page_type,
+    emit,
+    errors_as_status,
+    mark,
+    pick,
+    read_shape,
+    read_spec_file,
+    table,
+)
 
 if TYPE_CHECKING:
     from splagen.autotune.cache import Explanation
@@ -48,17 +62,22 @@ def explain(
         typer.Option(metavar="B,H,L", help="Batch, heads of queries (SSE: of values), length; any."),
     ] = None,
     gpu: Annotated[str | None, typer.Option(metavar="NAME", help="Such as H200; the one that is here.")] = None,
+    decode: Decode = False,
+    page_type: PageTypeName = INPUT,
     as_json: AsJson = False,
 ) -> None:
     """Say which kernels of a spec have a tuned Schedule, and what differs where one has none."""
     with errors_as_status(as_json):
         from splagen import pipeline
         from splagen.autotune import cache, key
+        from splagen.autotune.space import scheduled
+        from splagen.codegen.compile import Module
 
         made = read_spec_file(spec)
+        check_page_type(decode, page_type)
         device = device_called(gpu)
-        part = pipeline.kernels(made)
-        kernels = {k.name: k for k in (*part.kernels, *part.strategies)}
+        part: Module = pipeline.decode_kernels(made, page_type) if decode else pipeline.kernels(made)
+        kernels = {k.name: k for k in scheduled(part)}
         chosen = [pick("kernel", kernel, kernels)] if kernel else list(kernels.values())
         bucket = key.Bucket.of(made, read_shape(shape)) if shape else key.Bucket(1, 1)
         free = frozenset[str]() if shape else key.SIZES

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from splagen.cli_cache import device_called
 from splagen.terminal import emit, read_shape, table
 
 if TYPE_CHECKING:
     from splagen.autotune.device import Device
-    from splagen.codegen.partition import Partition
-    from splagen.codegen.sequence_partition import SequencePartition
+    from splagen.codegen.compile import Module
+    from splagen.codegen.decoding import Decoding
     from splagen.spec import Spec
     from splagen.verification import Shape
 
@@ -37,13 +37,17 @@ class Row:
     bound: str
 
 
-def show_cost(spec: Spec, shape: str | None, dtype: str | None, gpu: str | None, as_json: bool) -> None:
-    """Print the table, or one JSON document."""
+def show_cost(
+    spec: Spec, shape: str | None, dtype: str | None, gpu: str | None, pages: str | None, as_json: bool
+) -> None:
+    """Print the table, or one JSON document; `pages`: of decoding, where B are sequences and L the tokens of each."""
     from splagen import pipeline
+    from splagen.codegen.decoding import Decoding
 
     device, chosen = device_called(gpu or "H200"), dtype or "bf16"
     at = read_shape(shape) if shape else (1, max(HEADS // spec.group_size, 1) * spec.group_size, LENGTH)
-    found = rows(spec, pipeline.kernels(spec), at, chosen, device)
+    part: Module = pipeline.decode_kernels(spec, pages) if pages else pipeline.kernels(spec)
+    found = rows(spec, part, at, chosen, device)
     listing = table("kernel", "bytes", "FLOPs", "MB", "GFLOP", "ms", "bound by")
     listing.title = f"B, H, L = {', '.join(map(str, at))}; {chosen}; {device.name}"
     for r in found:
@@ -51,10 +55,10 @@ def show_cost(spec: Spec, shape: str | None, dtype: str | None, gpu: str | None,
         figures = [f"{r.bytes / 1e6:.1f}", f"{r.flops / 1e9:.1f}", ms]
         listing.add_row(r.kernel, r.bytes_formula, r.flops_formula, *figures, r.bound)
     totals = {}
-    for name in ("forward", "backward"):
+    for name in ("step",) if pages else ("forward", "backward"):
         totals[name] = sum(r.ms for r in found if name in r.launched_in and not r.alternative)
         listing.add_row(f"all of {name}", "", "", "", "", f"{totals[name]:.3f}", "")
-    document = {
+    document: dict[str, Any] = {
         "name": spec.name,
         "shape": at,
         "dtype": chosen,
@@ -62,17 +66,35 @@ def show_cost(spec: Spec, shape: str | None, dtype: str | None, gpu: str | None,
         "kernels": [asdict(r) for r in found],
         "total_ms": totals,
     }
+    if isinstance(part, Decoding):
+        formula, moved = floor(spec, part, at, chosen, device)
+        least = 1e3 * moved / device.bandwidth
+        listing.add_row("floor", formula, "", f"{moved / 1e6:.1f}", "", f"{least:.3f}", "bytes")
+        document["floor"] = {"bytes_formula": formula, "bytes": moved, "ms": least}
     emit(document, as_json, listing)
 
 
-def rows(spec: Spec, part: Partition | SequencePartition, shape: Shape, dtype: str, device: Device) -> list[Row]:
-    """A row for every kernel with its default Schedule, in the order of launches."""
-    from splagen.autotune.cost import costs, default_schedules, evaluate, predict
-    from splagen.autotune.key import sizes_of
+def floor(spec: Spec, part: Decoding, shape: Shape, dtype: str, device: Device) -> tuple[str, float]:
+    """The bytes that a step has to move: the formula as text, and its value."""
+    from splagen.autotune.cost import evaluate, run_sizes
+    from splagen.autotune.step_cost import Step
 
-    sizes = sizes_of(spec, shape)
+    formula = Step.of(part, dtype).floor()
+    return str(formula), evaluate(formula, run_sizes(spec, part, shape), "a step")
+
+
+def rows(spec: Spec, part: Module, shape: Shape, dtype: str, device: Device) -> list[Row]:
+    """A row for every kernel with its default Schedule, in the order of launches."""
+    from splagen.autotune.cost import costs, default_schedules, evaluate, predict, run_sizes
+    from splagen.codegen.decoding import Decoding
+
+    sizes = run_sizes(spec, part, shape)
     made = costs(spec, part, default_schedules(spec, part, device.arch, dtype), dtype)
-    passes = {"forward": part.forward, "backward": part.backward, "step": getattr(part, "step", ())}
+    passes = (
+        {"step": part.kernels}
+        if isinstance(part, Decoding)
+        else {"forward": part.forward, "backward": part.backward, "step": getattr(part, "step", ())}
+    )
     found = []
     for k in part.kernels:
         cost, predicted = made[k.name], predict(made[k.name], sizes, device)

@@ -12,7 +12,20 @@ import typer
 
 from splagen import settings
 from splagen.errors import WrongResult
-from splagen.terminal import AsJson, SpecFile, emit, errors_as_status, pick, read_shape, read_spec_file, table
+from splagen.terminal import (
+    INPUT,
+    AsJson,
+    Decode,
+    PageTypeName,
+    SpecFile,
+    check_page_type,
+    emit,
+    errors_as_status,
+    pick,
+    read_shape,
+    read_spec_file,
+    table,
+)
 
 if TYPE_CHECKING:
     from splagen.autotune.search import Outcome, Progress
@@ -35,17 +48,26 @@ def tune_command(
     alike: Annotated[
         float, typer.Option(min=0, max=1, help="How much neighbouring queries have in common; as in text: 0.98.")
     ] = 0.0,
+    decode: Decode = False,
+    page_type: PageTypeName = INPUT,
     as_json: AsJson = False,
 ) -> None:
-    """Find the fastest Schedule of every kernel on this GPU and keep them in the cache."""
+    """Find the fastest Schedule of every kernel on this GPU and keep them in the cache.
+
+    With --decode, B counts sequences, and L the tokens that one may get.
+    """
     with errors_as_status(as_json):
         from splagen import pipeline
         from splagen.verification import DTYPES
 
         made = read_spec_file(spec)
+        check_page_type(decode, page_type)
         shapes = [read_shape(s) for s in shape]
         kind = pick("dtype", dtype, DTYPES)
-        library = pipeline.generate(made, settings.cache_dir() / "kernels")
+        folder = settings.cache_dir() / "kernels"
+        library = (
+            pipeline.generate_decoding(made, folder, page_type=page_type) if decode else pipeline.generate(made, folder)
+        )
         with _bar() as told:
             options: dict[str, Any] = {"effort": effort, "seconds": seconds, "jobs": jobs, "force": force}
             found = pipeline.tune(library, shapes=shapes, dtype=kind, alike=alike, progress=told, **options)

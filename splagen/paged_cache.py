@@ -16,16 +16,14 @@ import torch
 from torch import Tensor
 
 from splagen import settings
-from splagen.codegen.decoding import Decoding, decoding
-from splagen.codegen.kernel import Array
+from splagen.cache_tensors import NO_PAGE, NO_SEQUENCE, CacheTensors, default_page_size
 from splagen.errors import InputError
 from splagen.pipeline import DecodingLibrary
 from splagen.spec import digest, to_toml
 
-NO_PAGE = -1
-NO_SEQUENCE = -1
 MOST_TOKENS = 8  # of a step: fewer than the tokens of a page, so that they lie in two pages at the most
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST_E4M3 = 448.0
 
 
 class SPLACache:
@@ -56,6 +54,7 @@ class SPLACache:
         step_tokens: int = 1,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cuda",
+        scales: Mapping[str, float | Tensor] | None = None,
     ) -> None:
         """Allocate everything.
 
@@ -69,14 +68,17 @@ class SPLACache:
             step_tokens: the most tokens per sequence that a step takes, 1 to 8: room for what kernels hand on.
             dtype: of keys, values and statistics.
             device: where it lies.
+            scales: of a library whose pages are e4m3, by "k" and "v": a power of two, or a tensor of them [Hkv]; 1 for
+                those that are not given.  A number is kept as a multiple of its scale, from 2^-9 to 448 in size.
 
         Raises:
-            InputError: a size that is out of range.
+            InputError: a size that is out of range, a scale that is no power of two, scales without e4m3, or a GPU
+                that has no e4m3.
         """
-        self.library, self.part = library, decoding(library.spec)
+        self.library, self.part = library, library.part
         self.spec_text = to_toml(library.spec)
         block = self.part.geometry.block
-        page_size = max(256, block) if page_size is None else page_size
+        page_size = default_page_size(self.part) if page_size is None else page_size
         for name, value in (("sequences", sequences), ("kv_heads", kv_heads), ("tokens", tokens)):
             if value < 1:
                 raise InputError(f"{name} is {value}", "give at least 1")
@@ -91,27 +93,45 @@ class SPLACache:
         if total < 1 or total * kv_heads * (page_size // block) >= 2**31:
             raise InputError(f"pages is {total}", "1 or more, and fewer than 2**31 blocks over all heads")
         self.sequences, self.kv_heads, self.dtype, self.device = sequences, kv_heads, dtype, torch.device(device)
+        self.made = CacheTensors.allocate(
+            library.module, self.part, sequences=sequences, kv_heads=kv_heads, width=self.width, pages=total,
+            page_size=page_size, dtype=dtype, device=self.device, step_tokens=step_tokens,
+        )  # fmt: skip
         self.step_tokens = step_tokens
-
-        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self.device)
-
-        self.page_table = zeros(sequences, self.width, dtype=torch.int32).fill_(NO_PAGE)
-        self.seqlens = zeros(sequences, dtype=torch.int32).fill_(NO_SEQUENCE)
-        self.settled = zeros(sequences, dtype=torch.int32)
-        self.pages = {
-            a.name: zeros(total, kv_heads, page_size // _span(a, self.part), *a.width, dtype=_held(a, dtype))
-            for a in self.part.pages
-        }
-        self.states = {a.name: zeros(sequences, kv_heads, *a.width, dtype=torch.float32) for a in self.part.states}
-        module = library.module
-        like = torch.empty(sequences, kv_heads * self.part.geometry.group, 1, dtype=dtype, device=self.device)
-        self.scratch: dict[str, Tensor] = module.scratch(
-            module.schedules_for(like), sequences, kv_heads, self.width * page_size, dtype, self.device, step_tokens
-        )
+        self.page_table, self.seqlens, self.settled = self.made.page_table, self.made.seqlens, self.made.settled
+        self.pages, self.states, self.scratch = self.made.pages, self.made.states, self.made.scratch
+        self.scales = self.made.scales
+        self._set_scales(scales or {})
         self._free = list(range(total))[::-1]
         self._uses: Counter[int] = Counter()
         self._held: dict[int, list[int]] = {}
+
+    def _set_scales(self, given: Mapping[str, float | Tensor]) -> None:
+        """Scales of keys and values, and of statistics by how they grow with the keys."""
+        if not self.scales and given:
+            raise InputError("scales of pages in the type of q", 'generate_decoding(..., page_type="e4m3") has some')
+        if not self.scales:
+            return
+        if (
+            self.device.type == "cuda"
+            and not torch.version.hip
+            and torch.cuda.get_device_capability(self.device) < (8, 9)
+        ):
+            raise InputError(f"{torch.cuda.get_device_name(self.device)} has no e4m3", "take pages in the type of q")
+        names = self.part.key_rows
+        if unknown := sorted(given.keys() - set(names)):
+            raise InputError(f"scale of {', '.join(unknown)}", f"pages of {', '.join(names)} have one")
+        chosen = {n: torch.as_tensor(given.get(n, 1.0), dtype=torch.float32).expand(self.kv_heads) for n in names}
+        for pages, degree in self.part.degrees.items():
+            name = pages.removesuffix("_pages")
+            value = chosen[name] if name in chosen else chosen[names[0]] ** degree
+            kept = value.to(self.dtype)
+            mantissa = torch.frexp(value).mantissa
+            if not bool(((value > 0) & (mantissa == 0.5) & (kept.float() == value)).all()):
+                raise InputError(
+                    f"the scale of {name} is {value.tolist()}", f"powers of two in the range of {self.dtype}"
+                )
+            self.scales[f"{name}_scale"].copy_(kept)
 
     # -- steps --------------------------------------------------------------------------------------------
 
@@ -132,10 +152,7 @@ class SPLACache:
             raise InputError(what, "make the cache with a larger step_tokens, up to 8")
         if settings.check_cache() and not torch.compiler.is_compiling() and not self._captured():
             self.check(room=tokens)
-        return (
-            self.page_table, self.seqlens, self.settled,
-            *self.pages.values(), *self.states.values(), *self.scratch.values(),
-        )  # fmt: skip
+        return self.made.arguments
 
     def _captured(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -321,6 +338,7 @@ class SPLACache:
             "seqlens": self.seqlens.clone(),
             "settled": self.settled.clone(),
             "pages": {n: x.clone() for n, x in self.pages.items()},
+            "scales": {n: x.clone() for n, x in self.scales.items()},
             "states": {n: x.clone() for n, x in self.states.items()},
         }
 
@@ -336,6 +354,9 @@ class SPLACache:
                 raise InputError(f"what was saved has {theirs} {name}", "restore it into a cache made like the first")
         pairs = [(self.page_table, saved["page_table"]), (self.seqlens, saved["seqlens"])]
         pairs.append((self.settled, saved["settled"]))
+        if saved["scales"].keys() != self.scales.keys():
+            raise InputError("what was saved has pages of another type", "restore it into a cache made like the first")
+        pairs += [(x, saved["scales"][n]) for n, x in self.scales.items()]
         pairs += [(x, saved["pages"][n]) for n, x in self.pages.items()]
         pairs += [(x, saved["states"][n]) for n, x in self.states.items()]
         for mine, theirs in pairs:
@@ -350,11 +371,11 @@ class SPLACache:
         self._free = [p for p in range(total) if not self._uses[p]][::-1]
 
 
-def _span(a: Array, part: Decoding) -> int:
-    """Tokens of one row of a page."""
-    return 1 if a in part.keys else part.geometry.cell
+def scale_of(rows: Tensor, headroom: float = 4.0) -> Tensor:
+    """A scale for pages in e4m3 of rows like these, [..., Hkv, D] -> [Hkv]: a power of two.
 
-
-def _held(a: Array, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of pages: numbers of keys are float32 beside rows of any dtype."""
-    return dtype if a.dtype == "input" else torch.float32
+    The largest of them, times `headroom` for those to come, is within what e4m3 holds.  e4m3 rounds to 4 digits of two
+    over 15 powers of it, so the scale decides what falls off at either end and no more.
+    """
+    largest = rows.detach().float().abs().amax(-1).flatten(0, -2).amax(0).clamp(min=2.0**-100)
+    return torch.exp2(torch.ceil(torch.log2(largest * headroom / LARGEST_E4M3)))

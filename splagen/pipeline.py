@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 import torch
 
@@ -16,14 +17,17 @@ from splagen.autotune.device import this_device
 from splagen.autotune.search import EFFORTS, Progress
 from splagen.autotune.tuned import TunedSchedules
 from splagen.autotune.tuner import Target, Tuned
-from splagen.codegen.decode_module import decode_module_text
-from splagen.codegen.decoding import decoding
+from splagen.cache_tensors import default_page_size
+from splagen.codegen.compile import Module
+from splagen.codegen.decode_module import decode_module_text, stem
+from splagen.codegen.decoding import Decoding, decoding
 from splagen.codegen.files import import_file, write_generated
 from splagen.codegen.packed_module import packed_module_text
 from splagen.codegen.packed_partition import PackedPartition, packed_partition
 from splagen.codegen.partition import Partition
 from splagen.codegen.sequence_partition import SequencePartition
-from splagen.errors import InputError
+from splagen.codegen.step_rows import PageType
+from splagen.errors import InputError, SpecError
 from splagen.ir.check import check
 from splagen.ir.passes import Pass, run
 from splagen.ir.program import Program
@@ -61,6 +65,11 @@ class DecodingLibrary(Library):
     """A generated module of decoding steps on disk."""
 
     spec: SPLASpec
+
+    @property
+    def part(self) -> Decoding:
+        """The kernels and arrays of the module."""
+        return decoding(self.spec, self.module.PAGE_TYPE)
 
     @property
     def op_name(self) -> str:
@@ -126,6 +135,28 @@ def source(spec: Spec) -> str:
     return kind_of(spec).source(spec)
 
 
+def decode_kernels(spec: Spec, page_type: str = "input") -> Decoding:
+    """The kernels of a step of one token per sequence, for pages in the type of q or in "e4m3".
+
+    Raises:
+        InputError: an unknown type of pages.
+        SpecError: a query of the spec depends on later tokens, or the spec is of SSE.
+    """
+    if not isinstance(spec, SPLASpec):
+        raise SpecError(f"{spec.name} is a spec of SSE", f"its module has a step of its own: {spec.name}_step")
+    known: dict[str, PageType] = {name: name for name in get_args(PageType)}
+    if page_type not in known:
+        raise InputError(f"unknown type of pages {page_type!r}", f"one of {', '.join(known)}")
+    return decoding(spec, known[page_type])
+
+
+def decode_source(spec: Spec, page_type: str = "input") -> str:
+    """The text of the generated module of decoding.  Raises as `decode_kernels`."""
+    part = decode_kernels(spec, page_type)
+    assert isinstance(spec, SPLASpec)
+    return decode_module_text(part, spec, digest=digest(spec)[:8], spec_text=to_toml(spec))
+
+
 def generate(spec: Spec, out: str | Path) -> Library:
     """Write `{name}_{digest8}.py` into `out`.  Raises GeneratedFileError where a foreign file is in the way."""
     path = Path(out) / f"{spec.name}_{digest(spec)[:8]}.py"
@@ -133,16 +164,21 @@ def generate(spec: Spec, out: str | Path) -> Library:
     return Library(spec, path)
 
 
-def generate_decoding(spec: SPLASpec, out: str | Path) -> DecodingLibrary:
+def generate_decoding(spec: Spec, out: str | Path, *, page_type: str = "input") -> DecodingLibrary:
     """Write `{name}_decode_{digest8}.py` into `out`: the step of a few tokens per sequence of an `SPLACache`.
 
+    `page_type` is "input", and pages have the type of q, or "e4m3": keys, values and statistics in 8 bits
+    (`{name}_decode_e4m3_{digest8}.py`).
+
     Raises:
-        SpecError: a query of the spec depends on later tokens.
+        InputError: an unknown type of pages.
+        SpecError: a query of the spec depends on later tokens, or the spec is of SSE.
         GeneratedFileError: a foreign file is in the way.
     """
-    short = digest(spec)[:8]
-    path = Path(out) / f"{spec.name}_decode_{short}.py"
-    write_generated(path, decode_module_text(decoding(spec), spec, digest=short, spec_text=to_toml(spec)))
+    text = decode_source(spec, page_type)
+    assert isinstance(spec, SPLASpec)
+    path = Path(out) / f"{stem(spec, decode_kernels(spec, page_type).page_type)}_{digest(spec)[:8]}.py"
+    write_generated(path, text)
     return DecodingLibrary(spec, path)
 
 
@@ -185,6 +221,25 @@ def load(spec: Spec) -> Callable[..., Any]:
     return library.op
 
 
+def capacity(spec: Spec, shape: Shape) -> Shape:
+    """Sequences, heads and the tokens for which a cache made for this shape has pages."""
+    page = default_page_size(decode_kernels(spec))
+    return (*shape[:2], -(-shape[2] // page) * page)
+
+
+def load_decoding(spec: Spec, *, page_type: str = "input") -> DecodingLibrary:
+    """The step of a spec, generated under the cache directory; it takes the Schedules that were tuned.
+
+    Raises:
+        InputError: an unknown type of pages.
+        SpecError: a query of the spec depends on later tokens, or the spec is of SSE.
+    """
+    library = generate_decoding(spec, settings.cache_dir() / "kernels", page_type=page_type)
+    if not settings.interpreted():
+        vars(library.module)["TUNED"] = TunedSchedules(spec, kernels=partial(decode_kernels, page_type=page_type))
+    return library
+
+
 def load_packed(spec: SPLASpec) -> Callable[..., Any]:
     """The op on packed sequences, generated under the cache directory and imported.
 
@@ -210,6 +265,9 @@ def tune(
 ) -> list[Tuned]:
     """Find the fastest Schedules at shapes (B, H, L) on this GPU, or take them from the cache; the library uses them.
 
+    Of a library of decoding, B are sequences, H heads of queries and L the tokens that a sequence of a cache may get;
+    an `SPLACache` that is made afterwards has the splits that were found.
+
     Args:
         library: a generated library, or a spec.
         shapes: one tuning for each, which serves all sizes that round up to the same powers of two.
@@ -230,21 +288,23 @@ def tune(
     """
     if not isinstance(library, Library):
         library = generate(library, settings.cache_dir() / "kernels")
+    decodes = library.part if isinstance(library, DecodingLibrary) else None
     if effort not in EFFORTS:
         raise InputError(f"unknown effort {effort!r}", f"one of {', '.join(EFFORTS)}")
     names = {d: n for n, d in DTYPES.items()}
     if dtype not in names:
         raise InputError(f"unknown dtype {dtype}", f"one of {', '.join(map(str, names))}")
-    if not 0 <= alike <= 1 or (alike and library.spec.kind == "sse"):
-        hint = "0 to 1, and 0 for sse, where no query chooses blocks"
+    if not 0 <= alike <= 1 or (alike and (decodes or library.spec.kind == "sse")):
+        hint = "0 to 1, and 0 for sse, where no query chooses blocks, and for decoding, where each chooses alone"
         raise InputError(f"alike = {alike} of a spec of kind {library.spec.kind}", hint)
-    device, part = this_device(), kernels(library.spec)
+    device = this_device()
+    part: Module = decodes or kernels(library.spec)
     found = []
-    for shape in shapes:
+    for shape in (capacity(library.spec, s) for s in shapes) if decodes else shapes:
         target = Target(library.spec, part, library.path, shape, names[dtype], device, alike)
         options: dict[str, Any] = {"effort": EFFORTS[effort], "seconds": seconds, "jobs": jobs, "force": force}
         found.append(tuner.tune(target, library.module, progress=progress, **options))
-    vars(library.module)["TUNED"] = TunedSchedules(library.spec)
+    vars(library.module)["TUNED"] = TunedSchedules(library.spec, kernels=lambda _: part)
     return found
 
 

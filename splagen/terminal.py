@@ -21,9 +21,15 @@ if TYPE_CHECKING:
     from splagen.verification import Shape
 
 WRONG_RESULT, WRONG_REQUEST = 1, 2
+INPUT = "input"  # the type of pages if nothing is said
 
 T = TypeVar("T")
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC.toml", help="The spec: what is computed.")]
+Decode = Annotated[bool, typer.Option("--decode", help="The step of decoding: one token for each sequence of a cache.")]
+PageTypeName = Annotated[
+    str,
+    typer.Option(metavar="input|e4m3", help="Of --decode: what pages hold, the type of q or 8 bits."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 
@@ -38,6 +44,12 @@ def errors_as_status(as_json: bool) -> Iterator[None]:
         if as_json and not wrong:
             typer.echo(json.dumps({"error": error.message, "hint": error.hint}))
         raise typer.Exit(WRONG_RESULT if wrong else WRONG_REQUEST) from None
+
+
+def check_page_type(decode: bool, page_type: str) -> None:
+    """Raise InputError for pages of something that has none."""
+    if page_type != INPUT and not decode:
+        raise InputError(f"--page-type {page_type} without --decode", "only decoding has pages")
 
 
 def read_spec_file(path: Path) -> Spec:

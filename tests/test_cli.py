@@ -339,6 +339,46 @@ def test_compile_writes_a_build(tmp_path: Path) -> None:
     assert all(note in result.stderr for note in found["notes"])
 
 
+def test_decode_stands_for_the_step_in_every_command_that_generates(tmp_path: Path) -> None:
+    found = document(run("generate", SMALL, "--decode", "--out", tmp_path, "--json"))
+    assert found["op"].endswith("_step")
+    assert run("show", SMALL, "--decode", "--source").stdout.strip() == Path(found["path"]).read_text().strip()
+    assert "_settled" in run("show", SMALL, "--decode").stdout
+    assert "def settle_kernel(" in run("show", SMALL, "--decode", "--kernel", "settle").stdout
+    cost = document(run("show", SMALL, "--decode", "--after", "cost", "--shape", "4,2,4096", "--json"))
+    assert [k["launched_in"] for k in cost["kernels"]] == [["step"]] * 6
+    moved = sum(k["bytes"] for k in cost["kernels"])
+    assert 0 < cost["floor"]["bytes"] < moved
+    assert cost["total_ms"]["step"] == pytest.approx(sum(k["ms"] for k in cost["kernels"]))
+
+
+def test_pages_of_8_bits_have_a_module_of_their_own(tmp_path: Path) -> None:
+    found = document(run("generate", SMALL, "--decode", "--page-type", "e4m3", "--out", tmp_path, "--json"))
+    assert found["module"].startswith("small_decode_e4m3_")
+    assert "round_e4m3(" in run("show", SMALL, "--decode", "--page-type", "e4m3", "--kernel", "append").stdout
+    cost = ("show", SMALL, "--decode", "--after", "cost", "--shape", "8,2,65536", "--json")
+    wide, narrow = (document(run(*cost, "--page-type", t))["floor"]["bytes"] for t in ("input", "e4m3"))
+    assert 0.5 < narrow / wide < 0.6, "states and rows of tokens stay"
+    assert "only decoding has pages" in refused("compile", SMALL, "--page-type", "e4m3")
+    assert "unknown type of pages 'e5m2'" in refused("generate", SMALL, "--decode", "--page-type", "e5m2")
+
+
+@pytest.mark.slow
+def test_compile_reports_the_kernels_of_a_step() -> None:
+    found = document(run("compile", SMALL, "--decode", "--target", "sm_90", "--json"))
+    assert [r["kernel"] for r in found["rows"]] == ["append", "score", "select", "settle", "attend", "merge"]
+    assert all(r["registers"] and r["spilled"] < 64 for r in found["rows"])
+
+
+def test_what_has_no_step_of_its_own_is_refused() -> None:
+    sse = ROOT / "examples/specs/sse_gla.toml"
+    for command in (("generate",), ("show",), ("compile",)):
+        assert "sse_gla_step" in refused(*command, sse, "--decode")
+    assert "--after split_complement beside --decode" in refused(
+        "show", SMALL, "--decode", "--after", "split_complement"
+    )
+
+
 def test_compile_writes_no_build_of_a_kernel_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = Built("rows", "sm_90", "bf16", {"num_warps": 4}, error="ptxas: unknown instruction")
     monkeypatch.setattr(ahead_of_time, "keep_module", lambda *_, **__: ([row], [{}]))

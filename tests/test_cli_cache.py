@@ -42,6 +42,15 @@ def explained(*arguments: object) -> dict[str, dict[str, object]]:
     return {k["kernel"]: k for k in document(result)["kernels"]}
 
 
+def test_explain_of_decoding_asks_for_its_kernels_and_its_splits() -> None:
+    part = pipeline.decode_kernels(SPEC)
+    tuned.put(key_of(SPEC, part.splitting, "bf16", Bucket(4096, 4), H200), ENTRY)
+    found = explained("--decode", "--shape", "4,2,4096")
+    assert {n for n, k in found.items() if k["hit"]} == {"splitting"}
+    assert found.keys() == {"append", "score", "select", "settle", "attend", "merge", "splitting"}
+    assert not any(k["hit"] for n, k in explained().items())
+
+
 def test_ls_lists_every_entry() -> None:
     empty = run("cache", "ls")
     assert empty.exit_code == 0

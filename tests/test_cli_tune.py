@@ -28,7 +28,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any
     calls: list[dict[str, Any]] = []
 
     def tune(library: pipeline.Library, **options: Any) -> list[Tuned]:
-        calls.append(options)
+        calls.append({**options, "library": library})
         return [options.pop("answer", FOUND) for _ in options["shapes"]]
 
     monkeypatch.setenv("SPLAGEN_CACHE_DIR", str(tmp_path))
@@ -45,6 +45,17 @@ def test_a_table_has_what_was_tried_and_what_was_gained(asked: list[dict[str, An
     (call,) = asked
     assert call["shapes"] == [(1, 2, 99)]
     assert (call["effort"], call["seconds"], call["force"], call["alike"]) == ("full", 7.0, False, 0.9)
+
+
+def test_decode_tunes_the_module_of_decoding(asked: list[dict[str, Any]]) -> None:
+    result = run("tune", SMALL, "--decode", "--shape", "16,2,4096")
+    assert result.exit_code == 0, result.output
+    (call,) = asked
+    assert isinstance(call["library"], pipeline.DecodingLibrary)
+    assert call["shapes"] == [(16, 2, 4096)]
+    sse = run("tune", "examples/specs/sse_gla.toml", "--decode", "--shape", "1,2,99")
+    assert (sse.exit_code, len(asked)) == (2, 1)
+    assert "sse_gla_step" in sse.stderr
 
 
 @pytest.mark.usefixtures("asked")

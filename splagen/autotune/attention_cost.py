@@ -9,7 +9,7 @@ it is longer.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -256,26 +256,41 @@ def _hole(kernel: Kernel, name: str) -> int:
 
 
 def mean_length(found: Sequence[Interval], position: sp.Symbol, count: sp.Expr, extent: sp.Expr) -> sp.Expr:
-    """The length of intervals below `extent`, averaged over a position from 0 to `count`.
+    """The length of intervals below `extent`, averaged over a position from 0 to `count`."""
+    return _length(found, position, count / 2, extent, lambda b: _mean(b, position, count))
 
-    Each interval counts with the bounds that it has far from the ends of a long sequence.
-    """
+
+def last_length(found: Sequence[Interval], position: sp.Symbol, extent: sp.Expr) -> sp.Expr:
+    """The length of intervals below `extent` at the last position of a sequence of whole blocks."""
+    last = LENGTH - 1
+
+    def value(bound: Bound) -> sp.Expr:
+        reached = sp.expand(bound.numerator.xreplace({position: last}))
+        rest = reached.subs(LENGTH, 0)
+        return (reached - rest) / bound.divisor + sp.floor(sp.Rational(rest, bound.divisor))
+
+    return _length(found, position, last, extent, value)
+
+
+def _length(
+    found: Sequence[Interval], position: sp.Symbol, at: sp.Expr, extent: sp.Expr, value: Callable[[Bound], sp.Expr]
+) -> sp.Expr:
+    """Each interval counts with the bounds that it has at a position far from the ends of a long sequence."""
     total = sp.S.Zero
-    middle = {position: count / 2}
 
-    def at_middle(x: sp.Expr) -> sp.Expr:
-        return x.xreplace(middle).xreplace({LENGTH: sp.Integer(LONG)})
+    def far(x: sp.Expr) -> sp.Expr:
+        return x.xreplace({position: at}).xreplace({LENGTH: sp.Integer(LONG)})
 
     def where(b: Bound) -> sp.Expr:
-        return at_middle(b.numerator / b.divisor)
+        return far(b.numerator / b.divisor)
 
     for interval in found:
-        if any(at_middle(guard) < 0 for guard in interval.guards):
+        if any(far(guard) < 0 for guard in interval.guards):
             continue
         low = max((Bound(sp.S.Zero, 1), *interval.lows), key=where)
         high = min((Bound(extent, 1), *interval.highs), key=where)
         if where(high) > where(low):
-            length = sp.expand(_mean(high, position, count) - _mean(low, position, count))
+            length = sp.expand(value(high) - value(low))
             total += sp.Max(0, length) if length.as_coeff_Add()[0] < 0 else length  # none in a short sequence
     return total
 

@@ -10,12 +10,13 @@ from typing import Any
 
 from splagen.autotune.search import Lost, Measurement, Outcome, Reason, identity
 from splagen.codegen.compile import Compiler
-from splagen.codegen.kernel import Kernel
+from splagen.codegen.kernel import Kernel, Splitting
 from splagen.codegen.schedule import Schedule
 from splagen.codegen.worker_process import ProcessDidNotStart, ProcessEnded, WorkerProcess
 from splagen.errors import TuningError
 from splagen.verification import Shape
 
+WORKER, STEP_WORKER = "splagen.autotune.worker", "splagen.autotune.step_worker"
 SECONDS = 60.0  # for one measurement, after which its process is killed
 START_SECONDS = 300.0  # for the op's first run
 MOST_SPILLED = 4096  # bytes per thread: such a kernel is never the fastest
@@ -29,11 +30,19 @@ class Bench:
     """
 
     def __init__(
-        self, module: Path, compiler: Compiler | None, dtype: str, arch: str, shape: Shape, alike: float = 0.0
+        self,
+        module: Path,
+        compiler: Compiler | None,
+        dtype: str,
+        arch: str,
+        shape: Shape,
+        alike: float = 0.0,
+        worker: str = WORKER,
     ) -> None:
         """`compiler` compiles candidates before they are timed; None where kernels are interpreted, on the CPU.
 
-        `alike`: how much neighbouring queries have in common, 0 to 1 (`worker.related`).
+        `alike`: how much neighbouring queries have in common, 0 to 1 (`worker.related`).  `worker`: the module that
+        the process runs; `STEP_WORKER` for a module of decoding.
         """
         self.dtype, self.arch, device = dtype, arch, "cuda" if compiler else "cpu"
         arguments = [str(module), dtype, device, *map(str, shape), "--alike", str(alike)]
@@ -42,9 +51,7 @@ class Bench:
         self.built: dict[tuple[str, frozenset[tuple[str, int]]], Lost | None] = {}
         self._gpu = threading.Lock()
         self._stopped = False
-        self._worker = WorkerProcess(
-            "splagen.autotune.worker", arguments, interpreted=compiler is None, greets_in=START_SECONDS
-        )
+        self._worker = WorkerProcess(worker, arguments, interpreted=compiler is None, greets_in=START_SECONDS)
 
     def __enter__(self) -> Bench:
         return self
@@ -79,8 +86,17 @@ class Bench:
                 lost = Lost("out of resources", f"{row.spilled} bytes spilled per thread")
             self.built[kernel.name, identity(schedule)] = lost
 
-    def measure(self, kernel: Kernel, schedule: Schedule, shared: Mapping[str, int], repetitions: int) -> Outcome:
+    def measure(
+        self,
+        kernel: Kernel | Splitting,
+        schedule: Schedule,
+        shared: Mapping[str, int],
+        repetitions: int,
+        schedules: Mapping[str, Schedule] | None = None,
+    ) -> Outcome:
         """Time one Schedule.  `shared`: the CHUNK of kernels that agree with this one, by name.
+
+        Of a splitting the whole step is timed, where kernels have the `schedules` given.
 
         Raises:
             TuningError: the kernel failed for no reason that a Schedule explains, or the op does not run.
@@ -88,7 +104,8 @@ class Bench:
         lost = self.built.get((kernel.name, identity(schedule)))
         if lost is not None:
             return lost
-        job = {"kernel": kernel.name, "schedule": dict(schedule), "shared": dict(shared), "repetitions": repetitions}
+        job: dict[str, Any] = {"kernel": kernel.name, "schedule": dict(schedule), "shared": dict(shared)}
+        job |= {"repetitions": repetitions, "schedules": {n: dict(s) for n, s in (schedules or {}).items()}}
         with self._gpu:
             answer = self._answer(job)
         if "lost" in answer:
@@ -101,7 +118,7 @@ class Bench:
             raise TuningError(answer["failed"])
         return Measurement(answer["ms"], answer["spread"])
 
-    def _wrong(self, kernel: Kernel, schedule: Schedule, reason: Reason, message: str) -> Lost:
+    def _wrong(self, kernel: Kernel | Splitting, schedule: Schedule, reason: Reason, message: str) -> Lost:
         self.wrong.append((kernel.name, schedule, message))
         return Lost(reason, message)
 

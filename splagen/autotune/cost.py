@@ -20,11 +20,13 @@ from splagen.autotune.device import Device
 from splagen.autotune.formula import Cost
 from splagen.autotune.key import Bucket, sizes_of
 from splagen.autotune.recurrence_cost import Recurrences
+from splagen.autotune.step_cost import Step, step_sizes
 from splagen.codegen import schedule as attention
 from splagen.codegen import sequence_schedule as recurrences
+from splagen.codegen.compile import Module
+from splagen.codegen.decoding import SPLITTING, Decoding, decode_schedule
 from splagen.codegen.geometry import Geometry
 from splagen.codegen.kernel import Kernel
-from splagen.codegen.partition import Partition
 from splagen.codegen.schedule import DTYPES, Schedule
 from splagen.codegen.sequence_partition import SequencePartition
 from splagen.errors import InputError
@@ -33,7 +35,7 @@ from splagen.sse_spec import SSESpec
 
 __all__ = [
     "LAUNCH_MS", "Cost", "Prediction", "costs", "default_schedules", "evaluate", "predict", "rank_correlation",
-    "schedule_cost", "sizes_of",
+    "run_sizes", "schedule_cost", "sizes_of",
 ]  # fmt: skip
 
 LAUNCH_MS = 0.005  # of a kernel that does nothing, between events on an H200
@@ -50,9 +52,7 @@ class Prediction:
     bound: Literal["bytes", "flops"]
 
 
-def costs(
-    spec: Spec, part: Partition | SequencePartition, schedules: Mapping[str, Schedule], dtype: str = "bf16"
-) -> dict[str, Cost]:
+def costs(spec: Spec, part: Module, schedules: Mapping[str, Schedule], dtype: str = "bf16") -> dict[str, Cost]:
     """The formulas of every kernel of a spec, by name, with the Schedules put in.
 
     Args:
@@ -66,6 +66,18 @@ def costs(
     """
     one = _formulas(spec, part, dtype)
     return {k.name: one(k, schedules) for k in part.kernels}
+
+
+def run_sizes(spec: Spec, part: Module, shape: tuple[int, int, int]) -> Sizes:
+    """The sizes that formulas take for a shape (B, H, L); of decoding with the splits that defaults choose.
+
+    Raises:
+        InputError: as `sizes_of`.
+    """
+    sizes = sizes_of(spec, shape)
+    if isinstance(part, Decoding):
+        return step_sizes(part, sizes["B"], sizes["Hkv"], sizes["L"], SPLITTING)
+    return sizes
 
 
 def predict(cost: Cost, sizes: Sizes, device: Device) -> Prediction:
@@ -92,9 +104,7 @@ def evaluate(formula: sp.Expr, sizes: Sizes, kernel: str) -> float:
     return float(formula.xreplace({s: sp.Integer(sizes[n]) for n, s in names.items()}))
 
 
-def default_schedules(
-    spec: Spec, part: Partition | SequencePartition, arch: str, dtype: str
-) -> dict[str, dict[str, int]]:
+def default_schedules(spec: Spec, part: Module, arch: str, dtype: str) -> dict[str, dict[str, int]]:
     """The Schedule that every kernel of a spec has before tuning, by name.
 
     Raises:
@@ -105,11 +115,13 @@ def default_schedules(
         made = cast(SSESpec, spec)
         return {k.name: recurrences.default_schedule(k, made, arch, dtype) for k in part.kernels}
     geometry = Geometry.of(part.program)
+    if isinstance(part, Decoding):
+        return {k.name: decode_schedule(k, geometry, arch, dtype) for k in part.kernels}
     return {k.name: attention.default_schedule(k, geometry, arch, dtype) for k in part.kernels}
 
 
 def schedule_cost(
-    spec: Spec, part: Partition | SequencePartition, bucket: Bucket, device: Device, dtype: str
+    spec: Spec, part: Module, bucket: Bucket, device: Device, dtype: str
 ) -> Callable[[str, Schedule], float]:
     """What `search` orders Schedules by: the predicted milliseconds of a kernel, by name, with a Schedule.
 
@@ -120,6 +132,8 @@ def schedule_cost(
         InputError: unknown dtype.
     """
     sizes = {"T": bucket.length, "S": 1, "HV": bucket.batch, "L": bucket.length, "B": 1, "Hkv": bucket.batch}
+    if isinstance(part, Decoding):
+        sizes = step_sizes(part, 1, bucket.batch, bucket.length, SPLITTING)
     one, defaults = _formulas(spec, part, dtype), default_schedules(spec, part, device.arch, dtype)
     kernels = {k.name: k for k in part.kernels}
     known: dict[tuple[str, tuple[int, ...]], float] = {}
@@ -152,13 +166,11 @@ def _ranks(values: Sequence[float]) -> list[float]:
     return [order.index(x) + (order.count(x) - 1) / 2 for x in values]
 
 
-def _formulas(
-    spec: Spec, part: Partition | SequencePartition, dtype: str
-) -> Callable[[Kernel, Mapping[str, Schedule]], Cost]:
+def _formulas(spec: Spec, part: Module, dtype: str) -> Callable[[Kernel, Mapping[str, Schedule]], Cost]:
     _check_dtype(dtype)
     if isinstance(part, SequencePartition):
         return Recurrences(cast(SSESpec, spec), part, dtype).cost
-    whole = Attention(part.program, dtype)
+    whole = Step.of(part, dtype) if isinstance(part, Decoding) else Attention(part.program, dtype)
     return lambda kernel, schedules: whole.cost(kernel, schedules[kernel.name])
 
 

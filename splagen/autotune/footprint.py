@@ -17,9 +17,15 @@ FLOAT = 4  # bytes
 def shared_floor(kernel: Kernel, schedule: Schedule, dtype: str) -> int:
     """Bytes of shared memory that the buffers of a kernel's main loop take at the least."""
     size, ahead = DTYPES[dtype], schedule["num_stages"] - 1
+    if any(a.dtype == "e4m3" for a in kernel.inputs):
+        size = 1
     match kernel.template:
         case "block_sparse_forward" | "block_sparse_dq":
             rows = schedule["BLOCK_N"] * _columns(a for a in kernel.inputs if a.layout == "key_rows" and not a.padded)
+        case "decode_attend":
+            rows = schedule["BLOCK_N"] * _columns(a for a in kernel.inputs if a.layout == "pages")
+        case "decode_score":
+            rows = schedule["BLOCK_C"] * _columns(a for a in kernel.inputs if a.layout == "pages")
         case "block_sparse_dkv":
             rows = schedule["BLOCK_M"] * _columns(a for a in kernel.inputs if a.layout == "query_rows" and not a.padded)
         case "score_lse" | "score_topk":
@@ -42,6 +48,10 @@ def carried(kernel: Kernel, schedule: Schedule) -> int:
             return schedule["BLOCK_M"] * max((a.width[-1] for a in kernel.outputs if a.width), default=0)
         case "block_sparse_dkv":
             return schedule["BLOCK_N"] * _columns(a for a in kernel.outputs if a.layout == "segments")
+        case "decode_append":
+            return schedule["BLOCK_E"] * _hole(kernel, "left_size")
+        case "decode_attend":
+            return _hole(kernel, "heads") * _columns(kernel.outputs)
         case "block_states":
             return schedule["BLOCK_E"] * _hole(kernel, "left_size")
         case "chunk_loop" if "carried" in str(kernel.holes["begin"]):

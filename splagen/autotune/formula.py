@@ -16,6 +16,8 @@ from splagen.ir.program import Contract, Equation, UnitInverse
 class Cost:
     """Formulas in the sizes of a launch: L, B and Hkv; of SSE T tokens, S samples and HV value heads.
 
+    Those of a decoding step have its splits too, SCORE_SPLITS, ATTEND_SPLITS and CHUNKS; L is tokens of a sequence.
+
     Sizes count as whole numbers of tiles, blocks and chunks.
 
     Attributes:
@@ -69,6 +71,8 @@ def _value(node: ast.expr, sizes: Mapping[str, sp.Expr | int]) -> sp.Expr:
             return sp.Integer(value)
         case ast.Name() | ast.Attribute() if (name := ast.unparse(node)) in sizes:
             return sp.sympify(sizes[name])  # a number or an expression already: nothing is parsed
+        case ast.BinOp(left, ast.Add(), right):
+            return _value(left, sizes) + _value(right, sizes)
         case ast.BinOp(left, ast.Mult(), right):
             return _value(left, sizes) * _value(right, sizes)
         case ast.BinOp(left, ast.FloorDiv(), right):
@@ -76,6 +80,6 @@ def _value(node: ast.expr, sizes: Mapping[str, sp.Expr | int]) -> sp.Expr:
         case ast.Call(ast.Name("cdiv"), [over, under]):
             quotient = _value(over, sizes) / _value(under, sizes)
             return sp.ceiling(quotient) if quotient.is_number else quotient
-        case ast.Call(ast.Name("max"), arguments):
-            return sp.Max(*(_value(a, sizes) for a in arguments))
+        case ast.Call(ast.Name("max" | "min" as name), arguments):
+            return (sp.Max if name == "max" else sp.Min)(*(_value(a, sizes) for a in arguments))
     raise ScheduleError(f"the launch grid has an unknown part `{ast.unparse(node)}`", f"known: {', '.join(sizes)}")

@@ -11,15 +11,15 @@ from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 
 from splagen.autotune.device import Device
-from splagen.codegen import module, sequence_module
-from splagen.codegen.kernel import Choice, Kernel
+from splagen.codegen import decode_module, module, sequence_module
+from splagen.codegen.kernel import Choice, Kernel, Splitting
 from splagen.codegen.render import kernel_text, template_directory
 from splagen.codegen.schedule import DTYPES
 from splagen.errors import InputError
 from splagen.spec import Spec, digest
 
 SIZES = frozenset({"length", "batch"})  # the fields of a Bucket
-FUNCTIONS = tuple(dict.fromkeys((*module.FUNCTIONS, *sequence_module.FUNCTIONS)))
+FUNCTIONS = tuple(dict.fromkeys((*module.FUNCTIONS, *sequence_module.FUNCTIONS, *decode_module.FUNCTIONS)))
 LONGEST = 300  # characters of a text in a key
 
 
@@ -28,7 +28,8 @@ class Bucket:
     """Sizes that share their Schedules, each rounded up to a power of two.
 
     Attributes:
-        length: positions of a sample; of SSE, tokens of all samples, which are packed.
+        length: positions of a sample; of SSE, tokens of all samples, which are packed; of decoding, the tokens that a
+            sequence may get.
         batch: what runs side by side: samples × KV heads; of SSE, value heads.
     """
 
@@ -123,8 +124,8 @@ def _is_count(value: object) -> bool:
     return type(value) is int and 0 < value < 2**62
 
 
-def key_of(spec: Spec, kernel: Kernel | Choice, dtype: str, bucket: Bucket, device: Device) -> Key:
-    """The key of one kernel of a spec, or of a choice among kernels, for the triton and torch of this process.
+def key_of(spec: Spec, kernel: Kernel | Choice | Splitting, dtype: str, bucket: Bucket, device: Device) -> Key:
+    """The key of one kernel of a spec, or of what goes by several, for the triton and torch of this process.
 
     Raises:
         InputError: `dtype` is not bf16, fp16 or fp32.
@@ -132,7 +133,7 @@ def key_of(spec: Spec, kernel: Kernel | Choice, dtype: str, bucket: Bucket, devi
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype {dtype!r}", f"one of {', '.join(DTYPES)}")
     versions = software()
-    kernels = kernel.kernels if isinstance(kernel, Choice) else (kernel,)
+    kernels = (kernel,) if isinstance(kernel, Kernel) else kernel.kernels
     return Key(
         module.GENERATOR,
         digest(spec)[:32],

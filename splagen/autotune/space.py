@@ -12,9 +12,10 @@ from splagen.autotune.device import Device
 from splagen.autotune.footprint import carried, shared_floor
 from splagen.codegen import schedule as attention
 from splagen.codegen import sequence_schedule as recurrences
+from splagen.codegen.compile import Module
+from splagen.codegen.decoding import SPLITTING, Decoding, check_decode_schedule, decode_schedule
 from splagen.codegen.geometry import Geometry
-from splagen.codegen.kernel import Choice, Kernel
-from splagen.codegen.partition import Partition
+from splagen.codegen.kernel import Choice, Kernel, Splitting
 from splagen.codegen.schedule import REGISTER_BOUND, Agreement, Constraint, Schedule, check_constraints
 from splagen.codegen.sequence_partition import SequencePartition
 from splagen.errors import ScheduleError
@@ -25,7 +26,8 @@ Check: TypeAlias = Callable[[Schedule], None]
 
 UNLIMITED = 0  # of maxnreg: the compiler decides, and the Schedule does not have the name
 TILES = (16, 32, 64, 128)
-CELLS = (64, 128, 256, 512, 1024, 2048)  # of a scan over the elements of states
+CELLS = (64, 128, 256, 512, 1024, 2048)  # of a scan over the elements of states, and of a list that is sorted
+WAVES = (1, 2, 3, 4, 6, 8, 12)  # programs of a splitting, in halves of the multiprocessors
 WARPS, STAGES = (1, 2, 4, 8, 16), (1, 2, 3, 4, 5)
 REGISTER_LIMITS = (64, 96, 128, 168, 255, UNLIMITED)
 # Their tiles are small for 16 warps: triton 3.6 then reads beyond its arrays on an H200, or computes wrong gradients
@@ -143,14 +145,21 @@ class Space:
         return found
 
 
-def spaces(spec: Spec, part: Partition | SequencePartition, device: Device, dtype: str) -> dict[str, Space]:
-    """The space of every kernel of a spec, by name; `part` holds its kernels, `dtype` is bf16, fp16 or fp32.
+def scheduled(part: Module) -> tuple[Kernel | Choice | Splitting, ...]:
+    """Everything of a spec that has a Schedule under its name."""
+    return (*part.kernels, *part.strategies, *((part.splitting,) if isinstance(part, Decoding) else ()))
+
+
+def spaces(spec: Spec, part: Module, device: Device, dtype: str) -> dict[str, Space]:
+    """The space of everything `scheduled`, by name; `part` holds the kernels, `dtype` is bf16, fp16 or fp32.
 
     What kernels must agree on is not in them: see `part.constraints` and `codegen.schedule.check_constraints`.
     """
     found = {k.name: _space(k, _rules(k, spec, part, device, dtype), part, device, dtype) for k in part.kernels}
     if isinstance(part, SequencePartition):
         return found
+    if isinstance(part, Decoding):
+        return found | {part.splitting.name: _splitting(part, device)}
     geometry = Geometry.of(part.program)
     return found | {
         c.name: _strategies(c, attention.default_strategy(c, geometry, dtype)["strategy"]) for c in part.strategies
@@ -159,6 +168,15 @@ def spaces(spec: Spec, part: Partition | SequencePartition, device: Device, dtyp
 
 def _strategies(choice: Choice, default: int) -> Space:
     return Space(choice.name, (Dimension("strategy", default, tuple(range(len(choice.options)))),), lambda _: None)
+
+
+def _splitting(part: Decoding, device: Device) -> Space:
+    """Programs in halves of what the device has multiprocessors; blocks that one program sorts."""
+    values = {n: CELLS if n == "chunk" else [w * device.sms // 2 for w in WAVES] for n in part.splitting.numbers}
+    if not part.budget:  # no scores, no lists
+        values |= {n: [] for n in values if n != "attend"}
+    dimensions = [Dimension(n, SPLITTING[n], tuple(sorted({*v, SPLITTING[n]}))) for n, v in values.items()]
+    return Space(part.splitting.name, tuple(dimensions), lambda _: None)
 
 
 def check_together(
@@ -185,19 +203,22 @@ class _Rules:
     rows: int | None = None  # query rows that share a list of blocks: a tile of more is empty
 
 
-def _rules(kernel: Kernel, spec: Spec, part: Partition | SequencePartition, device: Device, dtype: str) -> _Rules:
+def _rules(kernel: Kernel, spec: Spec, part: Module, device: Device, dtype: str) -> _Rules:
     if isinstance(part, SequencePartition):
         made = cast(SSESpec, spec)
         default = recurrences.default_schedule(kernel, made, device.arch, dtype)
         return _Rules(default, partial(recurrences.check_schedule, kernel, made))
     geometry = Geometry.of(part.program)
+    if isinstance(part, Decoding):
+        default = decode_schedule(kernel, geometry, device.arch, dtype)
+        return _Rules(default, partial(check_decode_schedule, kernel, geometry))
     default = attention.default_schedule(kernel, geometry, device.arch, dtype)
     by_list = kernel.template in ("block_sparse_forward", "block_sparse_dq")
     rows = attention.rows_alike(kernel, geometry) if by_list else None
     return _Rules(default, partial(attention.check_schedule, kernel, geometry), rows)
 
 
-def _space(kernel: Kernel, rules: _Rules, part: Partition | SequencePartition, device: Device, dtype: str) -> Space:
+def _space(kernel: Kernel, rules: _Rules, part: Module, device: Device, dtype: str) -> Space:
     default = rules.default
 
     def alone(name: str, value: int) -> bool:
@@ -236,7 +257,8 @@ def _space(kernel: Kernel, rules: _Rules, part: Partition | SequencePartition, d
 def _values(kernel: Kernel, device: Device) -> dict[str, Sequence[int]]:
     """Values of every number, before anything is ruled out."""
     scan = kernel.template in ("state_scan", "group_scan")
-    found: dict[str, Sequence[int]] = {n: CELLS if scan and n == "BLOCK_E" else TILES for n in kernel.tunable}
+    long = {"BLOCK_J", "BLOCK_K", *(("BLOCK_E",) if scan else ())}
+    found: dict[str, Sequence[int]] = {n: CELLS if n in long else TILES for n in kernel.tunable}
     found["num_warps"] = WARPS[:-1] if kernel.template in PRODUCTS else WARPS
     found["num_stages"] = (1,) if kernel.template in LOOPLESS else STAGES if device.nvidia else STAGES[:2]
     if kernel.template in REGISTER_BOUND and device.nvidia:

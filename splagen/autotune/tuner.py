@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+from splagen import step_verification
 from splagen.autotune import cache
-from splagen.autotune.bench import Bench
+from splagen.autotune.bench import STEP_WORKER, WORKER, Bench
 from splagen.autotune.cost import schedule_cost
 from splagen.autotune.device import Device
 from splagen.autotune.entry import Entry, now
@@ -30,15 +31,14 @@ from splagen.autotune.search import (
     search,
     search_together,
 )
-from splagen.autotune.space import Space, check_together, spaces
-from splagen.codegen.compile import Compiler
+from splagen.autotune.space import Space, check_together, scheduled, spaces
+from splagen.codegen.compile import Compiler, Module
+from splagen.codegen.decoding import Decoding
 from splagen.codegen.kernel import Choice, Kernel
-from splagen.codegen.partition import Partition
 from splagen.codegen.schedule import Agreement, Divides, Schedule
-from splagen.codegen.sequence_partition import SequencePartition
 from splagen.errors import WrongResult
 from splagen.kinds import kind_of, oracle
-from splagen.spec import Spec, to_toml
+from splagen.spec import Spec, SPLASpec, to_toml
 from splagen.verification import DTYPES, Shape
 
 VERIFIED_LENGTH = 1000  # off the grid of blocks and of chunks
@@ -51,11 +51,13 @@ Cost: TypeAlias = Callable[[str, Schedule], float]
 class Target:
     """What is tuned: the module of a spec at a shape (B, H, L) in bf16, fp16 or fp32 on a device.
 
+    Of a module of decoding, B are sequences, H heads of queries and L the tokens that a sequence may get.
+
     `alike`, 0 to 1, is how much neighbouring queries of the inputs have in common: see `tune`.
     """
 
     spec: Spec
-    part: Partition | SequencePartition
+    part: Module
     path: Path
     shape: Shape
     dtype: str
@@ -114,8 +116,7 @@ def tune(
         WrongResult: the chosen Schedules do not agree with the oracle; nothing is stored.
     """
     bucket = Bucket.of(target.spec, target.shape)
-    named = (*target.part.kernels, *target.part.strategies)
-    keys = {k.name: key_of(target.spec, k, target.dtype, bucket, target.device) for k in named}
+    keys = {k.name: key_of(target.spec, k, target.dtype, bucket, target.device) for k in scheduled(target.part)}
     made = spaces(target.spec, target.part, target.device, target.dtype)
     found = Tuned({})
     force = force or target.alike > 0
@@ -151,7 +152,15 @@ def _search(
     cost = schedule_cost(target.spec, target.part, bucket, target.device, target.dtype)
     with (
         Compiler(target.path, target.part, jobs, target.shape[1] // target.spec.group_size) as compiler,
-        Bench(target.path, compiler, target.dtype, target.device.arch, target.shape, target.alike) as bench,
+        Bench(
+            target.path,
+            compiler,
+            target.dtype,
+            target.device.arch,
+            target.shape,
+            target.alike,
+            STEP_WORKER if isinstance(target.part, Decoding) else WORKER,
+        ) as bench,  # fmt: skip
         ThreadPoolExecutor(SEARCHES) as pool,
     ):
         results: dict[str, Result] = {}
@@ -162,6 +171,8 @@ def _search(
                 results |= found
             for found in pool.map(lambda run: run(), searches.behind(results)):
                 results |= found
+            if isinstance(target.part, Decoding):
+                results |= searches.splitting(target.part, results)
         except BaseException:
             bench.stop()
             raise
@@ -242,6 +253,17 @@ class _Searches:
             found.append(partial(self.alone, name, part))
         return found
 
+    def splitting(self, part: Decoding, results: Mapping[str, Result]) -> dict[str, Result]:
+        """How the work is split, by the time of a whole step whose kernels have the Schedules found."""
+        name, schedules = part.splitting.name, {n: r.schedule for n, r in results.items()}
+        found = search(
+            self.made[name],
+            lambda s: self.bench.measure(part.splitting, s, {}, self.effort.repetitions, schedules),
+            effort=self.effort,
+            watch=Watch(progress=self.progress, deadline=self.deadline),
+        )
+        return {name: found}
+
     def alone(self, name: str, part: Space) -> dict[str, Result]:
         kernel = self.kernel(name)
         found = search(
@@ -293,12 +315,20 @@ class _Searches:
 def _verify(target: Target, module: ModuleType, schedules: Mapping[str, Schedule]) -> None:
     """Compare the op with its oracle, all Schedules at once.  Raises WrongResult that names a Schedule at fault."""
     kind, truth = kind_of(target.spec), oracle(to_toml(target.spec))
+    options: dict[str, Any] = {"dtypes": [DTYPES[target.dtype]], "device": "cuda"}
 
     def wrong(chosen: Mapping[str, Schedule]) -> str:
         shapes = [(1, target.shape[1], VERIFIED_LENGTH)]  # these heads: what was compiled serves again
-        report = kind.verify(
-            module, truth, shapes=shapes, dtypes=[DTYPES[target.dtype]], device="cuda", schedules=chosen
-        )
+        if isinstance(target.part, Decoding):
+            assert isinstance(target.spec, SPLASpec)
+            first = target.spec.dense_below  # shorter sequences choose nothing
+            shapes = [(1, target.shape[1], first + VERIFIED_LENGTH)]
+            report = step_verification.verify(
+                module, truth, target.part, shapes=shapes, dense_below=first, schedules=chosen,
+                **options,
+            )  # fmt: skip
+        else:
+            report = kind.verify(module, truth, shapes=shapes, schedules=chosen, **options)
         try:
             report.raise_if_wrong()
         except WrongResult as error:

@@ -96,7 +96,7 @@ class Kernels:
 
     def record(self, shared: Mapping[str, int], only: str | None = None) -> dict[str, Launch]:
         """Run the op once with the default Schedules and these chunks; what `only` one launcher gets, or the small."""
-        schedules = {n: dict(s) for n, s in self.module.schedules_for(self.first).items()}
+        schedules = self.defaults()
         for kernel, chunk in shared.items():
             schedules[kernel]["CHUNK"] = chunk
         found: dict[str, Launch] = {}
@@ -107,7 +107,7 @@ class Kernels:
 
             def call(n: Any, schedule: Any, *arguments: Any) -> Any:
                 size = sum(x.nbytes for x in arguments if isinstance(x, Tensor))
-                if kernel == only if only else size <= KEPT_BYTES:
+                if kernel == only if only else self.keeps(size):
                     found.setdefault(kernel, (schedule, (n, *arguments)))
                 return launch(n, schedule, *arguments)
 
@@ -124,6 +124,18 @@ class Kernels:
                 setattr(self.module, name, launch)
         return found
 
+    def defaults(self) -> Schedules:
+        """The Schedules of the module for what the op is given."""
+        return {n: dict(s) for n, s in self.module.schedules_for(self.first).items()}
+
+    def keeps(self, size: int) -> bool:
+        """Whether a launcher's arguments of so many bytes are kept beside those of others."""
+        return size <= KEPT_BYTES
+
+    def timed(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """The result of a job."""
+        return self.time(job["kernel"], job["schedule"], job["shared"], job["repetitions"])
+
     def time(
         self, kernel: str, schedule: dict[str, int], shared: Mapping[str, int], repetitions: int
     ) -> dict[str, Any]:
@@ -133,7 +145,7 @@ class Kernels:
         n = n._replace(kept=None)  # copies may have other strides
         wanted = self.written(launch, n, default, arguments)
         got = self.written(launch, n, schedule, arguments)
-        error = max((_difference(got.get(place), want) for place, want in wanted.items()), default=0.0)
+        error = max((difference(got.get(place), want) for place, want in wanted.items()), default=0.0)
         if not error <= LIMIT[self.dtype]:
             return {"error": error}
         changed = [i for kind, i in wanted if kind == "argument"]
@@ -194,7 +206,7 @@ def _event() -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def _difference(got: Tensor | None, want: Tensor) -> float:
+def difference(got: Tensor | None, want: Tensor) -> float:
     """Relative RMS difference; 0 where the shapes depend on the Schedule, and for what is no number.
 
     Infinities are results too: a row without keys has a log-sum-exp of -inf, in either.
@@ -273,7 +285,7 @@ def _attention_run(
 def answer(kernels: Kernels, job: Mapping[str, Any]) -> dict[str, Any]:
     """The result of one job, or why its Schedule is lost, or what went wrong."""
     try:
-        return kernels.time(job["kernel"], job["schedule"], job["shared"], job["repetitions"])
+        return kernels.timed(job)
     except Exception as error:
         if lost := Lost.of(error):
             return {"lost": [lost.reason, lost.message]}
@@ -289,8 +301,11 @@ def _gpu_works(device: str) -> bool:
     return True
 
 
-def main() -> None:
-    """Set the op up, say so, then answer jobs until the input ends; what the compiler prints goes to stderr."""
+def serve(run: Callable[..., Kernels]) -> None:
+    """Set the op up, say so, then answer jobs until the input ends; what the compiler prints goes to stderr.
+
+    `run` takes module, shape, dtype and device, and `alike` where it is not 0.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("module", type=Path)
     parser.add_argument("dtype", choices=DTYPES)
@@ -301,7 +316,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     module, shape = imported(str(given.module)), tuple(given.shape)
-    kernels = Kernels(module, shape, DTYPES[given.dtype], given.device, alike=given.alike)
+    options = {"alike": given.alike} if given.alike else {}
+    kernels = run(module, shape, DTYPES[given.dtype], given.device, **options)
     kernels.launches({})
     answers.write(json.dumps({"ready": sorted(kernels.kept["{}"])}) + "\n")
     for line in sys.stdin:
@@ -312,4 +328,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(Kernels)

@@ -34,7 +34,15 @@ _GPU = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-_TYPES = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "float32": "fp32", "int32": "i32", "int64": "i64"}
+_TYPES = {
+    "bf16": "bf16",
+    "fp16": "fp16",
+    "fp32": "fp32",
+    "float32": "fp32",
+    "int32": "i32",
+    "int64": "i64",
+    "e4m3": "fp8e4nv",
+}
 _INTEGERS = frozenset({"offsets", "firsts", "owners", "tokens", "places", "writes", "reads", "chosen", "slots"})
 _LENGTH, _KV_HEADS = 65_536, 2  # the sizes whose strides decide what the JIT would specialise on
 _LENGTHS, _HEADS = (_LENGTH, 65_537), (_KV_HEADS, 1, 3, 4, 8, 16)  # all that it would
@@ -111,6 +119,8 @@ def keep_module(
     progress: bool | None = None,
 ) -> tuple[list[Built], list[Kept]]:
     """As `compile_module`, and what a process needs to launch each kernel for every contiguous tensor.
+
+    Parameters of decoding (gains of norms, temperature) may be float32 beside 16-bit rows.
 
     A row is that of a kernel's first specialisation, or of the first one that failed.  Left out are strides from 2^31
     on: such a launch compiles.
@@ -195,8 +205,10 @@ class Compiler:
     def keep(self, kernel: Kernel, arch: str, dtype: str, schedule: Schedule) -> list[Future[tuple[Built, Kept]]]:
         """The same with what a process needs to launch it, for each specialisation that contiguous tensors lead to."""
         requests: dict[str, dict[str, Any]] = {}
-        for length, kv_heads in product(_LENGTHS, _HEADS):
-            request = _request(self.path, self.part, kernel, arch, dtype, schedule, kv_heads, length) | {"keep": True}
+        wides = {self.part.wide, self.part.parameters} if isinstance(self.part, Decoding) else {self.part.wide}
+        for length, kv_heads, wide in product(_LENGTHS, _HEADS, sorted(wides, key=sorted)):
+            request = _request(self.path, self.part, kernel, arch, dtype, schedule, kv_heads, length, wide)
+            request |= {"keep": True}
             requests.setdefault(json.dumps(request, sort_keys=True), request)
 
         def answer(request: dict[str, Any]) -> tuple[Built, Kept]:
@@ -257,12 +269,15 @@ def _request(
     schedule: Schedule,
     kv_heads: int = _KV_HEADS,
     length: int = _LENGTH,
+    wide: frozenset[str] | None = None,
 ) -> dict[str, Any]:
+    """What a worker is asked; `wide` names inputs in float32, None is those that the part says."""
+    wide = part.wide if wide is None else wide
     types: dict[str, str] = {}
     constants: dict[str, int] = {}
     aligned: list[str] = []
     for array in kernel.arrays:
-        types |= {a: f"*{_TYPES[_element(array, a, part, dtype)]}" for a in array.pointers}
+        types |= {a: f"*{_TYPES[_element(array, a, wide, dtype)]}" for a in array.pointers}
         aligned += array.pointers
     for array in kernel.arrays:
         for name, stride in zip(array.stride_names, _strides(array, part, kv_heads, length), strict=True):
@@ -284,18 +299,21 @@ def _request(
     }
 
 
-def _element(array: Array, argument: str, part: Module, dtype: str) -> str:
+def _element(array: Array, argument: str, wide: frozenset[str], dtype: str) -> str:
     """What a pointer argument of an array points to, in an op whose q has `dtype`."""
     if array.layout in ("plan", "routing"):
         return "int32" if argument.removesuffix("_ptr") in _INTEGERS else "float32"
     if array.dtype == "input":
-        return "float32" if array.name in part.wide else dtype
+        return "float32" if array.name in wide else dtype
     return array.dtype
 
 
 def _strides(array: Array, part: Module, kv_heads: int, length: int) -> list[int]:
     """Strides of a contiguous array in elements, in the order of its stride names."""
-    heads = kv_heads * (part.group_size if array.layout.startswith(("query", "value")) else 1)
+    grouped = array.layout.startswith(("query", "value"))
+    if isinstance(part, Decoding):
+        grouped = array.layout == "token_rows" and array.name not in part.key_rows
+    heads = kv_heads * (part.group_size if grouped else 1)
     width = array.width[-1] if array.width else 1
     if array.name in ("logits", "dlogits") and isinstance(part, SequencePartition) and not part.by_head:
         return [width, 1]  # one router for all heads: [T, partitions]

@@ -25,6 +25,7 @@ from splagen.codegen.step_rows import (
     NewRow,
     PagedRows,
     StepRows,
+    as_kept,
     query_heads,
 )
 from splagen.codegen.tile_code import (
@@ -121,7 +122,8 @@ class DecodeCode:
         new = NewRow(geometry, "key", False)
         lines = []
         for v in pages:
-            lines.append(f"{v.name} = {new.load(tokens[v])}  # [1, {tokens[v].width[0]}]")
+            row = as_kept(pages[v], new.load(tokens[v]))
+            lines.append(f"{v.name} = {row}  # [1, {tokens[v].width[0]}]")
             lines.append(new.store(pages[v], v.name))
         keys = self.row_code("key", "1", NewRow, tokens)
         keys.loaded.update(pages)

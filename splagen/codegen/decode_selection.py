@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import sympy as sp
+
 from splagen.codegen.kernel import Array, Kernel
-from splagen.codegen.moments import BLOCK, CellStatistics, Moments
+from splagen.codegen.moments import BLOCK, MEAN, VARIANCE, CellStatistics, Moments
 from splagen.codegen.selection import CELL, QUERY, TILE, Selection
 from splagen.codegen.selection_kernels import SelectionCode, kept
 from splagen.codegen.step_rows import (
@@ -19,13 +21,15 @@ from splagen.codegen.step_rows import (
     NewKeys,
     PagedCells,
     PagedRows,
+    PageType,
     StepRows,
+    as_kept,
     paged_array,
     query_heads,
 )
 from splagen.codegen.tile_code import COUNTS, INDICES
 from splagen.codegen.triton_expr import triton_text
-from splagen.ir.program import Equation, Var
+from splagen.ir.program import Equation, LowRank, Program, Var
 
 SCORES = Array("scores", "sequences", dtype="float32")  # [B * tokens, Hq, cells of a full table], base 2
 SCORE_MAX = Array("score_max", "sequences", dtype="float32")  # [B * tokens, Hq, splits]
@@ -44,6 +48,7 @@ class Statistics:
     arrays: dict[Var, Array]
     equations: tuple[Equation, ...]
     keys: Var
+    degrees: dict[str, int]
 
 
 def statistics_code(selection: Selection, tokens: Mapping[Var, Array], pages: Mapping[Var, Array]) -> Statistics:
@@ -53,7 +58,8 @@ def statistics_code(selection: Selection, tokens: Mapping[Var, Array], pages: Ma
     statistics = CellStatistics.of(moments, selection.statistics)
     width = selection.window(moments) * geometry.cell
     (source,) = moments.keys
-    arrays = {v: paged_array(v, geometry, padded=True) for v in selection.statistics}
+    kind: PageType = "e4m3" if pages[source].dtype == "e4m3" else "input"
+    arrays = {v: paged_array(v, geometry, padded=True, dtype=kind) for v in selection.statistics}
     cells = PagedCells(geometry, "key", False)
     lines = [cells.store(arrays[v], value, columns) for v, value, columns in statistics.values]
     usable = selection.bounds(selection.usable, CELL, QUERY, ("first_query", "last_query"), "nC")
@@ -62,11 +68,22 @@ def statistics_code(selection: Selection, tokens: Mapping[Var, Array], pages: Ma
         "width": width,
         **statistics.holes,
         "load": PagedRows(geometry, "key", False).load(pages[source]),
-        "new": NewKeys(geometry, "key", False).load(tokens[source]),
+        "new": as_kept(pages[source], NewKeys(geometry, "key", False).load(tokens[source])),
         "store": "\n".join(lines),
         "bounds": "\n".join(_completed(usable)),
     }
-    return Statistics(holes, arrays, tuple(moments.equations), source)
+    degrees = {a.name: _degree(selection.program, v, moments.statistic(v)[0]) for v, a in arrays.items()}
+    return Statistics(holes, arrays, tuple(moments.equations), source, degrees)
+
+
+def _degree(program: Program, v: Var, expr: sp.Expr) -> int:
+    """By which power of a factor of all keys a statistic grows: 1 for a mean, 2 for a variance, 0 for neither's kin."""
+    if isinstance(program.definitions[v].op, LowRank):  # a covariance is the sum of their squares
+        return 1
+    factor = sp.Symbol("factor", positive=True)
+    grown = expr.subs({MEAN: factor * MEAN, VARIANCE: factor**2 * VARIANCE}, simultaneous=True)
+    base, power = sp.simplify(grown / expr).as_base_exp()
+    return int(power) if base == factor and power.is_Integer else 0
 
 
 def _completed(usable: list[str]) -> list[str]:

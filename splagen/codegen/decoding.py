@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from splagen.codegen.decode_kernels import DecodeCode
 from splagen.codegen.decode_selection import selection_kernels, statistics_code
 from splagen.codegen.decode_states import State
 from splagen.codegen.geometry import Geometry, array_of, features_of, is_key_row, is_query_row, is_state, is_tile_value
-from splagen.codegen.kernel import Array, Choice, Kernel
-from splagen.codegen.schedule import DTYPES, TARGETS
+from splagen.codegen.kernel import Array, Choice, Kernel, Splitting
+from splagen.codegen.schedule import DTYPES, TARGETS, Constraint, Schedule, check_fields
 from splagen.codegen.selection import Selection
 from splagen.codegen.selection_kernels import kept
-from splagen.codegen.step_rows import paged_array, step_array
+from splagen.codegen.step_rows import PageType, paged_array, scale_array, scaled, step_array
 from splagen.codegen.tile_code import Walk
-from splagen.errors import PartitionError
+from splagen.errors import PartitionError, ScheduleError
 from splagen.ir.check import check
 from splagen.ir.decoding import state_pairs, step_program
 from splagen.ir.program import Contract, Equation, Iota, Lse, Program, Var
@@ -27,9 +28,10 @@ from splagen.spec import SPLASpec
 class Decoding:
     """The kernels of a step in launch order, and every array by its part.
 
-    `tokens` are what a caller gives for each step, `keys` the pages with a row for
-    each token, `pages` those and the statistics, `states` what is carried,
-    `scratch` what one kernel hands to the next, `output` o.
+    `tokens` are what a caller gives for each step, `keys` the pages with a row for each token, `pages` those and the
+    statistics, `states` what is carried, `scratch` what one kernel hands to the next, `output` o.  `scales` are those
+    of pages in e4m3, in their order; `degrees` says by the name of pages with which power of the keys' scale theirs
+    goes, 0 for a scale of its own.
     """
 
     program: Program
@@ -43,11 +45,18 @@ class Decoding:
     overhang: int
     kept: int
     budget: int
+    scales: tuple[Array, ...] = ()
+    degrees: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def geometry(self) -> Geometry:
         """The sizes of the program."""
         return Geometry.of(self.program)
+
+    @property
+    def page_type(self) -> PageType:
+        """What pages hold: numbers of the type of q, or of e4m3."""
+        return "e4m3" if self.scales else "input"
 
     @property
     def all_kernels(self) -> tuple[Kernel, ...]:
@@ -60,9 +69,30 @@ class Decoding:
         return ()
 
     @property
+    def constraints(self) -> tuple[Constraint, ...]:
+        """What Schedules must agree on: nothing."""
+        return ()
+
+    @property
+    def splitting(self) -> Splitting:
+        """In how many programs a step scores, selects and attends."""
+        return Splitting("splitting", self.kernels, tuple(SPLITTING))
+
+    @property
     def group_size(self) -> int:
         """Query heads of a KV head."""
         return self.geometry.group
+
+    @property
+    def key_rows(self) -> tuple[str, ...]:
+        """Names of the rows that a token has for each KV head, keys first; all others are of query heads."""
+        paged = {a.name for a in self.pages}
+        return tuple(a.name for a in self.tokens if f"{a.name}_pages" in paged)
+
+    @property
+    def parameters(self) -> frozenset[str]:
+        """Names of what a step is given that is no row of a token: float32, or as q."""
+        return frozenset(a.name for a in self.tokens if a.layout != "token_rows")
 
     @property
     def wide(self) -> frozenset[str]:
@@ -70,8 +100,9 @@ class Decoding:
         return frozenset()
 
 
-def decoding(spec: SPLASpec) -> Decoding:
-    """Cut the step of a spec into kernels.
+@functools.lru_cache(maxsize=32)
+def decoding(spec: SPLASpec, page_type: PageType = "input") -> Decoding:
+    """Cut the step of a spec into kernels, for pages in the type of q or in e4m3.
 
     Raises:
         SpecError: a query depends on later tokens.
@@ -83,7 +114,7 @@ def decoding(spec: SPLASpec) -> Decoding:
     given = [v for v in program.inputs if v not in [before for before, _ in pairs]]
     tokens = {v: step_array(v, geometry) for v in given}
     keys = [v for v in given if is_key_row(v)]
-    pages = {v: paged_array(v, geometry, padded=False) for v in keys}
+    pages = {v: paged_array(v, geometry, padded=False, dtype=page_type) for v in keys}
     states = tuple(State.of(program, *pair) for pair in pairs)
     numbers = {v: paged_array(v, geometry, padded=False) for v in _numbers(program)}
     features = _features(program, tokens)
@@ -99,8 +130,13 @@ def decoding(spec: SPLASpec) -> Decoding:
     _check_coverage(program, kernels)
     rows = (*pages.values(), *numbers.values())
     paged = (*rows, *(statistics.arrays.values() if statistics else ()))
+    kernels = [scaled(k) for k in kernels]
+    scales = tuple(scale_array(a) for a in paged if a.dtype == "e4m3")
+    degrees = {a.name: 1 if a is pages[keys[0]] else 0 for a in pages.values()}
+    degrees |= statistics.degrees if statistics else {}
     carried = tuple(s.array(geometry) for s in states)
-    known = {a.name for a in (*tokens.values(), *paged, *carried, output)} | {"seqlens", "settled", "page_table"}
+    known = {a.name for a in (*tokens.values(), *paged, *carried, *scales, output)}
+    known |= {"seqlens", "settled", "page_table"}
     scratch = {a.name: a for k in kernels for a in k.arrays if a.name not in known}
     window = int(str(statistics.holes["width"])) if statistics else geometry.cell
     return Decoding(
@@ -115,6 +151,8 @@ def decoding(spec: SPLASpec) -> Decoding:
         window - geometry.cell,
         kept(selection) if selection else 0,
         walk.budget,
+        scales,
+        degrees,
     )
 
 
@@ -157,7 +195,8 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
             found = {"BLOCK_N": 16, "BLOCK_E": block_e, "num_warps": 8 if wide else 4, "num_stages": 2}
             if geometry.rank:  # the keys of a cell stay in registers from factor to factor
                 return found | {"num_warps": 8}
-            return found | fits
+            eight = any(x.dtype == "e4m3" for x in kernel.arrays)  # what is read is converted: more registers
+            return found if eight else found | fits
         case "decode_score":
             block_c = 64 if widest <= 128 and not wide and arch != "gfx942" else 32
             stages = 3 if widest * (1 + wide) <= 256 else 2
@@ -183,6 +222,21 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
         case "decode_merge":
             return {"BLOCK_S": 16, "num_warps": 4, "num_stages": 1}
     raise PartitionError(f"{kernel.name} has no Schedule", hint=f"give the template {kernel.template} one")
+
+
+def check_decode_schedule(kernel: Kernel, geometry: Geometry, schedule: Schedule) -> None:
+    """Raise ScheduleError if a Schedule is not legal for a kernel of a step."""
+    check_fields(kernel, schedule)
+    holes = kernel.holes
+    divided = {"BLOCK_N": ("block", geometry.block)} if "BLOCK_N" in kernel.tunable else {}
+    if holes.get("right_size"):
+        divided["BLOCK_E"] = ("columns of a state", int(str(holes["right_size"])))
+    for name, (what, size) in divided.items():
+        if size % schedule[name]:
+            raise ScheduleError(f"{name}={schedule[name]} of {kernel.name} does not divide the {size} of {what}")
+    if kernel.template == "decode_settle" and schedule["BLOCK_K"] < 2 * int(str(holes["kept"])):
+        what = f"BLOCK_K={schedule['BLOCK_K']} of {kernel.name} holds no two lists of {holes['kept']} candidates"
+        raise ScheduleError(what)
 
 
 def _half_shared(arch: str) -> int:

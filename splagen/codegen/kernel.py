@@ -52,14 +52,15 @@ class Array:
     """A tensor that kernels hand on.
 
     `width` is the extent of the last dimension as it lies in memory (internal arrays are padded to a power of two),
-    `features` the axes behind it, `dtype` "input" (that of q), "float32", "int32" or "int64".
+    `features` the axes behind it, `dtype` "input" (that of q), "float32", "int32", "int64", or "e4m3", whose
+    numbers count times a scale per KV head (step_rows.py).
     """
 
     name: str
     layout: Layout
     features: tuple[str, ...] = ()
     width: tuple[int, ...] = ()
-    dtype: Literal["input", "float32", "int32", "int64"] = "input"
+    dtype: Literal["input", "float32", "int32", "int64", "e4m3"] = "input"
     padded: bool = False
     chunk: int = 0  # of states: positions that one state sums
     partitions: int = 1  # of recurrences: how many partitions a group, a chunk or a token has all at once
@@ -123,6 +124,18 @@ class Kernel:
     def arrays(self) -> list[Array]:
         """What it reads and writes, each array once."""
         return list({a.name: a for a in (*self.inputs, *self.outputs, *self.scratch)}.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Splitting:
+    """How work is cut into programs: `numbers` of the Schedule under this name, by which arrays between kernels go.
+
+    They are no arguments: the shapes of what one of `kernels` hands to the next say how many programs there are.
+    """
+
+    name: str
+    kernels: tuple[Kernel, ...]
+    numbers: tuple[str, ...]
 
 
 @dataclass(frozen=True, eq=False)

@@ -42,7 +42,7 @@ def machine_code(kernel: Any, job: dict[str, Any]) -> dict[str, Any]:
     kernel._do_compile = do_compile
     try:
         pointers = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-        pointers |= {"i32": torch.int32, "i64": torch.int64}
+        pointers |= {"i32": torch.int32, "i64": torch.int64, "fp8e4nv": torch.float8_e4m3fn}
         compiled = kernel.warmup(
             *(_argument(job, name, pointers) for name in job["types"] if name not in job["tunable"]),
             **{name: job["constants"][name] for name in job["tunable"]},

@@ -17,6 +17,7 @@ Schedule: TypeAlias = Mapping[str, int]
 # Templates whose products want more registers than a compiler gives them by itself, or fewer: maxnreg may be set.
 REGISTER_BOUND = frozenset(
     {"block_sparse_forward", "block_sparse_dq", "block_sparse_dkv", "block_states", "read_out", "chunk_loop"}
+    | {"decode_append", "decode_score", "decode_attend"}
 )
 REGISTERS = 65_536  # 32 bits each, of an NVIDIA multiprocessor: what one program can have
 WARP = 32
@@ -58,6 +59,7 @@ TARGETS = {
         Target("gfx942", 64 << 10),
     )
 }
+WITHOUT_E4M3 = frozenset({"sm_80"})
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 

@@ -6,10 +6,13 @@ In a kernel's source, token counts those of a step, and r = b * tokens + token t
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal, TypeAlias
 
 from splagen.codegen.geometry import Geometry, Rows, array_of, features_of, is_parameter
-from splagen.codegen.kernel import Array
+from splagen.codegen.kernel import Array, Kernel
 from splagen.ir.program import Var
+
+PageType: TypeAlias = Literal["input", "e4m3"]
 
 LENGTHS = Array("lengths", "table", dtype="int32")  # [B * tokens]: with the token; 0 and below: it is left out
 SEQLENS = Array("seqlens", "table", dtype="int32")  # [B]: before the step
@@ -34,6 +37,15 @@ class PagedRows(Rows):
     def position(self) -> str:
         """The vector of places, wide enough for addresses."""
         return "place"
+
+    def load(self, array: Array, *, mask: bool = True, column: str | None = None) -> str:
+        """As `Rows.load`; what pages hold in 8 bits, times its scale."""
+        found = super().load(array, mask=mask, column=column)
+        return f"({found}.to({scale(array)}.dtype) * {scale(array)})" if array.dtype == "e4m3" else found
+
+    def store(self, array: Array, value: str, column: str | None = None) -> str:
+        """As `Rows.store`; what pages hold in 8 bits, rounded in units of its scale."""
+        return super().store(array, eight_bits(array, value) if array.dtype == "e4m3" else value, column)
 
     def _place(self, array: Array) -> str:
         if array.layout != "pages":
@@ -95,11 +107,43 @@ def step_array(v: Var, geometry: Geometry, *, internal: bool = False) -> Array:
     return found if is_parameter(v) else replace(found, layout="token_rows")
 
 
-def paged_array(v: Var, geometry: Geometry, *, padded: bool) -> Array:
-    """The pages of key rows or of statistics, in the input type; numbers in float32."""
+def paged_array(v: Var, geometry: Geometry, *, padded: bool, dtype: PageType = "input") -> Array:
+    """The pages of key rows or of statistics, in the input type or e4m3; numbers in float32."""
     features = features_of(v)
     width = (geometry.width(features, pad=padded),) if features else ()
-    return Array(f"{v.name}_pages", "pages", features, width, "input" if features else "float32", padded)
+    return Array(f"{v.name}_pages", "pages", features, width, dtype if features else "float32", padded)
+
+
+def scale(pages: Array) -> str:
+    """The name of the scale of what pages hold in 8 bits, [Hkv] powers of two in the type of q."""
+    return pages.name.removesuffix("_pages") + "_scale"
+
+
+def scale_array(pages: Array) -> Array:
+    """Its array."""
+    return Array(scale(pages), "kv_head_scalars")
+
+
+def eight_bits(pages: Array, value: str) -> str:
+    """Source of a value as pages hold it: rounded to e4m3 in units of the scale, in float32."""
+    return f"round_e4m3(({value}).to(tl.float32) / {scale(pages)}.to(tl.float32))"
+
+
+def as_kept(pages: Array, value: str) -> str:
+    """Source of a token's row as everything that reads it from pages sees it, in the type of q."""
+    if pages.dtype != "e4m3":
+        return value
+    return f"({eight_bits(pages, value)}.to({scale(pages)}.dtype) * {scale(pages)})"
+
+
+def scaled(kernel: Kernel) -> Kernel:
+    """A kernel with the scales of its pages, which it loads where it defines its columns."""
+    scales = [scale_array(a) for a in kernel.arrays if a.dtype == "e4m3"]
+    if not scales:
+        return kernel
+    loads = [f"{a.name} = tl.load({a.name}_ptr + h)" for a in scales]
+    holes = {**kernel.holes, "columns": "\n".join([str(kernel.holes["columns"]), *loads])}
+    return replace(kernel, inputs=(*kernel.inputs, *scales), holes=holes)
 
 
 def query_heads(geometry: Geometry, *, product: bool) -> int:

@@ -68,7 +68,7 @@ def test_generated_modules_choose_the_same_architecture(
 ) -> None:
     from splagen.codegen.render import render
 
-    text = render("device_choice", {}).partition("INTERPRETED")[0]
+    text = render("device_choice", {"sizes_from": "q"}).partition("INTERPRETED")[0]
     schedules = {arch: {"bf16": arch} for arch in TARGETS}
     scope = {"torch": torch, "SCHEDULES": schedules, "bucket": lambda _: (1, 1)}
     exec(text, scope)

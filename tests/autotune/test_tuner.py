@@ -244,18 +244,18 @@ def test_the_worker_times_every_launcher_and_finds_a_wrong_result(tmp_path: Path
 
 
 def test_results_differ_where_one_is_finite_and_the_other_is_not() -> None:
-    from splagen.autotune.worker import _difference
+    from splagen.autotune.worker import difference
 
     inf, nan = float("inf"), float("nan")
     want = torch.tensor([3.0, -inf, 4.0, nan])
-    assert _difference(want.clone(), want) == 0.0
-    assert _difference(torch.tensor([3.0, -inf, 4.5, nan]), want) == pytest.approx(0.1)
+    assert difference(want.clone(), want) == 0.0
+    assert difference(torch.tensor([3.0, -inf, 4.5, nan]), want) == pytest.approx(0.1)
     for other in (
         torch.tensor([3.0, 1.0, 4.0, nan]),
         torch.tensor([3.0, -inf, inf, nan]),
         torch.tensor([nan, -inf, 4.0, nan]),
     ):
-        assert _difference(other, want) == inf
-    assert _difference(None, want) == inf
-    assert _difference(torch.zeros(2), torch.zeros(3)) == 0.0, "its shape depends on the Schedule"
-    assert _difference(torch.ones(3), torch.zeros(3)) > 1
+        assert difference(other, want) == inf
+    assert difference(None, want) == inf
+    assert difference(torch.zeros(2), torch.zeros(3)) == 0.0, "its shape depends on the Schedule"
+    assert difference(torch.ones(3), torch.zeros(3)) > 1

@@ -95,6 +95,9 @@ def launch_all(module: Any, arch: str, dtype: str, length: int, heads: int, stra
     from splagen import sequence_verification, verification
     from splagen.kinds import oracle
 
+    if hasattr(module, "scratch"):
+        launch_step(module, arch, dtype, length, heads)
+        return
     truth = oracle(module.SPEC)
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     schedules = module.SCHEDULES[arch][dtype]
@@ -120,6 +123,23 @@ def launch_all(module: Any, arch: str, dtype: str, length: int, heads: int, stra
         )
         kept = [found[a.name] for a in part.residuals]
         module.backward(chosen, *inputs, *kept, *(given[a.name] for a in part.cotangents))
+
+
+def launch_step(module: Any, arch: str, dtype: str, length: int, heads: int) -> None:
+    """A step of decoding on a cache; gains of norms in float32 and in the dtype of q."""
+    from splagen.codegen.decoding import decoding
+    from splagen.paged_cache import SPLACache
+    from splagen.spec import from_toml
+
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    spec: Any = from_toml(module.SPEC)
+    library: Any = SimpleNamespace(spec=spec, module=module, part=decoding(spec, module.PAGE_TYPE))
+    cache = SPLACache(library, sequences=2, kv_heads=heads, tokens=length, dtype=kind, device="cpu")
+    group, width = module.GROUP.value, library.spec.head_dim
+    rows = [torch.zeros(2, n, width, dtype=kind) for n in (heads * group, heads, heads)]
+    for gains in (torch.float32, kind):
+        parameters = [torch.zeros(heads * group, width, dtype=gains) for _ in cache.part.tokens[3:]]
+        module.step(module.SCHEDULES[arch][dtype], *rows, *parameters, *cache.tensors(module.SPEC), rows[0].clone())
 
 
 def valid_routes(module: Any) -> None:

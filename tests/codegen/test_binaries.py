@@ -22,8 +22,11 @@ from splagen.codegen.index_kernels import index_kernels
 from splagen.codegen.unions import visits_union
 from splagen.errors import GeneratedFileError
 from splagen.kinds import kind_of, oracle
+from splagen.paged_cache import SPLACache
 from splagen.spec import Select, Spec, SPLASpec, to_toml
 from splagen.sse_spec import Router, SSESpec
+from splagen.verification import TOLERANCE
+from tests.kernels.decoding import errors, inputs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LAUNCH = Path(__file__).with_name("absent_gpu.py")
@@ -114,6 +117,21 @@ def test_no_kernel_is_compiled_at_its_first_launch(name: str, tmp_path: Path) ->
     assert build.specialisations > len(names(SPECS[name]))
 
 
+@pytest.mark.parametrize("page_type", ["input", pytest.param("e4m3", marks=pytest.mark.slow)])
+def test_no_kernel_of_a_decoding_step_is_compiled_at_its_first_launch(page_type: str, tmp_path: Path) -> None:
+    """16 divides the rows of two heads of 24 columns, not those of one: strides of queries and of keys differ."""
+    spec = SPLASpec(head_dim=24, group_size=2, select=Select(block_size=16, budget=2))
+    library = pipeline.generate_decoding(spec, tmp_path, page_type=page_type)
+    source, part = library.path, pipeline.decode_kernels(spec, page_type)
+    rows, kept = keep_module(source, part, targets=["sm_90"], progress=False)
+    raise_if_failed(rows)
+    build = write_build(source, kept, tmp_path / "out", dtypes=["bf16"])
+    found = launch(build.path, tmp_path / "triton", 1, 2)
+    assert set(found["launched"]) == {f"{k.name}_kernel" for k in part.kernels}
+    assert found["compiled"] == []
+    assert found["warnings"] == []
+
+
 def test_no_kernel_of_a_strategy_that_schedules_choose_is_compiled_at_its_first_launch(tmp_path: Path) -> None:
     spec = SPECS["spla"]
     source = pipeline.generate(spec, tmp_path).path
@@ -139,6 +157,25 @@ def test_on_the_gpu_a_build_is_right_without_a_compiler(
     truth = oracle(to_toml(spec))
     options: dict[str, Any] = {"shapes": [(1, 4, 203)], "dtypes": [torch.bfloat16], "device": "cuda"}
     kind_of(spec).verify(pipeline.Library(spec, path).module, truth, **options).raise_if_wrong()
+
+
+@pytest.mark.gpu
+def test_on_the_gpu_a_build_of_decoding_is_right_without_a_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    import triton.compiler
+
+    spec = SPLASpec(head_dim=64, group_size=2, select=Select(block_size=32, budget=3))
+    source = pipeline.generate_decoding(spec, tmp_path).path
+    rows, kept = keep_module(source, pipeline.decode_kernels(spec), targets=["sm_90"], progress=False)
+    raise_if_failed(rows)
+    path = write_build(source, kept, tmp_path / "out", dtypes=["bf16"]).path
+    monkeypatch.setattr(triton.compiler, "compile", lambda source, *_, **__: pytest.fail(f"{source.name} is compiled"))
+    library = pipeline.DecodingLibrary(spec, path)
+    cache = SPLACache(library, sequences=2, kv_heads=2, tokens=512, dtype=torch.bfloat16, device=device)
+    cache.allocate(512), cache.allocate(512)
+    given = inputs(spec, 2, 300, 2, torch.bfloat16, device)
+    assert errors(spec, cache, given, range(1, 301), every=43) < TOLERANCE[torch.bfloat16][0]
 
 
 def test_without_a_build_each_kernel_is_compiled(dense: Build, cache: Path, tmp_path: Path) -> None:

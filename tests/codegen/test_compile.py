@@ -51,6 +51,15 @@ def test_kernels_of_a_decoding_step_compile_for_every_target(tmp_path: Path) -> 
     assert all(not r.spilled and not r.register_a for r in found if r.arch == "sm_90")
 
 
+@pytest.mark.parametrize("targets", [("sm_90",), pytest.param(("sm_100", "gfx942"), marks=pytest.mark.slow)], ids=str)
+def test_kernels_of_a_step_on_8_bit_pages_compile_where_there_is_e4m3(targets: list[str], tmp_path: Path) -> None:
+    spec = SPLASpec(head_dim=128, group_size=4, select=Select(budget=3))
+    path, part = pipeline.generate_decoding(spec, tmp_path, page_type="e4m3").path, decoding(spec, "e4m3")
+    found = compile_module(path, part, targets=targets, progress=False)
+    raise_if_failed(found)
+    assert all(r.spilled is not None and r.spilled < 64 for r in found)
+
+
 def test_kernels_by_union_which_no_default_chooses_compile_for_every_target(tmp_path: Path) -> None:
     part, path = pipeline.kernels(SMALL), pipeline.generate(SMALL, tmp_path).path
     with Compiler(path, part) as compiler:
