@@ -186,17 +186,12 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
     """The Schedule of one kernel of a step."""
     wide = DTYPES[dtype] == 4
     widest = max(geometry.width(("d",), pad=True), geometry.width(("e",), pad=True))
-    # three programs of 4 warps fit a multiprocessor: enough rows are on their way while others are multiplied
-    fits = {"maxnreg": 168} if widest <= 128 and not wide and arch in ("sm_90", "sm_100") else {}
     match kernel.template:
         case "decode_append":
             columns = [a.width[1] for a in kernel.outputs if a.layout == "sequences" and len(a.width) > 1]
             block_e = min(max(columns, default=16), 32)
-            found = {"BLOCK_N": 16, "BLOCK_E": block_e, "num_warps": 8 if wide else 4, "num_stages": 2}
-            if geometry.rank:  # the keys of a cell stay in registers from factor to factor
-                return found | {"num_warps": 8}
-            eight = any(x.dtype == "e4m3" for x in kernel.arrays)  # what is read is converted: more registers
-            return found if eight else found | fits
+            warps = 8 if wide or geometry.rank else 4  # the keys of a cell stay in registers from factor to factor
+            return {"BLOCK_N": 16, "BLOCK_E": block_e, "num_warps": warps, "num_stages": 2}
         case "decode_score":
             block_c = 64 if widest <= 128 and not wide and arch != "gfx942" else 32
             stages = 3 if widest * (1 + wide) <= 256 else 2
