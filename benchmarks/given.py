@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -121,28 +120,6 @@ def overlap(given: Selection) -> dict[str, float]:
         every = torch.cat(ratios)
         found[str(n)] = float(every.mean()) if len(every) else 1.0
     return found
-
-
-def read_qk(path: Path) -> tuple[Tensor, Tensor]:
-    """Q [1, L, Hq, D] and k [1, L, Hkv, D] from a file of torch.save with these keys.
-
-    Raises:
-        ValueError: other keys or shapes.
-    """
-    found = torch.load(path, weights_only=True, map_location="cpu")
-    if not isinstance(found, dict) or not {"q", "k"} <= found.keys():
-        raise ValueError(f"{path}: torch.save a dict with tensors q and k")
-    q, k = found["q"], found["k"]
-    ranks = q.ndim == k.ndim == 4
-    if (
-        not ranks
-        or q.shape[0] != 1
-        or q.shape[:2] != k.shape[:2]
-        or q.shape[3] != k.shape[3]
-        or q.shape[2] % k.shape[2]
-    ):
-        raise ValueError(f"{path}: q {tuple(q.shape)} and k {tuple(k.shape)} are not [1, L, Hq, D] and [1, L, Hkv, D]")
-    return q, k
 
 
 # -- the stages of a module ----------------------------------------------------------------------------------------

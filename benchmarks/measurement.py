@@ -15,11 +15,12 @@ from torch import Tensor
 from benchmarks.breakdown import KernelRun, breakdown
 from benchmarks.findings import OURS, crossovers, odd_groups, times_dense
 from benchmarks.floors import Floor, Stage, floors, kernel_flops
-from benchmarks.given import Selection, chosen_by_metric, overlap, random_selection, read_qk
+from benchmarks.given import Selection, chosen_by_metric, overlap, random_selection
 from benchmarks.op import BUILD, DEFAULT, BlockSparse, Op, Strategies, op_of
 from benchmarks.peers import PEERS, SAME_FOR_ALL_KV_HEADS, Task, measure, text_of
 from benchmarks.timing import host_us, launch_us, peak_bytes, repeats_for, time_ms
 from benchmarks.works import Case, Pass, Timed, Work
+from splagen.qk_file import read_qk
 from splagen.spec import SPLASpec
 
 STAGES: dict[Timed, tuple[Stage, ...]] = {

@@ -16,6 +16,7 @@ from benchmarks.findings import OURS, plain
 from benchmarks.floors import PEAK_BYTES, PEAK_FLOPS
 from benchmarks.record import ROOT
 from benchmarks.works import PASSES
+from splagen.figure import pyplot, saved
 
 RECORD = "whole"
 ROOFLINE_LENGTH = 64 * 1024
@@ -104,24 +105,6 @@ def roofline(rows: Sequence[dict[str, Any]], target: Path) -> Path:
         panel.set_title(f"L = {row['length']}, Hkv = {row['kv_heads']}; area: share of the time")
         panel.grid(alpha=0.3)
     return saved(figure, target)
-
-
-def pyplot() -> Any:
-    """Matplotlib, which draws to files alone."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
-
-
-def saved(figure: Any, target: Path) -> Path:
-    """Write a figure and close it; returns the path."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=130)
-    pyplot().close(figure)
-    return target
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -22,13 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import plots
-from benchmarks.given import read_qk
 from benchmarks.record import ROOT, write
-from splagen.ir.frontend_spla import spla_program
-from splagen.ir.reference import evaluate
-from splagen.layout import Blocked, chunked
+from splagen.block_attention import BlockAttention, block_mass
+from splagen.figure import pyplot, saved
 from splagen.library import Metric, cumulant, taylor
+from splagen.qk_file import read_qk
 from splagen.spec import Select, SPLASpec
 
 CLAMP = 8.0  # of cumulants
@@ -62,30 +60,29 @@ def masses(q: Tensor, k: Tensor, block: int, starts: Sequence[int], metrics: Map
 
     q [1, L, Hq, D] and k [1, L, Hkv, D]; numbers are float64.
     """
-    parts = {name: _defined(q, k, block, m, starts) for name, m in metrics.items() if isinstance(m, Metric)}
+    exact = _attention(q, k, block, Metric())
+    stretches = [(start, min(start + STRETCH, q.shape[1])) for start in starts]
+    found: dict[str, list[Tensor]] = {name: [] for name in metrics}
+    for name, metric in metrics.items():
+        if isinstance(metric, Metric):
+            attention = _attention(q, k, block, metric)
+            found[name] = [attention.score(*stretch) for stretch in stretches]
     held, far = [], []
-    forms = {name: form for name, form in metrics.items() if isinstance(form, str)}
-    for start in starts:
-        t = torch.arange(start, min(start + STRETCH, q.shape[1]), device=q.device)
-        scores = _scores(q, k, block, t)
-        held.append(torch.softmax(scores.flatten(-2), -1).unflatten(-1, scores.shape[-2:]).sum((1, -1)))
+    for stretch in stretches:
+        scores = exact.scores(*stretch)
+        held.append(block_mass(scores))
+        far.append(exact.far(*stretch))
         ends = block * (1 + torch.arange(scores.shape[-2], device=q.device)) - 1
-        usable = ends <= t[:, None]
-        for name, form in forms.items():
-            parts.setdefault(name, []).append(_by_full_covariance(scores, usable, form))
-        number, own = torch.arange(len(ends), device=q.device), t[:, None] // block
-        far.append((number >= SINKS) & (number < own - LOCAL))
-    return Masses(torch.cat(held, 1), torch.cat(far), {name: torch.cat(x, 1) for name, x in parts.items()})
+        usable = ends <= torch.arange(*stretch, device=q.device)[:, None]
+        for name, form in metrics.items():
+            if isinstance(form, str):
+                found[name].append(_by_full_covariance(scores, usable, form))
+    return Masses(torch.cat(held, 1), torch.cat(far), {name: torch.cat(x, 1) for name, x in found.items()})
 
 
-def _scores(q: Tensor, k: Tensor, block: int, t: Tensor) -> Tensor:
-    """Scaled scores [Hkv, g, T, J, n] of the queries t, -inf behind each query."""
-    length, kv_heads, dim = k.shape[1:]
-    blocks = -(-length // block)
-    rows = q[0, t].double().unflatten(1, (kv_heads, -1))  # [T, Hkv, g, D]
-    s = torch.einsum("thgd,khd->hgtk", rows, k[0].double()) * dim**-0.5
-    s = s.masked_fill(torch.arange(length, device=q.device) > t[:, None], -torch.inf)
-    return torch.nn.functional.pad(s, (0, blocks * block - length), value=-torch.inf).unflatten(-1, (blocks, block))
+def _attention(q: Tensor, k: Tensor, block: int, metric: Metric) -> BlockAttention:
+    select = Select(block, budget=1, sinks=SINKS, local=LOCAL, metric=metric)
+    return BlockAttention(SPLASpec(q.shape[3], group_size=q.shape[2] // k.shape[2], select=select, linear=None), q, k)
 
 
 def _by_full_covariance(scores: Tensor, usable: Tensor, form: str) -> Tensor:
@@ -95,28 +92,6 @@ def _by_full_covariance(scores: Tensor, usable: Tensor, form: str) -> Tensor:
     excess = torch.log1p(kappa / 2) if form == "taylor" else kappa.clamp(max=CLAMP) / 2
     share = torch.softmax((mean + excess).masked_fill(~usable, -torch.inf), -1)
     return share.nan_to_num(0).sum(1)  # a query before the end of the first block uses none
-
-
-def _defined(q: Tensor, k: Tensor, block: int, metric: Metric, starts: Sequence[int]) -> list[Tensor]:
-    """The scores of the definition, [Hkv, T, J] of each stretch of queries."""
-    group, dim = q.shape[2] // k.shape[2], q.shape[3]
-    select = Select(block, budget=1, sinks=SINKS, local=LOCAL, metric=metric)
-    program = spla_program(SPLASpec(head_dim=dim, group_size=group, select=select, linear=None))
-    blocked = Blocked(program, 1, q.shape[1], k.shape[2])
-    rows, keys = (blocked.to_axes(program.var(n), x.double()) for n, x in (("q", q), ("k", k)))
-    known = {"scalars": {"L": q.shape[1]}}
-    names = {"mean", "variance", "factor"} & set(program.names())
-    sizes = blocked.sizes
-    of_cells = [program.var(n) for n in names]
-    given = evaluate(program, {"k": keys}, sizes=sizes, wanted=of_cells, **known)  # type: ignore[arg-type]
-    found = []
-    for start in starts:
-        stop = min(start + STRETCH, q.shape[1])
-        part = chunked({"q": rows}, {"q": program.var("q").axes.index("T")}, start, stop) | {"k": keys}
-        more = {"sizes": sizes | {"T": stop - start}, "offsets": {"T": start}, "given": given}
-        score = evaluate(program, part, wanted=[program.var("score")], **known, **more)  # type: ignore[arg-type]
-        found.append(score["score"][0])
-    return found
 
 
 def recall(m: Masses, budget: int) -> dict[str, dict[str, float]]:
@@ -165,7 +140,7 @@ def measure(
 
 def draw(rows: Sequence[Mapping[str, Any]], title: str, target: Path) -> Path:
     """`of_best` against the budget: a panel for each block size, a line for each metric."""
-    plt = plots.pyplot()
+    plt = pyplot()
     blocks = sorted({r["block"] for r in rows})
     figure, panels = plt.subplots(1, len(blocks), figsize=(4.2 * len(blocks), 4), sharey=True, squeeze=False)
     for panel, block in zip(panels[0], blocks, strict=True):
@@ -181,7 +156,7 @@ def draw(rows: Sequence[Mapping[str, Any]], title: str, target: Path) -> Path:
     panels[0][-1].legend(fontsize=7)
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
-    return plots.saved(figure, target)
+    return saved(figure, target)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

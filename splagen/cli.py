@@ -1,4 +1,4 @@
-"""The command line: splagen generate | show | verify | tune | compile | cache | doctor.
+"""The command line: splagen generate | show | verify | tune | compile | cache | plot | doctor.
 
 Exit status: 0 good, 1 a wrong result, 2 a wrong request.  With --json, stdout is one JSON document.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from splagen import cli_cache, cli_cost, cli_tune, settings
+from splagen import cli_cache, cli_cost, cli_plot, cli_tune, settings
 from splagen.errors import InputError, WrongResult
 from splagen.terminal import (
     INPUT,
@@ -49,6 +49,7 @@ app = typer.Typer(
 
 app.command(name="tune")(cli_tune.tune_command)
 app.add_typer(cli_cache.app, name="cache")
+app.add_typer(cli_plot.app, name="plot")
 
 
 @app.command()

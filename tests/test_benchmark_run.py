@@ -123,16 +123,6 @@ def test_stages_of_a_module(tmp_path: Path) -> None:
         assert "score_topk" in launched
 
 
-def test_files_of_queries_and_keys_are_checked(tmp_path: Path) -> None:
-    path = tmp_path / "qk.pt"
-    torch.save({"q": torch.zeros(1, 5, 4, 8), "k": torch.zeros(1, 5, 2, 8)}, path)
-    assert [x.shape[2] for x in given.read_qk(path)] == [4, 2]
-    for bad in ({"q": torch.zeros(1)}, {"q": torch.zeros(1, 5, 3, 8), "k": torch.zeros(1, 5, 2, 8)}):
-        torch.save(bad, path)
-        with pytest.raises(ValueError, match=r"qk\.pt"):
-            given.read_qk(path)
-
-
 # -- floors --------------------------------------------------------------------------------------------------------
 
 
