@@ -256,7 +256,8 @@ class SPLACache:
             if found[2][slot]:
                 most = self.width * self.page_size
                 raise InputError(
-                    f"sequence {slot} has {n} tokens: no room for {int(more[slot])} more in {most}", "make a longer cache"
+                    f"sequence {slot} has {n} tokens: no room for {int(more[slot])} more in {most}",
+                    "make a longer cache",
                 )
             if found[3][slot]:
                 page = int(self.page_table[slot, column])

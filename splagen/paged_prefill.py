@@ -54,9 +54,7 @@ class PagedPrefill:
         self.table = made.page_table[slots].long()
         self.head = torch.arange(self.heads, device=slots.device)
 
-    def checked(
-        self, tensors: Sequence[Tensor], cu_seqlens: Tensor, most: int, longest: int
-    ) -> dict[str, Tensor]:
+    def checked(self, tensors: Sequence[Tensor], cu_seqlens: Tensor, most: int, longest: int) -> dict[str, Tensor]:
         """What a step takes, by name, in packed rows.  Raises InputError for what does not fit the cache."""
         names = [a.name for a in self.step.tokens]
         if len(tensors) != len(names):
@@ -81,7 +79,7 @@ class PagedPrefill:
         return rows
 
     def run(self, rows: Mapping[str, Tensor], cu_seqlens: Tensor, most: int, longest: int, keys: int) -> Tensor:
-        """o [T, Hq, E] of the new tokens, which the cache takes in.
+        """Outputs [T, Hq, E] of the new tokens, which the cache takes in.
 
         Args:
             rows: what a step takes, by name: [T, heads(, width)] of all new tokens, and parameters.
@@ -131,7 +129,7 @@ class PagedPrefill:
         return Placed(sequence, before[sequence] + place, taken, before, after, ends), refused
 
     def rows_of(self, position: Tensor, sequence: Tensor, taken: Tensor, span: int = 1) -> Tensor:
-        """Rows of pages, [..., Hkv], of what lies at a position of a sequence; those of nobody where nothing is taken."""
+        """Rows of pages, [..., Hkv], of what lies at a position of a sequence; those of nobody where none is taken."""
         column = (position // self.page_size).clamp(0, self.table.shape[1] - 1)
         page = torch.where(taken, self.table[sequence, column], self.pages)
         row = torch.where(taken, position % self.page_size // span, 0)
@@ -189,7 +187,8 @@ class PagedPrefill:
         """Sums over what is far for the last token, and the lengths with and without it."""
         taken = placed.after > 0
         for a, names in self.part.states:
-            x = found[a.name].unflatten(2, (len(names), -1))
+            x = found[a.name]
+            x = x.view(*x.shape[:2], len(names), -1, x.shape[3])
             for name, own in zip(names, x.unbind(2), strict=True):
                 state = self.made.states[name]
                 own = own if own.dim() == state.dim() else own[..., 0]

@@ -12,6 +12,7 @@ from splagen.codegen.partition import Partition
 from splagen.codegen.prefill_packing import PrefillPacking
 from splagen.codegen.region import slice_back
 from splagen.codegen.row_kernels import rows_kernel
+from splagen.codegen.schedule import Constraint
 from splagen.codegen.state_kernels import StateChain, carried_kernel, state_chains
 from splagen.codegen.tile_code import Walk
 from splagen.errors import PartitionError
@@ -50,6 +51,26 @@ class PrefillPartition:
     def all_kernels(self) -> list[Kernel]:
         """They are all there is."""
         return self.kernels
+
+    @property
+    def group_size(self) -> int:
+        """Query heads of a KV head."""
+        return Geometry.of(self.program).group
+
+    @property
+    def backward(self) -> tuple[Kernel, ...]:
+        """There is none."""
+        return ()
+
+    @property
+    def constraints(self) -> tuple[Constraint, ...]:
+        """What Schedules must agree on: nothing."""
+        return ()
+
+    @property
+    def wide(self) -> frozenset[str]:
+        """Inputs that are float32 beside 16-bit q, k and v: none need to be."""
+        return frozenset()
 
     @property
     def kept(self) -> tuple[Array, ...]:
