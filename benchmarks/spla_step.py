@@ -2,7 +2,8 @@
 
 python -m benchmarks.spla_step [--tokens N ...] [--tuned] [--page-type e4m3] [--schedules JSON] [--kernels] [--out DIR]
 
-The sequences hold random keys and values of the length given; statistics and states are those of these keys.
+The sequences hold random keys and values of the length given; statistics and states are those of these keys.  Steps of
+each spec are compared with the oracle before any is timed.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.floors import PEAK_BYTES
 from benchmarks.record import write
 from benchmarks.timing import time_ms
+from splagen import step_verification
 from splagen.autotune.cost import evaluate
 from splagen.autotune.step_cost import Step, step_sizes
 from splagen.codegen.decoding import SPLITTING, decoding
 from splagen.codegen.step_rows import PageType
+from splagen.kinds import oracle
+from splagen.ops import Oracle
 from splagen.paged_cache import SPLACache
 from splagen.pipeline import DecodingLibrary, generate_decoding, load_decoding
-from splagen.spec import Select, SPLASpec
+from splagen.spec import Select, SPLASpec, to_toml
 
 HQ, D, BLOCK = 32, 128, 64
 FREE = 61  # beside one sink, one local block and the current one: 64 blocks
@@ -92,6 +96,18 @@ def floor_us(batch: int, kv_heads: int, length: int, page_type: PageType = "inpu
     part = decoding(spec_of(kv_heads), page_type)
     sizes = step_sizes(part, batch, kv_heads, length, SPLITTING)
     return 1e6 * evaluate(Step.of(part, "bf16").floor(), sizes, "a step") / PEAK_BYTES
+
+
+def gate(library: DecodingLibrary) -> None:
+    """Compare steps of the library with the oracle, some blocks left out; raises WrongResult."""
+    spec = library.spec
+    shape = (1, spec.group_size, (FREE + 9) * BLOCK + 16)
+    truth = oracle(to_toml(spec))
+    assert isinstance(truth, Oracle)
+    report = step_verification.verify(
+        library.module, truth, library.part, shapes=[shape], dtypes=[torch.bfloat16], device="cuda"
+    )
+    report.raise_if_wrong()
 
 
 def replay_us(cache: SPLACache, tokens: list[Tensor], repeats: int = 50) -> float:
@@ -163,7 +179,8 @@ def main() -> None:
     parser.add_argument("--cases", type=int, nargs="+", default=[*range(len(CASES))])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
+    compared: set[SPLASpec] = set()
     for batch, kv_heads, length, aim in (CASES[i] for i in args.cases):
         spec = spec_of(kv_heads)
         library = (
@@ -174,6 +191,9 @@ def main() -> None:
         chosen = library.module.SCHEDULES["sm_90"]["bf16"]
         for name, fields in args.schedules.items():
             chosen[name] = {**chosen[name], **fields}
+        if spec not in compared:
+            gate(library)
+            compared.add(spec)
         row: dict[str, Any] = {"batch": batch, "kv_heads": kv_heads, "length": length, "aim_us": aim}
         row |= {"page_type": args.page_type, "tuned": args.tuned}
         if args.dense or args.out:

@@ -65,7 +65,9 @@ class Steps(Kernels):
         for name, x in cache.pages.items():
             for rows in x:  # of a page; not every type has random numbers of its own
                 drawn = torch.empty(rows.shape, device=rows.device)
-                if rows_span(self.part, name) == 1:
+                if rows_span(self.part, name) == 1 and rows.dim() == 2:  # numbers of keys: features stay below 1
+                    rows.copy_(drawn.uniform_(4.0, 6.0, generator=self.draw))
+                elif rows_span(self.part, name) == 1:
                     rows.copy_(drawn.normal_(generator=self.draw))
                 else:
                     rows.copy_(drawn.uniform_(0.5, 1.0, generator=self.draw))  # variances are positive

@@ -178,7 +178,7 @@ class Kernels:
     def samples(self, run: Callable[[], object], restore: Callable[[], None], repetitions: int) -> list[float]:
         """Milliseconds of each of some runs: on the GPU with its L2 flushed between them, else on the host.
 
-        `restore` comes before each, and is not timed.
+        `restore` comes before each, the first that warms up too, and is not timed.
         """
         if self.device == "cpu":
             found = []
@@ -190,6 +190,7 @@ class Kernels:
             return found
         flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=self.device)
         events = [[_event(), _event()] for _ in range(repetitions)]
+        restore()
         run()
         torch.cuda._sleep(SLEEP_CYCLES)  # type: ignore[no-untyped-call]
         for start_event, end_event in events:

@@ -186,20 +186,16 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
     """The Schedule of one kernel of a step."""
     wide = DTYPES[dtype] == 4
     widest = max(geometry.width(("d",), pad=True), geometry.width(("e",), pad=True))
-    # three programs of 4 warps fit a multiprocessor: enough rows are on their way while others are multiplied
-    fits = {"maxnreg": 168} if widest <= 128 and not wide and arch in ("sm_90", "sm_100") else {}
     match kernel.template:
         case "decode_append":
             columns = [a.width[1] for a in kernel.outputs if a.layout == "sequences" and len(a.width) > 1]
             block_e = min(max(columns, default=16), 32)
-            found = {"BLOCK_N": 16, "BLOCK_E": block_e, "num_warps": 8 if wide else 4, "num_stages": 2}
-            if geometry.rank:  # the keys of a cell stay in registers from factor to factor
-                return found | {"num_warps": 8}
-            eight = any(x.dtype == "e4m3" for x in kernel.arrays)  # what is read is converted: more registers
-            return found if eight else found | fits
+            warps = 8 if wide or geometry.rank else 4  # the keys of a cell stay in registers from factor to factor
+            return {"BLOCK_N": 16, "BLOCK_E": block_e, "num_warps": warps, "num_stages": 2}
         case "decode_score":
-            block_c = 64 if widest <= 128 and not wide and arch != "gfx942" else 32
-            stages = 3 if widest * (1 + wide) <= 256 else 2
+            large = arch in ("sm_90", "sm_100") and widest <= 128 and not wide and not geometry.rank
+            block_c = 128 if large else 64 if widest <= 128 and not wide and arch != "gfx942" else 32
+            stages = 2 if large or widest * (1 + wide) > 256 else 3
             read = sum(a.width[-1] for a in kernel.inputs if a.layout == "pages")
             while geometry.rank and DTYPES[dtype] * max(stages - 1, 1) * block_c * read > _half_shared(arch):
                 if block_c > 32 or (stages == 2 and block_c > 16):
@@ -210,10 +206,10 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
                     break
             return {"BLOCK_C": block_c, "num_warps": 4, "num_stages": stages}
         case "decode_select":
-            block_j = max(16, min(512, 1024 // geometry.cells))
+            block_j = max(16, min(256, 1024 // geometry.cells))
             return {"BLOCK_J": block_j, "BLOCK_S": 16, "num_warps": 4, "num_stages": 1}
         case "decode_settle":
-            return {"BLOCK_K": max(512, 2 * int(str(kernel.holes["kept"]))), "num_warps": 4, "num_stages": 1}
+            return {"BLOCK_K": max(512, 2 * int(str(kernel.holes["kept"]))), "num_warps": 8, "num_stages": 1}
         case "decode_attend":
             # tiles of 64 keys are what a group of 4 warps multiplies; two programs fit a multiprocessor
             block_n = min(geometry.block, 16 if wide else 64 if widest <= 128 else 32)

@@ -43,12 +43,17 @@ def test_every_kernel_of_a_small_spec_compiles_for_every_target(rows: list[Built
 
 
 def test_kernels_of_a_decoding_step_compile_for_every_target(tmp_path: Path) -> None:
-    """None has a product with A in registers, which Triton before 3.7.1 may miscompile on Hopper."""
+    """Triton before 3.7.1 may miscompile products with A in registers on Hopper: attend alone has some.
+
+    It forms features of keys there; tests on a GPU compare it with the oracle at these sizes (`GPU` in
+    tests/kernels/test_decoding.py).
+    """
     spec = SPLASpec(head_dim=128, group_size=4, select=Select(budget=61))
     found = compile_module(pipeline.generate_decoding(spec, tmp_path).path, decoding(spec), progress=False)
     raise_if_failed(found)
     assert len(found) == 6 * len(TARGETS)
-    assert all(not r.spilled and not r.register_a for r in found if r.arch == "sm_90")
+    assert all(not r.spilled for r in found if r.arch == "sm_90")
+    assert {r.kernel for r in found if r.register_a} == {"attend"}
 
 
 @pytest.mark.parametrize("targets", [("sm_90",), pytest.param(("sm_100", "gfx942"), marks=pytest.mark.slow)], ids=str)
