@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import write
-from benchmarks.spla_step import D, HQ, spec_of
+from benchmarks.spla_step import HQ, D, spec_of
 from benchmarks.timing import peak_bytes, repeats_for, time_ms
 from splagen import pipeline
 from splagen.paged_cache import SPLACache
