@@ -16,6 +16,7 @@ from splagen.codegen.schedule import Constraint
 from splagen.codegen.state_kernels import StateChain, carried_kernel, state_chains
 from splagen.codegen.tile_code import Walk
 from splagen.errors import PartitionError
+from splagen.ir.partitions import copy_name
 from splagen.ir.program import Lse, Program
 
 FORWARD = "forward_strategy"
@@ -122,7 +123,7 @@ def _parts(chain: StateChain, array: Array, geometry: Geometry) -> tuple[str, ..
     base = array.name.removesuffix("_carried")
     if "s" not in chain.states.out.axes:
         return (f"{base}_state",)
-    return tuple(f"{base}_{sign}_state" for sign in range(geometry.signs))
+    return tuple(f"{copy_name(base, 's', sign)}_state" for sign in range(geometry.signs))
 
 
 def _numbers_kernel(step: Decoding) -> Kernel | None:
