@@ -42,11 +42,11 @@ def test_numbers_stand_beside_a_picture_that_shows_all_kinds_of_blocks(spec: Pat
     from splagen.cli_plot import KINDS
 
     out = tmp_path / "pictures/choice.png"
-    result = run("plot", "selection", spec, "--qk", qk, "--out", out, "--json", "--tiles", 40)
+    result = run("plot", "selection", spec, "--qk", qk, "--out", out, "--json", "--tiles", 25)
     assert result.exit_code == 0, result.output
     printed = document(result)
     assert printed == {"path": str(out), **json.loads(out.with_suffix(".json").read_text())}
-    want = coverage(read_spec(spec), *rows(), tiles=40)
+    want = coverage(read_spec(spec), *rows(), tiles=25)
     assert (printed["length"], printed["block_size"], printed["positions"]) == (151, 16, want.positions.tolist())
     for h, row in enumerate(printed["heads"]):
         assert row["head"] == h
@@ -78,14 +78,16 @@ def test_wrong_requests_leave_nothing(spec: Path, qk: Path, tmp_path: Path, monk
     sequence = tmp_path / "sse.toml"
     sequence.write_text(SEQUENCE)
     out = tmp_path / "out/choice.png"
-    given = ("--qk", qk, "--out", out)
+    given = ("--qk", qk, "--out", out, "--tiles", 2)
     assert "no PNG" in refused("plot", "selection", spec, "--qk", qk, "--out", tmp_path / "choice.pdf")
     assert "selects no blocks" in refused("plot", "selection", sequence, *given)
     assert "KV head 7 of 2" in refused("plot", "selection", spec, *given, "--head", 7)
     assert "cannot read" in refused("plot", "selection", spec, "--qk", tmp_path / "none.pt", "--out", out)
     assert run("plot", "selection", spec, "--out", out).exit_code == 2  # no rows are made up
     (tmp_path / "file").write_text("")
-    assert "cannot write" in refused("plot", "selection", spec, "--qk", qk, "--out", tmp_path / "file/a.png")
+    assert "cannot write" in refused(
+        "plot", "selection", spec, "--qk", qk, "--out", tmp_path / "file/a.png", "--tiles", 2
+    )
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "pip install 'splagen[plot]'" in refused("plot", "selection", spec, *given)
     assert not out.parent.exists()
