@@ -66,6 +66,13 @@ def recall_at(length: int, name: str = "recall") -> Callable[[Figures], float]:
     return lambda f: statistics.fmean(f[name][f["recall_lengths"].index(length)])
 
 
+def far(figures: Figures) -> tuple[float, float]:
+    """Loss in the last quarter of a context, and beyond it, where no model was trained."""
+    losses = figures["position"]
+    context = len(losses) * figures["shape"]["context"] // figures["position_length"]
+    return statistics.fmean(losses[3 * context // 4 : context]), statistics.fmean(losses[context:])
+
+
 def over_seeds(values: Sequence[float], digits: int = 4) -> str:
     """Mean and standard deviation of a sample; with one value that alone, with none nothing."""
     if not values:
@@ -97,11 +104,11 @@ def closed(study: Study, label: str) -> tuple[list[float], list[float], list[flo
 
 def quality(study: Study) -> Table:
     """Losses, size and speed of every model."""
-    table = Table("attention", "seeds", "parameters", "loss", "against dense", "second half", "step, ms",
+    table = Table("attention", "seeds", "parameters", "loss", "against dense", "last quarter", "beyond", "step, ms",
                   "tokens/s", "peak, GiB", box=rich.box.MARKDOWN, title="Validation loss, nats per byte")  # fmt: skip
     for label, runs in study.items():
         each = list(runs.values())
-        tail = [statistics.fmean(f["position"][len(f["position"]) // 2 :]) for f in each]
+        late, beyond = zip(*(far(f) for f in each), strict=True)
         dense = study.get(f"{ARROW}dense" if label.startswith(ARROW) else "dense", {})
 
         def known(name: str, each: list[Figures] = each) -> list[float]:
@@ -110,7 +117,7 @@ def quality(study: Study) -> Table:
         table.add_row(
             label, str(len(each)), f"{each[0]['parameters']:,}", over_seeds([last(f) for f in each]),
             "" if label in ("dense", f"{ARROW}dense") else over_seeds(paired(runs, dense)),
-            over_seeds(tail), over_seeds(known("step_ms"), 1), over_seeds(known("tokens_per_s"), 0),
+            over_seeds(late), over_seeds(beyond), over_seeds(known("step_ms"), 1), over_seeds(known("tokens_per_s"), 0),
             over_seeds(known("peak_gib"), 1),
         )  # fmt: skip
     return table

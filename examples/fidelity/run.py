@@ -13,7 +13,7 @@ import argparse
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -166,6 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", nargs="*", choices=list(variants.ABOUT), default=[], metavar="NAME")
     parser.add_argument("--convert", nargs="*", choices=SOFTMAX, default=[], metavar="NAME", help="dense to these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, help="of training from scratch, in place of the preset's")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after about so many; call again")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     parser.add_argument("--device", help="default: a GPU if there is one")
@@ -179,7 +180,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if not given.variants and not given.convert:
         parser.error("nothing to do: give --variants, --convert or --list")
+    if given.steps is not None and given.steps < 1:
+        parser.error("--steps must be at least 1")
     preset = PRESETS[given.preset]
+    if given.steps:
+        preset = replace(preset, training=replace(preset.training, steps=given.steps))
     device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     work = (given.work or settings.cache_dir() / "fidelity") / preset.name
     corpus = text.load(work.parent)
