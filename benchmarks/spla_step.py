@@ -65,7 +65,7 @@ def filled(library: DecodingLibrary, batch: int, kv_heads: int, length: int, ste
         cells = keys[page : page + 256].float().unflatten(2, (-1, BLOCK))
         cache.pages["mean_pages"][page : page + 256].copy_(cells.mean(3))
         cache.pages["variance_pages"][page : page + 256].copy_(cells.var(3, correction=0))
-    for sign, name in ((1, "phi_k_0_lse_pages"), (-1, "phi_k_1_lse_pages")):
+    for sign, name in ((1, "phi_k_s0_lse_pages"), (-1, "phi_k_s1_lse_pages")):
         for page in range(0, keys.shape[0], 256):
             part = slice(page, page + 256)
             cache.pages[name][part].copy_(torch.logsumexp(sign * keys[part].float(), -1))

@@ -1,9 +1,8 @@
 """Serve many requests at once: continuous batching of the byte-level model on paged caches of SPLA.
 
 Every layer has an `SPLACache`.  A request joins when a slot and pages are free, leaves when it is done, and its pages
-go to the next one.  A step takes the same number of tokens of every slot: as many as `STEP_TOKENS` while a prompt goes
-in, of which `accept` keeps those that there are, and else one.  What comes out is what prefill of the whole sequence
-gives, byte by byte.  From the repository root:
+go to the next one.  Prompts go in by chunks, those of several requests packed; then a step takes a byte of every slot.
+What comes out is what prefill of the whole sequence gives, byte by byte.  From the repository root:
 
     python -m examples.serving      # 64 requests on a GPU; where there is none, 2 in Triton's interpreter
 """
@@ -14,9 +13,11 @@ import argparse
 import random
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,7 +28,9 @@ from splagen.errors import InputError
 from splagen.paged_cache import SPLACache
 from splagen.pipeline import generate_decoding
 
-STEP_TOKENS = 8
+CHUNK = 1024  # bytes of a prompt that go in at once
+
+Attend: TypeAlias = Callable[[SPLACache, Attention, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -66,15 +69,15 @@ class Server:
                 library,
                 sequences=slots,
                 kv_heads=model.config.kv_heads,
-                tokens=longest + STEP_TOKENS,
+                tokens=longest,
                 pages=pages,
                 page_size=model.config.block_size,
-                step_tokens=STEP_TOKENS,
                 dtype=weight.dtype,
                 device=weight.device,
             )
             for _ in model.blocks
         ]
+        self.device = weight.device
         self.running: dict[int, Running] = {}
         self.steps = self.most_at_once = 0
 
@@ -93,7 +96,7 @@ class Server:
         found = [b""] * len(requests)
         while waiting or self.running:
             self._admit(waiting)
-            self._step()
+            self._advance()
             for slot, request in [*self.running.items()]:
                 if len(request.text) >= request.length:
                     found[request.number] = bytes(request.text[len(requests[request.number].prompt) :])
@@ -105,8 +108,8 @@ class Server:
         while waiting:
             number, request = waiting[0]
             length = len(request.prompt) + request.count
-            try:  # room for a whole step behind the last byte; every cache gives the same slot
-                slots = [cache.allocate(length + STEP_TOKENS) for cache in self.caches]
+            try:  # every cache gives the same slot
+                slots = [cache.allocate(length) for cache in self.caches]
             except InputError:
                 if not self.running:
                     raise
@@ -120,43 +123,60 @@ class Server:
         for cache in self.caches:
             cache.free(slot)
 
+    def _advance(self) -> None:
+        """Prompts go in first, a chunk of each; once they are all in, every sequence gets its next byte."""
+        waiting = [slot for slot, sequence in self.running.items() if len(sequence.text) - sequence.held > 1]
+        if waiting:
+            self._prefill(waiting)
+        else:
+            self._step()
+
+    def _prefill(self, slots: Sequence[int]) -> None:
+        """The next chunk of the prompts of these slots, packed; one that is all in then gets its next byte."""
+        chosen = [self.running[slot] for slot in slots]
+        chunks = [sequence.text[sequence.held : sequence.held + CHUNK] for sequence in chosen]
+        counts = [len(chunk) for chunk in chunks]
+        ends = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=self.device)
+        positions = [n for x, count in zip(chosen, counts, strict=True) for n in range(x.held, x.held + count)]
+        where = {"cu_seqlens": ends, "max_tokens": max(counts), "slots": slots}
+
+        def attend(cache: SPLACache, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return cache.prefill(q[0], k[0], v[0], *attention.gains().values(), **where)[None]
+
+        logits = self._logits([[*b"".join(chunks)]], torch.tensor([positions], device=self.device), attend)
+        best = logits[0, ends[1:].long() - 1].argmax(-1).tolist()
+        self._took(chosen, counts, best)
+
     def _step(self) -> None:
-        """One step of every slot; each sequence whose bytes are all in gets its next one."""
-        tokens, counts = self._next_tokens()
-        device = self.caches[0].device
-        logits = self._logits(torch.tensor(tokens, device=device))
-        kept = torch.tensor(counts, dtype=torch.int32, device=device)
-        for cache in self.caches:
-            cache.accept(kept)
+        """One byte of every slot, of which those without a request take none."""
+        tokens = [[x.text[x.held]] if (x := self.running.get(slot)) else [0] for slot in range(self.slots)]
+        positions = self.caches[0].seqlens.clamp(min=0)[:, None]
+
+        def attend(cache: SPLACache, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return cache.step(q, k, v, *attention.gains().values())
+
+        best = self._logits(tokens, positions, attend)[:, 0].argmax(-1).tolist()
         self.steps += 1
-        best = logits.argmax(-1).tolist()
-        for slot, sequence in self.running.items():
-            sequence.held += counts[slot]
+        self._took([*self.running.values()], [1] * len(self.running), [best[slot] for slot in self.running])
+
+    @staticmethod
+    def _took(chosen: Sequence[Running], counts: Sequence[int], best: Sequence[int]) -> None:
+        """So many more bytes of each are in; one that is all in goes on by the best."""
+        for sequence, count, byte in zip(chosen, counts, best, strict=True):
+            sequence.held += count
             if sequence.held == len(sequence.text):
-                sequence.text.append(best[slot][counts[slot] - 1])
+                sequence.text.append(byte)
 
-    def _next_tokens(self) -> tuple[list[list[int]], list[int]]:
-        """What each slot takes next, and how much of it counts: the only place that knows how prompts go in."""
-        known = {slot: sequence.text[sequence.held :] for slot, sequence in self.running.items()}
-        width = STEP_TOKENS if any(len(text) > 1 for text in known.values()) else 1
-        taken = [bytes(known.get(slot, b""))[:width] for slot in range(self.slots)]
-        return [[*text.ljust(width, b"\0")] for text in taken], [len(text) for text in taken]
-
-    def _logits(self, tokens: Tensor) -> Tensor:
-        """Logits [slots, t, 256] of the byte after each of the tokens [slots, t]."""
-        model, lengths = self.model, self.caches[0].seqlens.clamp(min=0)
-        x = model.embedding(tokens)
-        positions = lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+    def _logits(self, tokens: Sequence[Sequence[int]], positions: Tensor, attend: Attend) -> Tensor:
+        """Logits [B, t, 256] of the byte after each of the tokens [B, t]."""
+        model = self.model
+        x = model.embedding(torch.tensor(tokens, device=self.device))
         rotation = rotary(model.config.head_dim, positions)
         for block, cache in zip(model.blocks, self.caches, strict=True):
             assert isinstance(block, Block)
-            x = block(x, rotation, partial(_attend, cache, block.attention))
+            x = block(x, rotation, partial(attend, cache, block.attention))
         logits: Tensor = model.head(model.norm(x))
         return logits
-
-
-def _attend(cache: SPLACache, attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return cache.step(q, k, v, *attention.gains().values())
 
 
 def requests_of(count: int, longest: int, seed: int = 0) -> list[Request]:

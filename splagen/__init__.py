@@ -53,6 +53,7 @@ _HOME = {
     "generate": "pipeline",
     "generate_decoding": "pipeline",
     "generate_packed": "pipeline",
+    "generate_prefill": "pipeline",
     "SPLACache": "paged_cache",
     "scale_of": "paged_cache",
     "load": "pipeline",
@@ -96,6 +97,7 @@ if TYPE_CHECKING:
     from splagen.pipeline import generate as generate
     from splagen.pipeline import generate_decoding as generate_decoding
     from splagen.pipeline import generate_packed as generate_packed
+    from splagen.pipeline import generate_prefill as generate_prefill
     from splagen.pipeline import kernels as kernels
     from splagen.pipeline import load as load
     from splagen.pipeline import load_decoding as load_decoding

@@ -13,6 +13,7 @@ from splagen.codegen.decoding import Decoding
 NO_PAGE = -1
 NO_SEQUENCE = -1
 PAGE_TYPES = {"e4m3": torch.float8_e4m3fn, "float32": torch.float32}
+LARGEST_E4M3 = 448.0
 PAGE = 256  # tokens, where nothing else is said
 
 
@@ -69,10 +70,11 @@ class CacheTensors:
         table = zeros(sequences, width, dtype=torch.int32).fill_(NO_PAGE)
         found = {
             a.name: zeros(
-                pages, kv_heads, page_size // rows_span(part, a.name), *a.width, dtype=PAGE_TYPES.get(a.dtype, dtype)
-            )
+                pages + 1, kv_heads, page_size // rows_span(part, a.name), *a.width,
+                dtype=PAGE_TYPES.get(a.dtype, dtype),
+            )[:pages]
             for a in part.pages
-        }
+        }  # fmt: skip
         made = cls(
             table,
             zeros(sequences, dtype=torch.int32).fill_(NO_SEQUENCE),
@@ -87,6 +89,13 @@ class CacheTensors:
             made.schedules(module, like), sequences, kv_heads, width * page_size, dtype, device, step_tokens
         )
         return made
+
+    def flat(self, name: str) -> Tensor:
+        """Pages as rows, [(pages + 1) * Hkv * rows of a page, width]: behind them lies one that nobody has or reads."""
+        pool = self.pages[name]
+        width = pool.shape[3] if pool.dim() == 4 else 1
+        rows = (pool.shape[0] + 1) * pool.shape[1] * pool.shape[2]
+        return pool.as_strided((rows, width), (width, 1))
 
     def schedules(self, module: ModuleType, q: Tensor) -> dict[str, dict[str, int]]:
         """The Schedules that a module takes for queries like these on this cache."""

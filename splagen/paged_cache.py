@@ -9,21 +9,21 @@ cell are made when its last key comes, from the keys themselves.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from splagen import settings
-from splagen.cache_tensors import NO_PAGE, NO_SEQUENCE, CacheTensors, default_page_size
+from splagen.cache_tensors import LARGEST_E4M3, NO_PAGE, NO_SEQUENCE, CacheTensors, default_page_size
 from splagen.errors import InputError
+from splagen.paged_prefill import PagedPrefill, numbers_on
 from splagen.pipeline import DecodingLibrary
 from splagen.spec import digest, to_toml
 
 MOST_TOKENS = 8  # of a step: fewer than the tokens of a page, so that they lie in two pages at the most
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LARGEST_E4M3 = 448.0
 
 
 class SPLACache:
@@ -166,6 +166,46 @@ class SPLACache:
         made: Tensor = self.library.op(q, k, v, *others, cache=self, out=out)
         return made
 
+    def prefill(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *others: Tensor,
+        cu_seqlens: Tensor,
+        max_tokens: int,
+        slots: Sequence[int] | None = None,
+        max_length: int | None = None,
+    ) -> Tensor:
+        """Take many new tokens of some sequences: o [T, Hq, E], as single steps give it; waits for nothing.
+
+        The cache is left as single steps leave it, the last of which `accept` may take back.  A sequence without pages
+        for all of its tokens is left as it is, and its o is NaN; o is 0 for tokens of no sequence.
+
+        Args:
+            q: [T, Hq, D], packed.
+            k: [T, Hkv, D].
+            v: [T, Hkv, E].
+            *others: what else a step takes, packed where it is rows of tokens.
+            cu_seqlens: int32 [slots + 1] on the device: where the new tokens of each slot begin; it may have none.
+            max_tokens: no less than the new tokens of any slot.
+            slots: those of the call, each once; None is all of them.  Room is made for all that their pages hold.
+            max_length: no less than the length of any of them afterwards, if that is less than what its pages hold.
+
+        Raises:
+            InputError: tensors that do not fit this cache, a slot without sequence, or as for `check`.
+        """
+        chosen = [*range(self.sequences)] if slots is None else [*slots]
+        capacity = [len(self._held.get(s, ()) if slots is None else self._pages_of(s)) * self.page_size for s in chosen]
+        longest = max([1, *capacity]) if max_length is None else max_length
+        work = PagedPrefill(self.made, self.part, self.library.prefill, numbers_on(self.device, chosen))
+        rows = work.checked((q, k, v, *others), cu_seqlens, max_tokens, longest)
+        if settings.check_cache() and not torch.compiler.is_compiling() and not self._captured():
+            room = torch.zeros(self.sequences, dtype=torch.int64, device=self.device)
+            self.check(room.index_copy_(0, work.slots, (cu_seqlens[1:] - cu_seqlens[:-1]).long()))
+        keys = max(1, sum(min(n, longest) for n in capacity))
+        return work.run(rows, cu_seqlens, max_tokens, longest, keys)
+
     def accept(self, counts: Tensor) -> None:
         """Keep the first `counts` tokens of the last step and forget those behind them; waits for nothing.
 
@@ -181,22 +221,25 @@ class SPLACache:
             raise InputError(what, f"give {like.dtype} {tuple(like.shape)} on {like.device}")
         torch.minimum(self.seqlens, self.settled + counts.clamp(0, self.step_tokens), out=self.seqlens)
 
-    def check(self, room: int = 0) -> None:
+    def check(self, room: int | Tensor = 0) -> None:
         """Check lengths and page tables on the device, with room for `room` more tokens; waits for the device.
+
+        `room` is a number, or one for each slot.
 
         Raises:
             InputError: names the sequence, and what is wrong with it.
         """
         lengths = self.seqlens.long()
+        more = room if isinstance(room, Tensor) else torch.full_like(lengths, room)
         columns = torch.arange(self.width, device=self.device)
-        needed = (lengths + room + self.page_size - 1) // self.page_size
+        needed = (lengths + more + self.page_size - 1) // self.page_size
         some = self.pages[self.part.pages[0].name].shape[0]
         wrong = (
             ((self.page_table < 0) | (self.page_table >= some)) & (columns < needed[:, None]) & (lengths >= 0)[:, None]
         )
         held = torch.tensor([slot in self._held for slot in range(self.sequences)], device=self.device)
         kinds = torch.stack([
-            lengths < NO_SEQUENCE, (lengths < 0) & held, lengths + room > self.width * self.page_size, wrong.any(1),
+            lengths < NO_SEQUENCE, (lengths < 0) & held, lengths + more > self.width * self.page_size, wrong.any(1),
             (lengths >= 0) & ((self.settled < 0) | (self.settled > lengths)),
         ])  # fmt: skip
         first = torch.where(wrong.any(1), wrong.to(torch.int32).argmax(1), 0)
@@ -213,7 +256,8 @@ class SPLACache:
             if found[2][slot]:
                 most = self.width * self.page_size
                 raise InputError(
-                    f"sequence {slot} has {n} tokens: no room for {room} more in {most}", "make a longer cache"
+                    f"sequence {slot} has {n} tokens: no room for {int(more[slot])} more in {most}",
+                    "make a longer cache",
                 )
             if found[3][slot]:
                 page = int(self.page_table[slot, column])

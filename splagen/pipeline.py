@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,8 @@ from splagen.codegen.files import import_file, write_generated
 from splagen.codegen.packed_module import packed_module_text
 from splagen.codegen.packed_partition import PackedPartition, packed_partition
 from splagen.codegen.partition import Partition
+from splagen.codegen.prefill_module import prefill_module_text
+from splagen.codegen.prefill_partition import PrefillPartition, prefill_partition
 from splagen.codegen.sequence_partition import SequencePartition
 from splagen.codegen.step_rows import PageType
 from splagen.errors import InputError, SpecError
@@ -71,6 +74,11 @@ class DecodingLibrary(Library):
         """The kernels and arrays of the module."""
         return decoding(self.spec, self.module.PAGE_TYPE)
 
+    @functools.cached_property
+    def prefill(self) -> PrefillLibrary:
+        """The module of prefill on a cache, written beside this one when it is first asked for."""
+        return generate_prefill(self.spec, self.path.parent)
+
     @property
     def op_name(self) -> str:
         """Its op is the step: a few tokens per sequence of a cache."""
@@ -87,6 +95,23 @@ class PackedLibrary(Library):
     def op_name(self) -> str:
         """Its op takes rows of all sequences one behind the other, and where each begins."""
         return f"{self.spec.name}_varlen"
+
+
+@dataclass(frozen=True)
+class PrefillLibrary(Library):
+    """A generated module for the last queries of packed sequences on disk."""
+
+    spec: SPLASpec
+
+    @property
+    def part(self) -> PrefillPartition:
+        """The kernels and arrays of the module."""
+        return prefill_kernels(self.spec)
+
+    @property
+    def op_name(self) -> str:
+        """Its op takes rows of queries and of keys, and where those of each sequence begin."""
+        return f"{self.spec.name}_prefill"
 
 
 def program(spec: Spec) -> Program:
@@ -194,6 +219,28 @@ def generate_packed(spec: Spec, out: str | Path) -> PackedLibrary:
     path = Path(out) / f"{spec.name}_varlen_{short}.py"
     write_generated(path, packed_module_text(part, name=spec.name, digest=short, spec_text=to_toml(spec)))
     return PackedLibrary(spec, path)
+
+
+def generate_prefill(spec: SPLASpec, out: str | Path) -> PrefillLibrary:
+    """Write `{name}_prefill_{digest8}.py` into `out`: forward for the last queries of packed sequences.
+
+    Raises:
+        SpecError: a query of the spec depends on later tokens.
+        GeneratedFileError: a foreign file is in the way.
+    """
+    short, part = digest(spec)[:8], prefill_kernels(spec)
+    path = Path(out) / f"{spec.name}_prefill_{short}.py"
+    write_generated(path, prefill_module_text(part, name=spec.name, digest=short, spec_text=to_toml(spec)))
+    return PrefillLibrary(spec, path)
+
+
+@functools.lru_cache(maxsize=32)
+def prefill_kernels(spec: SPLASpec) -> PrefillPartition:
+    """The kernels of the last queries of packed sequences.  Raises SpecError if one depends on later tokens."""
+    step = decoding(spec)
+    found = kernels(spec)
+    assert isinstance(found, Partition)
+    return prefill_partition(found, step)
 
 
 def packed_kernels(spec: Spec) -> PackedPartition:

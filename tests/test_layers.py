@@ -31,6 +31,7 @@ ROWS = [
     {
         "pipeline",
         "paged_cache",
+        "paged_prefill",
         "terminal",
         "cli_cache",
         "cli_cost",

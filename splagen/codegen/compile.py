@@ -23,6 +23,7 @@ from splagen.codegen.index_kernels import index_kernels
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.packed_partition import PackedPartition
 from splagen.codegen.partition import Partition
+from splagen.codegen.prefill_partition import PrefillPartition
 from splagen.codegen.schedule import DTYPES, TARGETS, Schedule
 from splagen.codegen.sequence_partition import SequencePartition
 from splagen.codegen.worker_process import ProcessEnded, WorkerProcess
@@ -49,7 +50,7 @@ _LENGTHS, _HEADS = (_LENGTH, 65_537), (_KV_HEADS, 1, 3, 4, 8, 16)  # all that it
 _SECONDS = 600  # for one kernel
 ALIGNMENT = 16
 
-Module: TypeAlias = Partition | SequencePartition | Decoding
+Module: TypeAlias = Partition | SequencePartition | Decoding | PrefillPartition
 Kept: TypeAlias = dict[str, Any]  # what `machine_code.machine_code` returns
 
 
@@ -154,7 +155,7 @@ def _wanted(
 
 def _index(part: Module) -> Sequence[Kernel]:
     """The kernels that make the inverse index."""
-    return part.index if isinstance(part, PackedPartition) else index_kernels(part.kernels)
+    return part.index if isinstance(part, (PackedPartition, PrefillPartition)) else index_kernels(part.kernels)
 
 
 def launched(part: Module, schedules: Mapping[str, Schedule]) -> list[Kernel]:

@@ -46,7 +46,7 @@ from splagen.ir.program import Equation, Iota, Lse, Program, Reduce, Var
 ROW_MAX = Array("row_max_parts", "sequences", dtype="float32")  # [B * tokens, Hkv, splits, GROUP]
 ROW_SUM = Array("row_sum_parts", "sequences", dtype="float32")
 MULTIPROCESSORS = 132  # of an H200
-_COLUMNS = (("d",), ("e",), ("s", "d"))
+_COLUMNS = (("d",), ("e",))
 
 
 @dataclass(frozen=True)

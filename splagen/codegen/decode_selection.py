@@ -66,7 +66,7 @@ def statistics_code(selection: Selection, tokens: Mapping[Var, Array], pages: Ma
     holes: dict[str, object] = {
         "cell": geometry.cell,
         "width": width,
-        **statistics.holes,
+        "moments": "\n".join(_moments(statistics, width)),
         "load": PagedRows(geometry, "key", False).load(pages[source]),
         "new": as_kept(pages[source], NewKeys(geometry, "key", False).load(tokens[source])),
         "store": "\n".join(lines),
@@ -74,6 +74,18 @@ def statistics_code(selection: Selection, tokens: Mapping[Var, Array], pages: Ma
     }
     degrees = {a.name: _degree(selection.program, v, moments.statistic(v)[0]) for v, a in arrays.items()}
     return Statistics(holes, arrays, tuple(moments.equations), source, degrees)
+
+
+def _moments(statistics: CellStatistics, width: int) -> list[str]:
+    """Lines that form what the statistics read beside the mean mu of the one cell x [WIDTH, columns]."""
+    lines = ["centred = x - mu"] if statistics.second or statistics.factors else []
+    if statistics.second:
+        lines.append(f"var = tl.sum(centred * centred, axis=0, keep_dims=True) / {width}")
+    if statistics.factors:
+        lines += ["left = centred[None, :, :]", f"count = tl.full((1, 1), {width}, tl.float32)"]
+    for f in statistics.factors:
+        lines.append(f"{f['name']}, left = leading_factor(left, d, count, {f['number']}, {f['steps']})")
+    return lines
 
 
 def _degree(program: Program, v: Var, expr: sp.Expr) -> int:

@@ -39,8 +39,8 @@ class Geometry:
     @classmethod
     def of(cls, program: Program) -> Geometry:
         """Read the extents from the program."""
-        names = ("g", "m", "C", "n", "s", "d", "e", "r")
-        sizes = {"r": 0} | {a: e for a, e in program.axes if isinstance(e, int)}
+        names = ("g", "m", "C", "n", "s", "d", "e", "r")  # a step has its signs written out
+        sizes = {"s": 1, "r": 0} | {a: e for a, e in program.axes if isinstance(e, int)}
         return cls(*(sizes[a] for a in names))
 
     @property

@@ -147,12 +147,18 @@ class Moments:
 class CellStatistics:
     """The statistics of a cell as a kernel forms them.
 
-    `values` lists (statistic, source, columns of its array that the source is for), None for all columns; `holes` are
-    those of the templates: whether there is a variance, and the factors of the covariance, one call after the other.
+    `values` lists (statistic, source, columns of its array that the source is for), None for all columns; `second` says
+    whether there is a variance, `factors` are those of the covariance, one call after the other.
     """
 
     values: tuple[tuple[Var, str, str | None], ...]
-    holes: Mapping[str, object]
+    second: bool
+    factors: tuple[Mapping[str, object], ...]
+
+    @property
+    def holes(self) -> dict[str, object]:
+        """Those of a template."""
+        return {"second": self.second, "factors": self.factors}
 
     @classmethod
     def of(cls, moments: Moments, statistics: Iterable[Var]) -> CellStatistics:
@@ -171,4 +177,4 @@ class CellStatistics:
                 name = f"{v.name}_{i}"
                 factors.append({"name": name, "number": i, "steps": op.steps})
                 values.append((v, name, moments.geometry.factor_columns(i)))
-        return cls(tuple(values), {"second": second, "factors": factors})
+        return cls(tuple(values), second, tuple(factors))

@@ -14,9 +14,8 @@ _LENGTHS = Array(LENGTHS, "index", dtype="int32")  # [sequences]
 _KEYS = Array("keys", "index", dtype="int32")  # where block_indices has a block: its number among those of all heads
 
 
-def packed_index_kernels(walk: Walk) -> tuple[Kernel, ...]:
+def packed_index_kernels(walk: Walk, packing: Packing) -> tuple[Kernel, ...]:
     """In launch order: lengths of segments, keys of chosen blocks where there are any, the index."""
-    packing = Packing.of(walk)
     lengths = _segment_lengths(walk, packing)
     return (lengths, *([_block_keys(packing)] if walk.chosen else []), _index(packing))
 
@@ -45,16 +44,17 @@ def _segment_lengths(walk: Walk, packing: Packing) -> Kernel:
 
 
 def _block_keys(packing: Packing) -> Kernel:
-    before = packing.tiles.before(packing.budget)
+    before = packing.before_entries()
     kernel = Kernel(
         name="block_keys",
         template="block_keys",
         covers=(),
-        inputs=(BOUNDS, INDICES),
+        inputs=(*packing.bounds, INDICES),
         outputs=(_KEYS,),
         holes={
             "doc": "Chosen blocks by number, all sequences and heads in one row; no block (-1) stands before a head's.",
             "ends": packing.ends.before(1),
+            "tiles": packing.own_tiles(),
         },
         grid="",
         scalars=("LONGEST", "Hkv"),
@@ -70,8 +70,8 @@ def _index(packing: Packing) -> Kernel:
         *packing.place("tl.program_id(1) // Hkv"),
         "head = (tl.program_id(1) % Hkv).to(tl.int64)",
         f"nJ = (L + {geometry.block - 1}) // {geometry.block}",
-        f"N = (L + TILE - 1) // TILE * {packing.budget}",
-        f"first = {packing.tiles.before(1)} * {packing.budget} + head * N",
+        f"N = {packing.own_tiles()} * {packing.budget}",
+        f"first = {packing.number_of_entry()} + head * N",
         f"seen_ptr += {packing.blocks.before()}",
         f"begins_ptr += {packing.ends.before(1)} + 1  # the first key of a head is that of no block",
         *packing.move_index(""),
@@ -79,7 +79,7 @@ def _index(packing: Packing) -> Kernel:
     ]
     return replace(
         INDEX,
-        inputs=(*INDEX.inputs, _LENGTHS, BOUNDS),
+        inputs=(*INDEX.inputs, _LENGTHS, *packing.bounds),
         holes={**INDEX.holes, "sorted": "found", "first": "first"},
         scalars=("LONGEST", "Hkv"),
         batch="\n".join(lines).replace(f"work_{LENGTHS}_ptr", f"{LENGTHS}_ptr"),

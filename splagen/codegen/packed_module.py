@@ -30,7 +30,9 @@ def packed_module_text(part: PackedPartition, *, name: str, digest: str, spec_te
     """The source of the generated module."""
     program = part.program
     geometry, walk = Geometry.of(program), Walk.of(program)
-    host = _Host(part, Packing.of(walk))
+    packing = Packing.of(walk)
+    returned = {a.name for a in part.outputs} | {v.name for _, v in part.gradients}
+    host = Host(packing, returned)
     constants = constants_of(geometry, walk)
     inputs = [a.name for a in part.inputs]
     tensors = [*inputs, BOUNDS.name]
@@ -38,7 +40,7 @@ def packed_module_text(part: PackedPartition, *, name: str, digest: str, spec_te
     residuals = [a.name for a in part.residuals]
     forward_out = [a.name for a in (*part.outputs, *part.saved)]
     kernels = [{"device": kernel_text(k), "host": host.launcher(k, constants)} for k in part.kernels]
-    index = packed_index_text(walk, part.index)
+    index = packed_index_text(walk, packing, part.index)
     schedules = default_schedules(part.batch, geometry, part.strategies)
     content = hashlib.sha256(repr((GENERATOR, kernels, index, schedules)).encode()).hexdigest()[:8]
     return render(
@@ -50,7 +52,7 @@ def packed_module_text(part: PackedPartition, *, name: str, digest: str, spec_te
             "spec": spec_text,
             "constants": constants,
             "cells": geometry.cells,
-            "places": host.packing.tiles.text("n.T", "n.B"),
+            "places": packing.tiles_text(),
             "inverse_index": index,
             "functions": [render(f, {}) for f in FUNCTIONS if any(f"{f}(" in k["device"] for k in kernels)],
             "kernels": kernels,
@@ -80,14 +82,15 @@ def packed_module_text(part: PackedPartition, *, name: str, digest: str, spec_te
     )
 
 
-def packed_index_text(walk: Walk, kernels: tuple[Kernel, ...]) -> str:
+def packed_index_text(walk: Walk, packing: Packing, kernels: tuple[Kernel, ...]) -> str:
     """The kernels and the function `inverse_index` of a module."""
-    packing = Packing.of(walk)
-    rooms = {"tiles": packing.tiles, "blocks": packing.blocks, "ends": packing.ends, "segments": packing.segments}
+    rooms = {"blocks": packing.blocks, "ends": packing.ends, "segments": packing.segments}
     return render(
         "packed_index",
         {
             **{name: room.text("n.T", "n.B") for name, room in rooms.items()},
+            "tiles": packing.tiles_text(),
+            "bounds": ", ".join(a.name for a in packing.bounds),
             "kernels": [kernel_text(k) for k in kernels],
             "schedule": SCHEDULE,
             "chosen": bool(walk.chosen),
@@ -96,13 +99,12 @@ def packed_index_text(walk: Walk, kernels: tuple[Kernel, ...]) -> str:
     )
 
 
-class _Host:
+class Host:
     """Launchers: what a caller or a sum reads beyond all sequences is 0."""
 
-    def __init__(self, part: PackedPartition, packing: Packing) -> None:
-        self.packing = packing
-        gradients = [v.name for _, v in part.gradients]
-        self.returned = {*(a.name for a in part.outputs), *gradients}
+    def __init__(self, packing: Packing, returned: set[str]) -> None:
+        """`returned` are the arrays that a caller reads."""
+        self.packing, self.returned = packing, returned
 
     def launcher(self, kernel: Kernel, constants: dict[str, int]) -> str:
         """The launcher of a kernel."""

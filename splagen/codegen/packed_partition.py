@@ -38,6 +38,6 @@ def packed_partition(part: Partition) -> PackedPartition:
         part.saved,
         part.cotangents,
         part.gradients,
-        index=packed_index_kernels(walk),
+        index=packed_index_kernels(walk, packing),
         batch=tuple(part.kernels),
     )

@@ -73,9 +73,14 @@ class Packing:
         name = kernel.batch.partition(" ")[0]
         # of arrays that begin where the sequence's do, the sequence is the first
         own = "b = 0" if name == "b" else f"{name} = (tl.program_id(1) % Hkv).to(tl.int64)"
-        place = self.place(f"tl.program_id(1) // {self._heads(kernel)}")
+        place = self.place(f"tl.program_id(1) // {heads_of(kernel)}")
         lines = [*place, *self.leave(kernel), *self.moves(kernel), own]
-        return replace(kernel, inputs=(*inputs, BOUNDS), scalars=scalars, batch="\n".join(lines))
+        return replace(kernel, inputs=(*inputs, *self.bounds), scalars=scalars, batch="\n".join(lines))
+
+    @property
+    def bounds(self) -> tuple[Array, ...]:
+        """What tells kernels where sequences lie."""
+        return (BOUNDS,)
 
     def place(self, sequence: str) -> list[str]:
         """Lines that find the sequence, given by its number, its first token and length; those not read disappear."""
@@ -98,11 +103,15 @@ class Packing:
         lines = []
         for a in kernel.arrays:
             match a.layout:
-                case "query_rows" | "query_scalars" | "key_rows":
+                case "query_rows" | "query_scalars":
+                    lines.append(f"{a.name}_ptr += {self.first_row()} * {a.name}_l")
+                case "key_rows":
                     lines.append(f"{a.name}_ptr += first_token * {a.name}_l")
                 case "cell_rows":
                     lines.append(f"{a.name}_ptr += {self.room(a).before()} * {a.name}_l")
-                case "indices" | "counts" | "parts" | "states" | "segments":
+                case "indices" | "counts" | "parts":
+                    lines.append(f"{a.name}_ptr += {self.before_tiles(math.prod(self._widths(a)))}")
+                case "states" | "segments":
                     lines.append(f"{a.name}_ptr += {self.room(a).before(math.prod(self._widths(a)))}")
                 case "work":
                     lines += self.move_index(f"{a.name}_")
@@ -111,6 +120,8 @@ class Packing:
                     lines.append(f"{a.name}_ptr += ({self._programs_before(kernel)}) * {size}")
                 case "unions":
                     lines += self._move_union(a, kernel)
+                case "sequences":
+                    lines.append(f"{a.name}_ptr += sequence * Hkv * {math.prod(a.width)}")
                 case "head_rows" | "kv_head_scalars":
                     pass  # parameters are those of every sequence
                 case _:
@@ -121,7 +132,27 @@ class Packing:
         """Lines that move the pointers to the tensors of the inverse index, which `prefix` begins."""
         rooms = {"offsets": self.ends, "blocks": self.segments, "firsts": self.ends}
         lines = [f"{prefix}{part}_ptr += {room.before(1)}" for part, room in rooms.items()]
-        return [f"{prefix}entries_ptr += {self.tiles.before(self.budget)}", *lines] if self.budget else lines
+        return [f"{prefix}entries_ptr += {self.before_entries()}", *lines] if self.budget else lines
+
+    def first_row(self) -> str:
+        """Source of the row of position 0 among rows of queries."""
+        return "first_token"
+
+    def before_tiles(self, size: int) -> str:
+        """Source of the element of an array by tile at which tile 0 of the sequence's first head lies."""
+        return self.tiles.before(size)
+
+    def before_entries(self) -> str:
+        """Source of the chosen blocks of sequences before, of all heads."""
+        return self.tiles.before(self.budget)
+
+    def number_of_entry(self) -> str:
+        """Source of the number, among all chosen blocks, of that of tile 0 of the sequence's first head."""
+        return f"{self.tiles.before(1)} * {self.budget}"
+
+    def own_tiles(self) -> str:
+        """Source of the tiles of the sequence, of a head."""
+        return "(L + TILE - 1) // TILE"
 
     def programs(self, kernel: Kernel, length: str, *, host: bool = False) -> str:
         """Source of how many programs, in the grid's first dimension, a sequence has; "" if it is not for L to say."""
@@ -207,16 +238,14 @@ class Packing:
                 return [g.block, *a.width]
         return list(a.width)
 
-    def _heads(self, kernel: Kernel) -> str:
-        found = re.fullmatch(r".*, B \* (Hkv|Hq)(, .*)?\)", kernel.grid)
-        if not found:
-            raise PartitionError(f"{kernel.name}: its programs are not counted by sequences and heads: {kernel.grid}")
-        return _HEADS[found[1]]
-
     def _union(self) -> str:
         return f"{lists_text(self.geometry.tile * self.geometry.group)} * {self.budget}"
 
     # -- the host -----------------------------------------------------------------------------------------
+
+    def tiles_text(self) -> str:
+        """Host source of the query tiles of all sequences at the most."""
+        return self.tiles.text("n.T", "n.B")
 
     def shape(self, kernel: Kernel | None, a: Array) -> list[str]:
         """Host source of the shape of an array that a kernel fills."""
@@ -232,6 +261,14 @@ class Packing:
                 programs = f"({self._programs_before(kernel, host=True)}) * n.Hkv"
                 return [programs, f"min(n.nJ, {self._union()})", *map(str, a.width)]
         return [self.room(a).text("n.T", "n.B"), heads, *map(str, self._widths(a))]
+
+
+def heads_of(kernel: Kernel) -> str:
+    """Source of the heads by which the second dimension of a grid counts."""
+    found = re.fullmatch(r".*, B \* (Hkv|Hq)(, .*)?\)", kernel.grid)
+    if not found:
+        raise PartitionError(f"{kernel.name}: its programs are not counted by sequences and heads: {kernel.grid}")
+    return _HEADS[found[1]]
 
 
 _FOLD = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}

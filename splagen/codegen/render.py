@@ -63,9 +63,9 @@ def kernel_text(kernel: Kernel) -> str:
     """Device code of one kernel."""
     pointers = [name for a in kernel.arrays for name in a.pointers]
     strides = [name for a in kernel.arrays for name in a.stride_names]
-    batch = {"batch": kernel.batch} if "batch" in _variables(kernel.template) else {}
+    place = {"batch": kernel.batch, "number": kernel.number}
     holes = {
-        **batch,
+        **{name: place[name] for name in place.keys() & _variables(kernel.template)},
         "doc": "\n    ".join(equation_text(eq) for eq in kernel.covers) + "\n    ",
         **kernel.holes,
         "name": f"{kernel.name}_kernel",

@@ -101,6 +101,8 @@ def rule_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> 
             schedule = {"BLOCK_M": block_m, "BLOCK_E": block_e, "num_warps": warps, "num_stages": stages}
         case "state_scan":
             schedule = {"BLOCK_M": 32, "BLOCK_E": 128, "num_warps": 4, "num_stages": 1}
+        case "carried_state":
+            schedule = {"BLOCK_E": 1024, "num_warps": 4, "num_stages": 1}
         case "state_total":
             schedule = {"BLOCK_M": 16, "BLOCK_E": 128, "num_warps": 4, "num_stages": 2}
         case "read_out":

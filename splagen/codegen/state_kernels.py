@@ -7,6 +7,7 @@ The same holds with the roles of queries and keys exchanged.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -213,6 +214,32 @@ def scan_kernel(chain: StateChain, program: Program, walk: Walk) -> Kernel:
     )
 
 
+def carried_kernel(chain: StateChain, summed: Equation, walk: Walk) -> Kernel:
+    """The sum that the last query reads: what a step that begins with that query's position carries on."""
+    array = state_array(chain, walk.geometry)
+    name = re.sub(r"_(all|prefix)(?=_|$)", "", summed.out.name) + "_carried"
+    bounds, intervals = _bounds(walk, _mask(summed), True, origin(chain, walk))
+    size = array.width[0] * array.width[1]
+    holes = {
+        "state": array.name,
+        "carried": name,
+        "size": size,
+        "chunk": array.chunk,
+        "bounds": "\n".join(bounds),
+        "intervals": intervals,
+    }
+    return Kernel(
+        f"carried_{chain.states.out.name}",
+        "carried_state",
+        (summed,),
+        (array,),
+        (Array(name, "sequences", array.features, array.width, "float32", True),),
+        holes,
+        f"(cdiv({size}, BLOCK_E), B * Hkv)",
+        tunable=("BLOCK_E",),
+    )
+
+
 def read_kernel(chain: StateChain, eq: Equation, walk: Walk, available: Mapping[Var, Array], output: Array) -> Kernel:
     """One read-out: rows times the difference of prefixes that their far interval asks for."""
     program, geometry = walk.program, walk.geometry
@@ -243,6 +270,7 @@ def read_kernel(chain: StateChain, eq: Equation, walk: Walk, available: Mapping[
         begin = origin(chain, walk)
         summed = next(e for e in chain.summed if e.out == state)
         bounds, intervals = _bounds(walk, _mask(summed), to_queries, begin)
+        bounds[:0] = ["tile = chunk * CHUNK // TILE"] if to_queries else []
         bounds.append(f"# entry c of the states sums the chunks from {begin} to before c")
     address = "kept[None, :] + summed[:, None] * RIGHT" if over_left else "summed[:, None] + kept[None, :] * RIGHT"
     holes = {
@@ -277,12 +305,12 @@ def read_kernel(chain: StateChain, eq: Equation, walk: Walk, available: Mapping[
 
 
 def _bounds(walk: Walk, mask: Var, to_queries: bool, origin: int) -> tuple[list[str], list[dict[str, str]]]:
-    """Lines that define the ends of every interval in units of state chunks, and the names of the ends.
+    """Lines that define the ends of every interval in units of state chunks, from `tile`; the names of the ends.
 
     A lower end where prefixes are 0 has no name: the origin, where they count from one.
     """
     variable, names = (J, {"T": "tile", "L": "L"}) if to_queries else (T, {"J": "chunk", "L": "L"})
-    lines = ["tile = chunk * CHUNK // TILE"] if to_queries else []
+    lines: list[str] = []
     ends = []
     for k, interval in enumerate(walk.predicates.intervals(mask, variable, {})):
         low, high = interval_text(interval, names, "extent")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import sympy as sp
 
@@ -18,9 +19,9 @@ from splagen.expression import symbol
 from splagen.ir.assumptions import fold_constants
 from splagen.ir.build import Builder
 from splagen.ir.frontend_spla import LENGTH, spla_program
+from splagen.ir.partitions import unroll
 from splagen.ir.passes import LOWERING, copy_prop, run, share
 from splagen.ir.program import Contract, Equation, Iota, Lse, Map, Program, Softmax, Var, placeholder, rename_arguments
-from splagen.ir.unroll import unroll
 from splagen.spec import SPLASpec
 
 FIRST = symbol("first")  # position of the first token of the step
@@ -69,7 +70,7 @@ def keep_normalisers(program: Program) -> Program:
     return program.with_equations(b.equations)
 
 
-WRITTEN_OUT = (unroll("s"), fold_constants, copy_prop, keep_normalisers)
+WRITTEN_OUT = (partial(unroll, axis="s"), fold_constants, copy_prop, keep_normalisers)
 """Features of either sign of x are rows of their own, and nothing is summed to form those of a key."""
 
 

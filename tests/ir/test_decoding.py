@@ -9,14 +9,14 @@ import torch
 from splagen import library as lib
 from splagen.errors import ProgramError, SpecError
 from splagen.ir.check import check
-from splagen.ir.decoding import carry, state_pairs, step_program
+from splagen.ir.decoding import carry, keep_normalisers, state_pairs, step_program
 from splagen.ir.frontend_spla import block_size, spla_program
 from splagen.ir.passes import LOWERING, run
-from splagen.ir.program import Program
+from splagen.ir.program import Program, Softmax
 from splagen.ir.reference import evaluate
 from splagen.layout import Blocked
 from splagen.spec import Residual, Select, SPLASpec, Statistics, windows
-from tests.ir.blocked import blocked, output, plain_rows, random_rows
+from tests.ir.blocked import blocked, evaluated, output, plain_rows, random_rows
 
 SELECT = Select(block_size=16, budget=1, sinks=1, local=1)
 SMALL = SPLASpec(head_dim=16, group_size=2, select=SELECT)
@@ -135,11 +135,24 @@ def test_a_step_is_the_last_row_at_its_length_where_short_sequences_are_dense() 
         torch.testing.assert_close(got[:, length - 1], output(spec, short)[:, -1], atol=1e-11, rtol=1e-9)
 
 
+@pytest.mark.parametrize("name", SPECS)
+def test_normalisers_of_keys_are_kept_and_change_no_value(name: str) -> None:
+    spec = SPECS[name]
+    before = spla_program(spec)
+    after = check(keep_normalisers(before))
+    softmaxes = [eq.op.axes for eq in after.equations if isinstance(eq.op, Softmax) and "n" in eq.out.axes]
+    assert all({"J", "C", "n"} & {*axes} for axes in softmaxes)
+    rows = random_rows(spec, 1, 50, 1)
+    got, want = (evaluated(p, spec, rows)[p.outputs[0].name] for p in (after, before))
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+
+
 def test_a_step_adds_few_blocks_to_its_states() -> None:
     """After `carry` no sum over all far blocks is left: one block becomes far every block_size steps."""
     program = step_program(SMALL)
-    (pair,) = state_pairs(program)
-    assert pair[1] in program.outputs
+    pairs = state_pairs(program)
+    assert len(pairs) == 2  # features of either sign
+    assert {after for _, after in pairs} <= {*program.outputs}
     fresh = program.var("fresh")
     block = block_size(SMALL)
     counts = []

@@ -151,6 +151,7 @@ def test_what_is_checked_on_the_device(tmp_path: Path, device: torch.device, mon
         cache.step(*tokens(rows, 1))
 
 
+@pytest.mark.slow  # histories of test_cache_machine.py have it among their rules
 def test_a_fork_goes_on_alone(tmp_path: Path, device: torch.device) -> None:
     """Prefix pages are shared, the last one and the states are not; neither sequence sees the other's tokens."""
     spec = replace(SMALL, select=replace(SELECT, block_size=32, sinks=0, local=0, statistics=windows()))
@@ -177,6 +178,7 @@ def test_a_fork_goes_on_alone(tmp_path: Path, device: torch.device) -> None:
     assert len(cache._free) == 7
 
 
+@pytest.mark.slow  # histories of test_cache_machine.py have it among their rules
 def test_saved_and_restored_sequences_go_on_alike(tmp_path: Path, device: torch.device) -> None:
     made = [cache_of(SMALL, tmp_path, device, sequences=1, kv_heads=1, tokens=96) for _ in range(2)]
     rows = inputs(SMALL, 1, 82, 1, torch.float32, device)

@@ -241,7 +241,7 @@ def test_the_specs_have_sums_apart_and_together() -> None:
 
 def test_the_specs_have_every_kernel_family() -> None:
     """A family that no spec of the tests has is a family that nobody tests."""
-    from splagen.codegen import sequence_module
+    from splagen.codegen import decode_module, sequence_module
     from splagen.codegen.decoding import decoding
     from splagen.codegen.render import template_directory
     from splagen.codegen.sequence_partition import sequence_partition
@@ -261,7 +261,9 @@ def test_the_specs_have_every_kernel_family() -> None:
         "repetition",
         "inverse_index",
         "index",
+        *("packed_module", "packed_index", "segment_lengths", "block_keys"),
         *FUNCTIONS,
+        *decode_module.FUNCTIONS,
         *sequence_module.FUNCTIONS,
     }
     families = {p.stem for p in template_directory().glob("*.jinja")} - others

@@ -1,0 +1,110 @@
+"""Packed sequences of which the last queries alone are there: where their rows and tiles lie.
+
+Queries of a sequence of L keys are its last positions.  What a program sees of it begins at `query_origin`, a multiple
+of ALIGNED positions: the rows from there to the first query are zeros, which no other row depends on.  So every tile,
+chunk and program is whole, positions are those of the whole sequence, and the kernels are those of packed sequences,
+but for the programs before the origin, which are not there, and the begin of arrays by query.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from splagen.codegen.kernel import Array, Kernel
+from splagen.codegen.packing import BOUNDS, Packing, heads_of
+from splagen.codegen.unions import lists_text
+
+ALIGNED = 128  # positions: a multiple of every tile, block and number of rows of a program
+QUERIES = Array("queries", "bounds", dtype="int32")  # [sequences, 2]: position and row at which each begins
+_BY_QUERY = ("query_rows", "query_scalars", "indices", "counts")
+_HEAD = "(tl.program_id(1) % Hkv).to(tl.int64)"
+
+
+@dataclass(frozen=True)
+class PrefillPacking(Packing):
+    """Where a sequence's part of every array begins if its first queries are not there."""
+
+    def kernel(self, kernel: Kernel) -> Kernel:
+        """The kernel for the last queries of packed sequences."""
+        if not self._by_query(kernel):
+            return super().kernel(kernel)
+        sequence = f"tl.program_id(1) // {heads_of(kernel)}"
+        before = self.programs(kernel, f"tl.load({QUERIES.name}_ptr + {sequence} * 2)")
+        made = super().kernel(replace(kernel, number=f"({kernel.number} + {before})"))
+        return replace(made, grid=re.sub(r"\bL\b", "n.LQ", kernel.grid))
+
+    @staticmethod
+    def _by_query(kernel: Kernel) -> bool:
+        """True if programs are numbered by positions of queries."""
+        layouts = {a.layout for a in kernel.arrays}
+        return bool(layouts & {*_BY_QUERY}) and "work" not in layouts
+
+    @property
+    def bounds(self) -> tuple[Array, ...]:
+        """What tells kernels where sequences lie."""
+        return (BOUNDS, QUERIES)
+
+    def place(self, sequence: str) -> list[str]:
+        """Those of all packed sequences, and the position and the row from which queries are there."""
+        return [
+            *super().place(sequence),
+            f"query_origin = tl.load({QUERIES.name}_ptr + sequence * 2).to(tl.int64)",
+            f"query_row = tl.load({QUERIES.name}_ptr + sequence * 2 + 1).to(tl.int64)",
+        ]
+
+    def moves(self, kernel: Kernel) -> list[str]:
+        """Those of all packed sequences; readers of the inverse index count its entries from tile 0 of each head."""
+        lines = super().moves(kernel)
+        if self.budget and any(a.layout == "work" for a in kernel.inputs):
+            lines.append(f"work_entries_ptr -= {_HEAD} * {self._first_tile()} * {self.budget}")
+        return lines
+
+    def _move_union(self, a: Array, kernel: Kernel) -> list[str]:
+        """Programs number their room by their place in the whole grid: so it lies."""
+        return []
+
+    def _first_tile(self) -> str:
+        return f"(query_origin // {self.geometry.tile})"
+
+    def first_row(self) -> str:
+        """Source of the row at which position 0 would lie."""
+        return "(query_row - query_origin)"
+
+    def before_tiles(self, size: int) -> str:
+        """Source of the element at which tile 0 of the sequence's first head would lie, were all heads' there."""
+        before = f"query_row // {self.geometry.tile} * Hkv"
+        found = f"({before} - ({_HEAD} + 1) * {self._first_tile()})"
+        return f"{found} * {size}" if size > 1 else found
+
+    def before_entries(self) -> str:
+        """Source of the chosen blocks of sequences before, of all heads."""
+        return f"query_row // {self.geometry.tile} * Hkv * {self.budget}"
+
+    def number_of_entry(self) -> str:
+        """Source of the number that the chosen block of tile 0 of the sequence's first head would have."""
+        return f"{self.before_entries()} - {self._first_tile()} * {self.budget}"
+
+    def own_tiles(self) -> str:
+        """Source of the tiles of the sequence that are there, of a head."""
+        return f"((L + TILE - 1) // TILE - {self._first_tile()})"
+
+    # -- the host -----------------------------------------------------------------------------------------
+
+    def shape(self, kernel: Kernel | None, a: Array) -> list[str]:
+        """Host source of the shape of an array that a kernel fills."""
+        match a.layout:
+            case "query_rows" | "query_scalars":
+                return ["1", "n.R", "n.Hq", *map(str, a.width)]
+            case "indices" | "counts" | "parts":
+                return [self.tiles_text(), "n.Hkv", *map(str, self._widths(a))]
+            case "unions":
+                most = f"{lists_text(self.geometry.tile * self.geometry.group)} * {self.budget}"
+                return ["grid[0] * grid[1]", f"min(n.nJ, {most})", *map(str, a.width)]
+            case "sequences":
+                return ["n.B", "n.Hkv", *map(str, a.width)]
+        return super().shape(kernel, a)
+
+    def tiles_text(self) -> str:
+        """Host source of the tiles of queries of all sequences at the most."""
+        return f"(n.R // {self.geometry.tile})"

@@ -1,0 +1,143 @@
+"""The partition of a spec for the last queries of packed sequences, and what a cache takes up of their keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from splagen.codegen.decoding import Decoding
+from splagen.codegen.geometry import Geometry, array_of, is_key_row
+from splagen.codegen.kernel import Array, Choice, Kernel
+from splagen.codegen.packed_index import packed_index_kernels
+from splagen.codegen.partition import Partition
+from splagen.codegen.prefill_packing import PrefillPacking
+from splagen.codegen.region import slice_back
+from splagen.codegen.row_kernels import rows_kernel
+from splagen.codegen.schedule import Constraint
+from splagen.codegen.state_kernels import StateChain, carried_kernel, state_chains
+from splagen.codegen.tile_code import Walk
+from splagen.errors import PartitionError
+from splagen.ir.program import Lse, Program
+
+FORWARD = "forward_strategy"
+
+
+@dataclass(frozen=True)
+class PrefillPartition:
+    """Forward kernels for the last queries of packed sequences, in launch order.
+
+    `statistics` and `numbers` are arrays by cell and by key that pages of a cache hold, under the name of the pages
+    but for `_pages`; `states` the sums that a cache carries, with the names of their parts, one for each sign of a
+    feature map.  `batch` has the kernels of a batch, by whose arrays Schedules are chosen.
+    """
+
+    program: Program
+    forward: tuple[Kernel, ...]
+    strategies: tuple[Choice, ...]
+    inputs: tuple[Array, ...]
+    output: Array
+    statistics: tuple[Array, ...]
+    numbers: tuple[Array, ...]
+    states: tuple[tuple[Array, tuple[str, ...]], ...]
+    index: tuple[Kernel, ...]
+    batch: tuple[Kernel, ...]
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        """Every kernel once, by name."""
+        chosen = [k for c in self.strategies for k in c.kernels]
+        return list({k.name: k for k in (*self.forward, *chosen)}.values())
+
+    @property
+    def all_kernels(self) -> list[Kernel]:
+        """They are all there is."""
+        return self.kernels
+
+    @property
+    def group_size(self) -> int:
+        """Query heads of a KV head."""
+        return Geometry.of(self.program).group
+
+    @property
+    def backward(self) -> tuple[Kernel, ...]:
+        """There is none."""
+        return ()
+
+    @property
+    def constraints(self) -> tuple[Constraint, ...]:
+        """What Schedules must agree on: nothing."""
+        return ()
+
+    @property
+    def wide(self) -> frozenset[str]:
+        """Inputs that are float32 beside 16-bit q, k and v: none need to be."""
+        return frozenset()
+
+    @property
+    def kept(self) -> tuple[Array, ...]:
+        """What a cache takes up, in the order in which the module returns it behind the output."""
+        return (*self.statistics, *self.numbers, *(a for a, _ in self.states))
+
+
+def prefill_partition(part: Partition, step: Decoding) -> PrefillPartition:
+    """The kernels of a partition for the last queries of packed sequences; `step` is the spec's decoding.
+
+    Raises:
+        PartitionError: prefill computes no state, statistic or number that a step reads.
+    """
+    program = part.program
+    walk, geometry = Walk.of(program), Geometry.of(program)
+    packing = PrefillPacking.of(walk)
+    within = set(slice_back(program, program.outputs, program.inputs))
+    chains = [c for c in state_chains(program, list(program.equations)) if within & set(c.reads)]
+    summed = [next(eq for eq in c.summed if eq in within) for c in chains]
+    carried = [carried_kernel(c, eq, walk) for c, eq in zip(chains, summed, strict=True)]
+    states = tuple((k.outputs[0], _parts(c, k.outputs[0], geometry)) for c, k in zip(chains, carried, strict=True))
+    numbers = _numbers_kernel(step)
+    statistics = [a for k in part.forward if k.template == "statistics" for a in k.outputs]
+    extra = [*carried, *([numbers] if numbers else [])]
+    strategies = [c for c in part.strategies if c.name == FORWARD]
+    first = strategies[0].options[0][0] if strategies else part.forward[-1]
+    at = part.forward.index(first)
+    forward = [*part.forward[:at], *extra, *part.forward[at:]]
+    batch = {k.name: k for k in (*forward, *(k for c in strategies for k in c.kernels))}
+    made = {name: packing.kernel(k) for name, k in batch.items()}
+    found = PrefillPartition(
+        program,
+        tuple(made[k.name] for k in forward),
+        tuple(replace(c, options=tuple(tuple(made[k.name] for k in o) for o in c.options)) for c in strategies),
+        tuple(part.inputs),
+        part.outputs[0],
+        tuple(statistics),
+        numbers.outputs if numbers else (),
+        states,
+        packed_index_kernels(walk, packing),
+        tuple(batch.values()),
+    )
+    _check_complete(found, step)
+    return found
+
+
+def _parts(chain: StateChain, array: Array, geometry: Geometry) -> tuple[str, ...]:
+    """The states of a step, by name, of which a sum of prefill consists: features of either sign have their own."""
+    base = array.name.removesuffix("_carried")
+    if "s" not in chain.states.out.axes:
+        return (f"{base}_state",)
+    return tuple(f"{base}_{sign}_state" for sign in range(geometry.signs))
+
+
+def _numbers_kernel(step: Decoding) -> Kernel | None:
+    """What is kept of each key so that its features follow from it alone, by the equations of a step."""
+    program, geometry = step.program, step.geometry
+    wanted = [eq.out for eq in program.equations if isinstance(eq.op, Lse) and is_key_row(eq.out)]
+    given = {v: array_of(v, geometry, internal=False) for v in program.inputs if not v.name.endswith("_state")}
+    outputs = [(v, array_of(v, geometry, internal=True)) for v in wanted]
+    return rows_kernel("key_numbers", program, "key", given, outputs) if wanted else None
+
+
+def _check_complete(part: PrefillPartition, step: Decoding) -> None:
+    pages = {a.name.removesuffix("_pages") for a in step.pages}
+    made = {a.name for a in (*part.inputs, *part.statistics, *part.numbers)}
+    made |= {name for _, names in part.states for name in names}
+    missing = sorted((pages | {a.name for a in step.states}) - made)
+    if missing:
+        raise PartitionError(f"prefill of {part.program.name} leaves no {', '.join(missing)} to a step")
