@@ -170,3 +170,11 @@ def test_no_part_of_the_package_takes_the_place_of_a_public_name() -> None:
     """A subpackage that was imported is an attribute of the package: `splagen.autotune` cannot be a function."""
     parts = {path.stem for path in PACKAGE.glob("*.py")} | {path.name for path in PACKAGE.iterdir() if path.is_dir()}
     assert not parts & set(splagen.__all__)
+
+
+def test_nothing_of_splagen_imports_what_is_made_with_it() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            modules += [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            assert not {m.partition(".")[0] for m in modules} & {"benchmarks", "examples", "tests"}, path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 
 from splagen.codegen.decoding import Decoding
@@ -17,6 +16,7 @@ from splagen.codegen.schedule import Constraint
 from splagen.codegen.state_kernels import StateChain, carried_kernel, state_chains
 from splagen.codegen.tile_code import Walk
 from splagen.errors import PartitionError
+from splagen.ir.partitions import copy_name
 from splagen.ir.program import Lse, Program
 
 FORWARD = "forward_strategy"
@@ -92,9 +92,7 @@ def prefill_partition(part: Partition, step: Decoding) -> PrefillPartition:
     chains = [c for c in state_chains(program, list(program.equations)) if within & set(c.reads)]
     summed = [next(eq for eq in c.summed if eq in within) for c in chains]
     carried = [carried_kernel(c, eq, walk) for c, eq in zip(chains, summed, strict=True)]
-    states = tuple(
-        (k.outputs[0], _parts(c, k.outputs[0], step, geometry.signs)) for c, k in zip(chains, carried, strict=True)
-    )
+    states = tuple((k.outputs[0], _parts(c, k.outputs[0], geometry)) for c, k in zip(chains, carried, strict=True))
     numbers = _numbers_kernel(step)
     statistics = [a for k in part.forward if k.template == "statistics" for a in k.outputs]
     extra = [*carried, *([numbers] if numbers else [])]
@@ -120,13 +118,12 @@ def prefill_partition(part: Partition, step: Decoding) -> PrefillPartition:
     return found
 
 
-def _parts(chain: StateChain, array: Array, step: Decoding, signs: int) -> tuple[str, ...]:
+def _parts(chain: StateChain, array: Array, geometry: Geometry) -> tuple[str, ...]:
     """The states of a step, by name, of which a sum of prefill consists: features of either sign have their own."""
     base = array.name.removesuffix("_carried")
-    found = tuple(a.name for a in step.states if re.fullmatch(rf"{base}(_s\d+)?_state", a.name))
-    if len(found) != (signs if "s" in chain.states.out.axes else 1):
-        raise PartitionError(f"{array.name} of prefill is not the sum of {', '.join(found) or 'any state'} of a step")
-    return found
+    if "s" not in chain.states.out.axes:
+        return (f"{base}_state",)
+    return tuple(f"{copy_name(base, 's', sign)}_state" for sign in range(geometry.signs))
 
 
 def _numbers_kernel(step: Decoding) -> Kernel | None:

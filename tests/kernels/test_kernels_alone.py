@@ -261,7 +261,7 @@ def test_the_specs_have_every_kernel_family() -> None:
         "repetition",
         "inverse_index",
         "index",
-        *("packed_module", "packed_index", "segment_lengths", "block_keys"),
+        *("packed_module", "packed_index", "segment_lengths", "block_keys", "prefill_module", "carried_state"),
         *FUNCTIONS,
         *decode_module.FUNCTIONS,
         *sequence_module.FUNCTIONS,

@@ -1,0 +1,133 @@
+"""Sizes of a study: model, training and evaluation, for a CPU in seconds or for a GPU."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder, alike for every variant, and of the attention that a variant gives it.
+
+    Attributes:
+        layers: decoder layers.
+        heads: query heads of softmax attention, and heads of linear attention.
+        kv_heads: key and value heads of softmax attention.
+        head_dim: channels of a head.
+        context: bytes of a training window.
+        block_size: keys per block of sparse attention.
+        budget: blocks that a query chooses beside the first, the one before its own and its own.
+        partitions: sparse states of SSE; a token writes one.
+    """
+
+    layers: int = 8
+    heads: int = 8
+    kv_heads: int = 2
+    head_dim: int = 64
+    context: int = 8192
+    block_size: int = 64
+    budget: int = 8
+    partitions: int = 4
+
+    @property
+    def width(self) -> int:
+        """Channels of the residual stream."""
+        return self.heads * self.head_dim
+
+    @property
+    def hidden(self) -> int:
+        """Channels inside the MLP of a dense layer: 8/3 of the width, a multiple of 32."""
+        return 32 * math.ceil(8 * self.width / (3 * 32))
+
+    @property
+    def exact_keys(self) -> int:
+        """Keys that a query of sparse attention sees at most: first, previous, own and chosen blocks."""
+        return self.block_size * (3 + self.budget)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained.
+
+    Attributes:
+        steps: steps of the optimizer.
+        batch: windows per step.
+        lr: the highest learning rate: after `warmup` steps, before a cosine to a tenth.
+        recall_share: of the windows of a step, about so many carry pairs to recall.
+        recall_pairs: pairs in such a window.
+        chunk: steps between two looks at the clock and the losses, which wait for the GPU.
+        validate_every: steps, a multiple of `chunk`.
+        validation_windows: windows of a validation, the same each time.
+        balance: weight of SSE's balance loss.
+    """
+
+    steps: int = 3000
+    batch: int = 4
+    lr: float = 1e-3
+    warmup: int = 100
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    recall_share: float = 0.125
+    recall_pairs: int = 32
+    chunk: int = 10
+    validate_every: int = 250
+    validation_windows: int = 32
+    balance: float = 0.01
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        warmup = min(self.warmup, max(1, self.steps // 10))
+        if step < warmup:
+            return self.lr * (step + 1) / warmup
+        done = (step - warmup) / max(1, self.steps - warmup)
+        return self.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured of a trained model.
+
+    Attributes:
+        lengths: of windows with a pair to recall, in contexts.
+        depths: where the pair stands, from 0 at the start to 1 right before the question.
+        samples: windows for each length and depth.
+        distractors: other pairs in the window.
+        position_contexts: length of windows whose loss is told by position, in contexts.
+        position_windows: how many of them.
+        buckets: ranges of positions.
+    """
+
+    lengths: tuple[float, ...] = (0.25, 0.5, 1, 2, 4)
+    depths: tuple[float, ...] = (0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1)
+    samples: int = 32
+    distractors: int = 16
+    position_contexts: int = 2
+    position_windows: int = 64
+    buckets: int = 64
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A study: everything but variant and seed."""
+
+    name: str
+    shape: Shape = field(default_factory=Shape)
+    training: Training = field(default_factory=Training)
+    conversion: Training = field(default_factory=lambda: Training(steps=500, lr=3e-4, warmup=50, validate_every=50))
+    evaluation: Evaluation = field(default_factory=Evaluation)
+
+
+_TINY_TRAINING = Training(
+    steps=4, batch=2, lr=3e-3, warmup=1, recall_share=0.5, recall_pairs=2, chunk=1, validate_every=2,
+    validation_windows=2,
+)  # fmt: skip
+H200 = Preset("h200")
+TINY = Preset(
+    "tiny",
+    Shape(layers=2, heads=2, kv_heads=1, head_dim=16, context=256, block_size=32, budget=1, partitions=2),
+    _TINY_TRAINING,
+    replace(_TINY_TRAINING, steps=2, lr=1e-3),
+    Evaluation(lengths=(0.5, 1, 2), depths=(0, 0.5, 1), samples=2, distractors=1, position_windows=2, buckets=4),
+)
+PRESETS = {p.name: p for p in (H200, TINY)}
