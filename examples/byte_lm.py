@@ -82,12 +82,17 @@ class Training:
     validation_windows: int = 16
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of a step: a linear warm-up, then a cosine to a tenth."""
-        warmup = min(self.warmup, max(1, self.steps // 10))
-        if step < warmup:
-            return self.lr * (step + 1) / warmup
-        done = (step - warmup) / max(1, self.steps - warmup)
-        return self.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+        """Learning rate of a step, counted from 0."""
+        return learning_rate(step, self.steps, self.lr, self.warmup)
+
+
+def learning_rate(step: int, steps: int, highest: float, warmup: int) -> float:
+    """Learning rate of a step, counted from 0: a linear warm-up, then a cosine to a tenth."""
+    warmup = min(warmup, max(1, steps // 10))
+    if step < warmup:
+        return highest * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return highest * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
 # ---- text

@@ -263,8 +263,7 @@ def _packable(spec: Spec) -> SPLASpec:
 def load(spec: Spec) -> Callable[..., Any]:
     """The op of a spec, generated under the cache directory and imported; it takes the Schedules that were tuned."""
     library = generate(spec, settings.cache_dir() / "kernels")
-    if not settings.interpreted():
-        vars(library.module)["TUNED"] = TunedSchedules(spec)
+    _take_tuned(library, TunedSchedules(spec))
     return library.op
 
 
@@ -282,8 +281,7 @@ def load_decoding(spec: Spec, *, page_type: str = "input") -> DecodingLibrary:
         SpecError: a query of the spec depends on later tokens, or the spec is of SSE.
     """
     library = generate_decoding(spec, settings.cache_dir() / "kernels", page_type=page_type)
-    if not settings.interpreted():
-        vars(library.module)["TUNED"] = TunedSchedules(spec, kernels=partial(decode_kernels, page_type=page_type))
+    _take_tuned(library, TunedSchedules(spec, kernels=partial(decode_kernels, page_type=page_type)))
     return library
 
 
@@ -293,9 +291,14 @@ def load_packed(spec: SPLASpec) -> Callable[..., Any]:
     It takes the Schedules that were tuned for the op of a batch of as many sequences of max_seqlen tokens.
     """
     library = generate_packed(spec, settings.cache_dir() / "kernels")
-    if not settings.interpreted():
-        vars(library.module)["TUNED"] = TunedSchedules(spec)
+    _take_tuned(library, TunedSchedules(spec))
     return library.op
+
+
+def _take_tuned(library: Library, tuned: TunedSchedules) -> None:
+    """Let a module look for tuned Schedules; the interpreter has none."""
+    if not settings.interpreted():
+        vars(library.module)["TUNED"] = tuned
 
 
 def tune(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
+from examples.byte_lm import learning_rate
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -77,11 +79,7 @@ class Training:
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
-        warmup = min(self.warmup, max(1, self.steps // 10))
-        if step < warmup:
-            return self.lr * (step + 1) / warmup
-        done = (step - warmup) / max(1, self.steps - warmup)
-        return self.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+        return learning_rate(step, self.steps, self.lr, self.warmup)
 
 
 @dataclass(frozen=True)

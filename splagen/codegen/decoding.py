@@ -116,7 +116,7 @@ def decoding(spec: SPLASpec, page_type: PageType = "input") -> Decoding:
     keys = [v for v in given if is_key_row(v)]
     pages = {v: paged_array(v, geometry, padded=False, dtype=page_type) for v in keys}
     states = tuple(State.of(program, *pair) for pair in pairs)
-    numbers = {v: paged_array(v, geometry, padded=False) for v in _numbers(program)}
+    numbers = {v: paged_array(v, geometry, padded=False) for v in key_numbers(program)}
     features = _features(program, tokens)
     available = {**tokens, **pages, **numbers, **features}
     code = DecodeCode(walk, available, states)
@@ -156,7 +156,7 @@ def decoding(spec: SPLASpec, page_type: PageType = "input") -> Decoding:
     )
 
 
-def _numbers(program: Program) -> list[Var]:
+def key_numbers(program: Program) -> list[Var]:
     """What is kept of each key so that its features follow from it alone: see `keep_normalisers`."""
     return [eq.out for eq in program.equations if isinstance(eq.op, Lse) and is_key_row(eq.out)]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from splagen.codegen.decoding import Decoding
-from splagen.codegen.geometry import Geometry, array_of, is_key_row
+from splagen.codegen.decoding import Decoding, key_numbers
+from splagen.codegen.geometry import Geometry, array_of
 from splagen.codegen.kernel import Array, Choice, Kernel
 from splagen.codegen.packed_index import packed_index_kernels
 from splagen.codegen.partition import Partition
@@ -17,7 +17,7 @@ from splagen.codegen.state_kernels import StateChain, carried_kernel, state_chai
 from splagen.codegen.tile_code import Walk
 from splagen.errors import PartitionError
 from splagen.ir.partitions import copy_name
-from splagen.ir.program import Lse, Program
+from splagen.ir.program import Program
 
 FORWARD = "forward_strategy"
 
@@ -129,7 +129,7 @@ def _parts(chain: StateChain, array: Array, geometry: Geometry) -> tuple[str, ..
 def _numbers_kernel(step: Decoding) -> Kernel | None:
     """What is kept of each key so that its features follow from it alone, by the equations of a step."""
     program, geometry = step.program, step.geometry
-    wanted = [eq.out for eq in program.equations if isinstance(eq.op, Lse) and is_key_row(eq.out)]
+    wanted = key_numbers(program)
     given = {v: array_of(v, geometry, internal=False) for v in program.inputs if not v.name.endswith("_state")}
     outputs = [(v, array_of(v, geometry, internal=True)) for v in wanted]
     return rows_kernel("key_numbers", program, "key", given, outputs) if wanted else None

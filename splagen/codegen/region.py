@@ -197,13 +197,3 @@ def slice_back(program: Program, wanted: Iterable[Var], stop: Iterable[Var]) -> 
         seen.add(v)
         todo.extend(definitions[v].args)
     return [eq for eq in program.equations if eq.out in seen]
-
-
-def followed(wanted: Iterable[Var], equations: Sequence[Equation]) -> list[Equation]:
-    """Those of the equations, in their order, that the wanted variables follow from."""
-    read, found = set(wanted), []
-    for eq in reversed(equations):
-        if eq.out in read:
-            read |= set(eq.args)
-            found.append(eq)
-    return found[::-1]

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from splagen.codegen.base_two import to_base2
 from splagen.codegen.geometry import Geometry, Rows, column_name, features_of, is_parameter
 from splagen.codegen.kernel import Array
-from splagen.codegen.region import Region, followed, slice_back
+from splagen.codegen.region import Region, slice_back
+from splagen.ir.passes import followed
 from splagen.ir.program import Equation, Program, Var
 
 

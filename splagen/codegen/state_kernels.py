@@ -7,7 +7,6 @@ The same holds with the roles of queries and keys exchanged.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from splagen.codegen.row_code import RowCode
 from splagen.codegen.tile_code import Walk
 from splagen.codegen.triton_expr import interval_text
 from splagen.errors import PartitionError
+from splagen.ir.decoding import carried_name
 from splagen.ir.program import Contract, Equation, Program, Var
 from splagen.ir.text import equation_text
 
@@ -217,7 +217,7 @@ def scan_kernel(chain: StateChain, program: Program, walk: Walk) -> Kernel:
 def carried_kernel(chain: StateChain, summed: Equation, walk: Walk) -> Kernel:
     """The sum that the last query reads: what a step that begins with that query's position carries on."""
     array = state_array(chain, walk.geometry)
-    name = re.sub(r"_(all|prefix)(?=_|$)", "", summed.out.name) + "_carried"
+    name = f"{carried_name(summed.out)}_carried"
     bounds, intervals = _bounds(walk, _mask(summed), True, origin(chain, walk))
     size = array.width[0] * array.width[1]
     holes = {

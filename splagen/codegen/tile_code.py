@@ -21,9 +21,9 @@ from splagen.codegen.geometry import (
 )
 from splagen.codegen.kernel import Array
 from splagen.codegen.predicates import J, Predicates, T, visit
-from splagen.codegen.region import Dim, Region, followed, slice_back
+from splagen.codegen.region import Dim, Region, slice_back
 from splagen.errors import PartitionError
-from splagen.ir.passes import signed_terms
+from splagen.ir.passes import followed, signed_terms
 from splagen.ir.program import Contract, Equation, Iota, Lse, Program, TopK, Var
 from splagen.ir.text import equation_text
 

@@ -110,9 +110,14 @@ def carry(program: Program) -> Program:
     )  # fmt: skip
 
 
+def carried_name(total: Var) -> str:
+    """The stem of the names of a carried sum: rest_kv_all_prefix_s0 is carried as rest_kv_s0."""
+    return re.sub(r"_(all|prefix)(?=_|$)", "", total.name)
+
+
 def _advance(b: Builder, program: Program, total: Equation, mask: Var) -> Var:
     """The state after the step: a block enters it once, when it is far for the first token of a step."""
-    name = re.sub(r"_(all|prefix)(?=_|$)", "", total.out.name)
+    name = carried_name(total.out)
     axes = tuple(a for a in total.out.axes if a != "T")
     before = b.input(f"{name}_state", axes)
     eq = program.definitions[mask]

@@ -72,13 +72,17 @@ def substitute(program: Program, new: Mapping[Var, Var]) -> Program:
 
 def drop_unused(program: Program) -> Program:
     """Remove equations that nothing asked for depends on.  Law: value unchanged, idempotent."""
-    wanted = {*program.outputs, *(g for _, g in program.gradients)}
-    kept = []
-    for eq in reversed(program.equations):
-        if eq.out in wanted:
-            kept.append(eq)
-            wanted.update(eq.args)
-    return program.with_equations(reversed(kept))
+    return program.with_equations(followed([*program.outputs, *(g for _, g in program.gradients)], program.equations))
+
+
+def followed(wanted: Iterable[Var], equations: Sequence[Equation]) -> list[Equation]:
+    """Those of the equations, in their order, that the wanted variables follow from."""
+    read, found = set(wanted), []
+    for eq in reversed(equations):
+        if eq.out in read:
+            read |= set(eq.args)
+            found.append(eq)
+    return found[::-1]
 
 
 def copy_prop(program: Program) -> Program:
