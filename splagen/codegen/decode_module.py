@@ -78,7 +78,8 @@ def _launcher(kernel: Kernel) -> str:
         kernel.name, kernel.template, kernel.covers, tuple(inputs.values()), (), kernel.holes, grid,
         kernel.scalars, kernel.tunable,
     )  # fmt: skip
-    return launcher_text(given, grid, _dtype, scalars)
+    fitted = {"BLOCK_S": "n.ATTEND_SPLITS"} if kernel.template == "decode_merge" else None
+    return launcher_text(given, grid, _dtype, scalars, fitted)
 
 
 def _splits(kernel: Kernel, text: str) -> str:

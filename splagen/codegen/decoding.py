@@ -189,8 +189,11 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
     match kernel.template:
         case "decode_append":
             columns = [a.width[1] for a in kernel.outputs if a.layout == "sequences" and len(a.width) > 1]
-            block_e = min(max(columns, default=16), 32)
+            large = arch in ("sm_90", "sm_100") and widest <= 128 and not wide and not geometry.rank
+            block_e = min(max(columns, default=16), 64 if large else 32)
             warps = 8 if wide or geometry.rank else 4  # the keys of a cell stay in registers from factor to factor
+            if large:
+                return {"BLOCK_N": min(geometry.block, 64), "BLOCK_E": block_e, "num_warps": warps, "num_stages": 1}
             return {"BLOCK_N": 16, "BLOCK_E": block_e, "num_warps": warps, "num_stages": 2}
         case "decode_score":
             large = arch in ("sm_90", "sm_100") and widest <= 128 and not wide and not geometry.rank
@@ -209,14 +212,14 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
             block_j = max(16, min(256, 1024 // geometry.cells))
             return {"BLOCK_J": block_j, "BLOCK_S": 16, "num_warps": 4, "num_stages": 1}
         case "decode_settle":
-            return {"BLOCK_K": max(512, 2 * int(str(kernel.holes["kept"]))), "num_warps": 8, "num_stages": 1}
+            return {"BLOCK_K": max(256, 2 * int(str(kernel.holes["kept"]))), "num_warps": 4, "num_stages": 1}
         case "decode_attend":
             # tiles of 64 keys are what a group of 4 warps multiplies; two programs fit a multiprocessor
             block_n = min(geometry.block, 16 if wide else 64 if widest <= 128 else 32)
             stages = 3 if widest <= 128 and not wide and arch != "gfx942" else 2
             return {"BLOCK_N": block_n, "num_warps": 4, "num_stages": stages}
         case "decode_merge":
-            return {"BLOCK_S": 16, "num_warps": 4, "num_stages": 1}
+            return {"BLOCK_S": 64, "num_warps": 4, "num_stages": 1}
     raise PartitionError(f"{kernel.name} has no Schedule", hint=f"give the template {kernel.template} one")
 
 

@@ -17,7 +17,7 @@ from splagen.paged_cache import SPLACache
 from splagen.pipeline import generate_decoding
 from splagen.spec import Select, SPLASpec
 from tests.ir.blocked import blocked
-from tests.kernels.decoding import inputs, relative, some, tokens
+from tests.kernels.decoding import BY_TOKEN, inputs, relative, some, tokens
 
 pytestmark = pytest.mark.usefixtures("fast_sort")
 
@@ -44,6 +44,26 @@ def drift(cache: SPLACache, rows: dict[str, Tensor], settled: int) -> float:
     return max(relative(cache.states[s.before.name], want[s.after.name]) for s in states)
 
 
+def drift_from_blocks(cache: SPLACache, rows: dict[str, Tensor], blocks: int) -> float:
+    """The largest relative error of a state beside the sum, in float64, of those that each block has alone.
+
+    Each block is a sequence of its own, so that kernels form its state of the same features and add it to nothing.
+    """
+    size = cache.library.part.geometry.block
+    alone = SPLACache(
+        cache.library, sequences=blocks, kv_heads=1, tokens=size + 8, page_size=size, step_tokens=8, dtype=cache.dtype,
+        device=cache.seqlens.device,
+    )  # fmt: skip
+    for _ in range(blocks):
+        alone.allocate(size + 8)
+    behind = torch.nn.functional.pad
+    split = {n: x[0, : size * blocks].unflatten(0, (blocks, size)) for n, x in rows.items() if n in BY_TOKEN}
+    split = {n: behind(x, (*(0, 0) * (x.dim() - 2), 0, 8)) for n, x in split.items()}
+    for start in range(0, size + 8, 8):
+        alone.step(*some(rows | split, [start] * blocks, 8))
+    return max(relative(x[0], alone.states[n].double().sum(0)) for n, x in cache.states.items())
+
+
 def test_a_block_costs_the_state_one_rounding(tmp_path: Path, device: torch.device) -> None:
     blocks, library = 5, generate_decoding(SPEC, tmp_path)
     for by_dtype in library.module.SCHEDULES.values():
@@ -59,6 +79,7 @@ def test_a_block_costs_the_state_one_rounding(tmp_path: Path, device: torch.devi
         cache.step(*some(rows, [start], 8))
     assert cache.settled.tolist() == [16 * blocks]
     assert drift(cache, rows, 16 * blocks) <= blocks * ROUNDING
+    assert drift_from_blocks(cache, rows, blocks) <= blocks * ROUNDING
 
 
 @pytest.mark.gpu
@@ -67,7 +88,7 @@ def test_100_000_steps_drift_less_than_one_in_ten_thousand(
     dtype: torch.dtype, tmp_path: Path, device: torch.device
 ) -> None:
     steps = 100_000
-    spec = replace(SPEC, head_dim=64, group_size=4, select=Select(block_size=64, budget=4))
+    spec = replace(SPEC, head_dim=64, group_size=4, select=Select(block_size=64, budget=4, sinks=0, local=0))
     library = generate_decoding(spec, tmp_path)
     cache = SPLACache(library, sequences=1, kv_heads=1, tokens=steps, dtype=dtype, device=device)
     rows = inputs(spec, 1, steps, 1, dtype, device)
@@ -76,4 +97,6 @@ def test_100_000_steps_drift_less_than_one_in_ten_thousand(
         o = cache.step(*tokens(rows, t))
     assert torch.isfinite(o).all()
     assert cache.settled.tolist() == [steps - 1]
-    assert drift(cache, rows, steps - 1) <= 1e-4
+    assert drift_from_blocks(cache, rows, (steps - 1) // 64) <= 1e-4
+    if dtype == torch.float32:  # a feature between two numbers of 16 bits may be rounded to the other one in float64
+        assert drift(cache, rows, steps - 1) <= 1e-4
