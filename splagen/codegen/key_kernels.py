@@ -101,7 +101,13 @@ class _KeyKernel:
         setup, count, forced_tile = walk.forced("T", {"J": "j", "L": "L"}, "nT", "i")
         by_position = "queries that see the block by position"
         loops = self._loop(
-            by_position, walk.forced_facts, f"tile = {forced_tile}", "start", "tl.minimum(stop, forced)", []
+            by_position,
+            walk.forced_facts,
+            "",
+            f"i = row // ROWS\ntile = {forced_tile}",
+            "start",
+            "tl.minimum(stop, forced)",
+            [],
         )
         chosen = {"setup": "", "count": "0"}
         if walk.chosen:
@@ -110,10 +116,17 @@ class _KeyKernel:
                 f"chosen_first = {first}\nchosen = tl.load(work_offsets_ptr + bh * (nJ + 1) + j + 1) - chosen_first"
             )
             chosen["count"] = "chosen"
-            at = "work_entries_ptr + bh * nT * BUDGET + chosen_first + i - forced"
-            tile = f"entry = tl.load({at}, mask=row < last, other=0).to(tl.int64)\ntile = entry // BUDGET"
             title, first = "queries that chose the block", "tl.maximum(start, forced)"
-            loops += self._loop(title, walk.chosen_facts, tile, first, "stop", self.group.to_rows)
+            entry = "ahead = tl.load(listed + {0} // ROWS, mask={0} < last, other=0)"
+            ahead = [
+                "listed = work_entries_ptr + bh * nT * BUDGET + chosen_first - forced",
+                f"row = {first} * ROWS + tl.arange(0, BLOCK_M)",
+                entry.format("row"),
+            ]
+            tile = ["entry = ahead", "following = row + BLOCK_M", entry.format("following")]
+            tile.append("tile = (entry // BUDGET).to(tl.int64)")
+            lines = "\n".join(ahead), "\n".join(tile)
+            loops += self._loop(title, walk.chosen_facts, *lines, first, "stop", self.group.to_rows)
         key_side = Rows(geometry, "key", False)
         for v in self.keys_used:
             array = self.available[v]
@@ -151,9 +164,19 @@ class _KeyKernel:
         )
 
     def _loop(
-        self, title: str, facts: Mapping[Var, bool], tile_source: str, first: str, last: str, to_rows: Sequence[Sum]
+        self,
+        title: str,
+        facts: Mapping[Var, bool],
+        ahead: str,
+        tile_source: str,
+        first: str,
+        last: str,
+        to_rows: Sequence[Sum],
     ) -> list[dict[str, str]]:
-        """The loop over the queries for which `facts` hold; none where no sum takes them."""
+        """The loop over the queries for which `facts` hold; none where no sum takes them.
+
+        `ahead` are lines before it: they begin what `tile_source` has one visit before it is needed.
+        """
         code = TileCode(self.walk, facts, to_keys=True)
         active = [s for s in self.group.to_keys if s.in_loop(facts)]
         if not active and not to_rows:
@@ -174,6 +197,7 @@ class _KeyKernel:
             "title": title,
             "first": first,
             "last": last,
+            "ahead": ahead,
             "tile": tile_source,
             "prologue": "\n".join(piece.lines),
             "tiles": "\n".join([*products, *tile.lines]),
