@@ -78,8 +78,11 @@ def _launcher(kernel: Kernel) -> str:
         kernel.name, kernel.template, kernel.covers, tuple(inputs.values()), (), kernel.holes, grid,
         kernel.scalars, kernel.tunable,
     )  # fmt: skip
-    fitted = {"BLOCK_S": "n.ATTEND_SPLITS"} if kernel.template == "decode_merge" else None
-    return launcher_text(given, grid, _dtype, scalars, fitted)
+    fitted = {
+        "decode_settle": {"BLOCK_K": f"max(2, n.CHUNKS) * {kernel.holes.get('kept')}"},
+        "decode_merge": {"BLOCK_S": "n.ATTEND_SPLITS"},
+    }
+    return launcher_text(given, grid, _dtype, scalars, fitted.get(kernel.template))
 
 
 def _splits(kernel: Kernel, text: str) -> str:
