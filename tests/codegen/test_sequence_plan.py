@@ -108,6 +108,16 @@ def test_every_token_is_a_slot_of_every_partition_in_masked_form(
         assert chosen[r].tolist() == [list(range(count))] * tokens
 
 
+def test_groups_are_long_where_there_are_enough_of_them(module: ModuleType) -> None:
+    """At most 2048 groups, and at least 1024 of those that are longer than 512 rows."""
+    for rows in (1, 600, 16 * 1024 - 1, 32 * 1024 - 1, 32 * 1024, 32 * 1024 + 1, 64 * 1024, 10**6):
+        length = module.group_length(rows, 32)
+        assert length % 512 == 0
+        assert rows * 32 / length <= 2048
+        assert length == 512 or rows * 32 / length >= 1024
+    assert [module.group_length(n * 1024, 32) for n in (8, 31, 32, 64, 128)] == [512, 512, 1024, 1024, 2048]
+
+
 def test_loops_that_share_states_of_chunks_must_agree(module: ModuleType) -> None:
     x = packed(SPEC, [20], dtype=torch.float32)
     schedules = module.schedules_for(x["v"])
