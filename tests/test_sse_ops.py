@@ -106,6 +106,14 @@ def test_a_batch_is_its_sequences_packed(name: str, make: Callable[[SSESpec], Li
         assert torch.equal(x, y)
 
 
+def test_ends_may_have_any_stride(make: Callable[[SSESpec], Library], device: torch.device) -> None:
+    spec, library = SPECS["vector"], make(SPECS["vector"])
+    given = packed(spec, LENGTHS, dtype=torch.float32, device=device)
+    ends = given["cu_seqlens"]
+    for x, y in zip(call(library, given, torch.stack([ends, -ends], 1)[:, 0]), call(library, given, ends), strict=True):
+        assert torch.equal(x, y)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["oracle", "interpreter"])
 def test_a_prefill_in_two_calls_is_one_call(
     dtype: torch.dtype, make: Callable[[SSESpec], Library], device: torch.device

@@ -186,7 +186,7 @@ class _Kernel:
         rows = self.plan[1]
         match a.layout:
             case "plan":
-                of_rows = sum(t not in ("offsets", "firsts", "owners") for t in a.features)
+                of_rows = sum(t != "offsets" for t in a.features)
                 return of_rows * rows.count * slices * (self.whole.routers if self._routes else HEADS)
             case "chunk_states":
                 return a.partitions * rows.count / self.schedule["CHUNK"] * HEADS * width

@@ -156,7 +156,7 @@ class Loop:
     ) -> Kernel:
         """The kernel of these lines; `columns` are those of a loop over slices of e between `ahead` and `body`."""
         r = self.r
-        mine = "segment < SEGMENTS"
+        mine = "first < stop"
         if any(too_large(v) for eq in self.equations for v in eq.args):
             self.arrays[r.spans.name] = r.spans
             span = f"tl.load({self._group(r.spans, 0)})"

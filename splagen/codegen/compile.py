@@ -44,7 +44,7 @@ _TYPES = {
     "int64": "i64",
     "e4m3": "fp8e4nv",
 }
-_INTEGERS = frozenset({"offsets", "firsts", "owners", "tokens", "places", "writes", "reads", "chosen", "slots"})
+_INTEGERS = frozenset({"offsets", "tokens", "places", "writes", "reads", "chosen", "slots"})
 _LENGTH, _KV_HEADS = 65_536, 2  # the sizes whose strides decide what the JIT would specialise on
 _LENGTHS, _HEADS = (_LENGTH, 65_537), (_KV_HEADS, 1, 3, 4, 8, 16)  # all that it would
 _SECONDS = 600  # for one kernel

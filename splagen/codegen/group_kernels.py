@@ -9,29 +9,30 @@ from splagen.codegen.recurrences import PLAN, Recurrence, group_factors, plan_te
 from splagen.codegen.region import padded_extent
 
 
-def scan_kernel(r: Recurrence, name: str, states: Array, start: Array, final: Array, *, reverse: bool) -> Kernel:
+def scan_kernel(
+    r: Recurrence, name: str, states: Array, start: Array, final: Array, *, reverse: bool, made: bool = False
+) -> Kernel:
     """What every group adds -> the state before it, in place; the last state of every segment goes to `final`.
 
     Law: state after = factor * state before + what the group adds; `reverse` for the cotangent, from the last group.
+    `made`: the table `final` was made before, by the scan of another recurrence.
     """
-    factors = group_factors(r)
+    factors = [group_factors(r)] if r.decays else []
     d, e = r.sizes
     wide_d, wide_e = r.tiles
     many = len(r.states)
     item = "group.to(tl.int64)"
     holes = {
         "doc": f"{states.name}: what a group adds to a state -> the state before it; {final.name}: the last ones.\n\n"
-        f"    state after = {factors.name} * state before + what the group adds\n    ",
+        f"    state after = {' * '.join([*(a.name for a in factors), 'state before'])} + what the group adds\n    ",
         "states": states.name,
-        "factors": factors.name,
         "start": start.name,
         "final": final.name,
         "router": (f"head // {r.group_size}" if r.group_size > 1 else "head") if r.plan_by_head else "0",
         "rows": "segment" if many == 1 else "segment % S",
         "base": f"{item} * HV + head" if many == 1 else f"({item} * {many} + segment // S) * HV + head",
         "order": "last - 1 - number" if reverse else "first + number",
-        "factor_width": factors.width[0],
-        "factor_place": "row" if factors.features else "row * 0",
+        "factor": _factor(factors[0]) if factors else "1.0",
         "part": r.part,
         "parts": r.parts,
         "d_size": d,
@@ -43,13 +44,20 @@ def scan_kernel(r: Recurrence, name: str, states: Array, start: Array, final: Ar
         f"{name}{r.name}",
         "group_scan",
         (),
-        (replace(r.plan, features=("firsts",)), states, factors, start, final),
-        (),
+        (replace(r.plan, features=("offsets",)), states, *factors, start, *([final] if made else [])),
+        () if made else (final,),
         holes,
         f"(plan{r.name}.segments{f' * {many}' if many > 1 else ''}, HV, cdiv({wide_d * wide_e}, BLOCK_M))",
         scalars=PLAN,
         tunable=("BLOCK_M",),
     )
+
+
+def _factor(factors: Array) -> str:
+    """Source of the factor of a group: a number, or one for each key feature."""
+    if factors.features:
+        return f"tl.load({factors.name}_ptr + base * {factors.width[0]} + row, mask=more, other=0.0)"
+    return f"tl.load({factors.name}_ptr + base, mask=number < count, other=0.0)"
 
 
 def sum_kernel(r: Recurrence, parts: Array, output: Array, base: Array | None) -> Kernel:

@@ -15,7 +15,7 @@ from splagen.ir.partitions import copied
 from splagen.ir.program import Program, Var
 from splagen.ir.recurrence import carried
 
-PLAN = ("GROUPS", "SEGMENTS", "SLOTS", "LENGTH", "S", "HV")
+PLAN = ("SEGMENTS", "SLOTS", "LENGTH", "S", "HV")
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,11 @@ class Recurrence:
         pairs = zip(self.outputs[1:], self.states, strict=True)
         found = [carried(self.program, after, before) for after, before in pairs]
         return tuple(f for f in found if f is not None) if None not in found else ()
+
+    @property
+    def decays(self) -> bool:
+        """True where a chunk multiplies its state by something else than 1."""
+        return any(expr != 1 for expr, _ in self.factors)
 
     @property
     def plan_by_head(self) -> bool:
@@ -166,12 +171,10 @@ def chunk_states(r: Recurrence, name: str = "states") -> Array:
     return Array(f"{name}{r.name}", "chunk_states", ("d", "e"), r.tiles, "input", True, partitions=len(r.states))
 
 
-PLAN_TENSORS = ("offsets", "firsts", "owners", "tokens", "places", "gates", "writes", "reads")
+PLAN_TENSORS = ("offsets", "tokens", "places", "gates", "writes", "reads")
 
 
-def plan_tensors(
-    holes: Mapping[str, object], always: Sequence[str] = ("offsets", "firsts", "owners")
-) -> tuple[str, ...]:
+def plan_tensors(holes: Mapping[str, object], always: Sequence[str] = ("offsets",)) -> tuple[str, ...]:
     """The tensors of a plan that a kernel with these holes reads."""
     text = " ".join(map(str, holes.values()))
     return tuple(t for t in PLAN_TENSORS if t in always or f"{t}_ptr" in text)

@@ -22,7 +22,6 @@ FUNCTIONS = (
 )  # fmt: skip
 DECAY_PARTS = ("decay_reach", "dot_fine")  # what the decayed products call
 SCALARS = {
-    "GROUPS": "{plan}.groups",
     "SEGMENTS": "{plan}.segments",
     "SLOTS": "{plan}.slots",
     "LENGTH": "{plan}.length",
@@ -101,6 +100,9 @@ def _allocation(a: Array, kernel: Kernel, plan: str) -> str:
             shape = [f"cdiv({plan}.slots, CHUNK) + {plan}.segments + 1", *several, "n.HV", *width]
         case "slot_rows":
             shape = [*several, f"{plan}.slots", "n.HV", *width]
+        case "state_table":  # the scan over groups writes all of it
+            start = next(x.name for x in kernel.inputs if x.layout == "state_table")
+            return f"torch.empty({start}.shape, dtype={dtype}, device=n.device)"
         case "group_totals":
             return f"zeros(n, {plan}.groups, n.HV)"
         case "routing":

@@ -197,7 +197,7 @@ class _Launches:
         self.spec, self.found, self.router = spec, found, router
 
     def forward(self) -> list[Step]:
-        steps: list[Step] = [*self.plans(), Host(("final = host(n, torch.clone, state)",))]
+        steps: list[Step] = [*self.plans(), *self.last_states("final", "state")]
         o: Array | None = None
         for r in self.found:
             steps += self.spans(r, "output", "output_strong")
@@ -218,7 +218,8 @@ class _Launches:
     def backward(self) -> list[Step]:
         steps: list[Step] = [
             *self.plans(),
-            Host(("final = host(n, torch.clone, state)", "dstate = host(n, torch.clone, dfinal)")),
+            *self.last_states("final", "state"),
+            *self.last_states("dstate", "dfinal"),
         ]
         dv: Array | None = None
         for r in self.found:
@@ -233,7 +234,7 @@ class _Launches:
             if r.factors:
                 added = group_states(r, "dadded")
                 steps.append(Loop(r, "dadd", reverse=True).kernel([], into=(added, None), read=kept))
-                steps.append(scan_kernel(r, "dscan", added, state_table("dfinal"), state_table("dstate"), reverse=True))
+                steps.append(self.scan(r, "dscan", added, "dfinal", "dstate", reverse=True))
             begin, end = self.ends(r, "dadded", "dfinal", "dstate")
             loop = Loop(r, "dstates", reverse=True)
             steps.append(loop.kernel([], start=begin, final=end, keep=cotangents, read=kept))
@@ -281,7 +282,7 @@ class _Launches:
             *self.states_before_groups(r, "final"),
             Loop(r, "dreads", reverse=False).kernel(ahead, start=group_states(r, "added")),
             Loop(r, "dadd", reverse=True).kernel([], into=(added, None)),
-            scan_kernel(r, "dscan", added, state_table("dfinal"), state_table("dstate"), reverse=True),
+            self.scan(r, "dscan", added, "dfinal", "dstate", reverse=True),
             Loop(r, "dwrites", reverse=True).kernel(behind, start=added),
         ]
 
@@ -336,7 +337,7 @@ class _Launches:
                 route = self.router.forward()
                 steps += [route, self.router.totals_kernel()]
             if not r.gathered:
-                plan = of_tokens.setdefault(whole, f"plan_of(n, token_plan, {whole}, cu_seqlens)")
+                plan = of_tokens.setdefault(whole, f"cut(n, cu_seqlens, n.T, {whole})")
                 steps.append(Host((f"plan{r.name} = {plan}",)))
                 of_tokens[whole] = f"plan{r.name}"
                 continue
@@ -352,9 +353,20 @@ class _Launches:
         added = group_states(r, "added")
         loop = Loop(r, "add", reverse=False)
         return [
-            loop.kernel([], start=None, into=(added, group_factors(r))),
-            scan_kernel(r, "scan", added, state_table("state"), state_table(final), reverse=False),
+            loop.kernel([], start=None, into=(added, group_factors(r) if r.decays else None)),
+            self.scan(r, "scan", added, "state", final, reverse=False),
         ]
+
+    def scan(self, r: Recurrence, name: str, states: Array, start: str, final: str, *, reverse: bool) -> Kernel:
+        """The scan over groups; the first of all recurrences makes the table of last states."""
+        made = r is not self.found[0] or not all(x.factors for x in self.found)
+        return scan_kernel(r, name, states, state_table(start), state_table(final), reverse=reverse, made=made)
+
+    def last_states(self, final: str, start: str) -> list[Step]:
+        """A table of last states, where no scan writes all of one: a segment without rows keeps its state."""
+        if all(r.factors for r in self.found):
+            return []
+        return [Host((f"{final} = host(n, torch.clone, {start})",))]
 
     def ends(self, r: Recurrence, groups: str, start: str, final: str) -> tuple[Array, Array | None]:
         """Where a loop starts from, and where it leaves the last state of a segment if no scan does."""

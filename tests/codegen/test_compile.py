@@ -102,7 +102,7 @@ def test_pointers_are_those_that_the_launcher_of_a_recurrence_passes(tmp_path: P
     for k in part.kernels:
         types |= ahead_of_time._request(tmp_path, part, k, "sm_90", "bf16", table[k.name])["types"]
     pointed = {n.removesuffix("_ptr"): t for n, t in types.items() if n.endswith("_ptr")}
-    whole = {"offsets", "firsts", "owners", "tokens", "places", "writes", "chosen", "slots"}
+    whole = {"offsets", "tokens", "places", "writes", "chosen", "slots"}
     assert {n for n, t in pointed.items() if t == "*i32"} == whole
     assert all(pointed[n] == "*bf16" for n in ("q2", "k2", "v", "do", "o", "dq2", "dv"))
     assert all(pointed[n] == "*fp32" for n in ("g2", "logits", "dlogits", "gates", "eta", "state", "final", "dbalance"))

@@ -39,21 +39,25 @@ def ends(lengths: list[int]) -> Tensor:
 
 
 def check_groups(plan, lengths: list[list[int]]) -> None:  # type: ignore[no-untyped-def]
-    """Each segment's rows, in order, are those of its groups; groups beyond the last have no owner."""
+    """Each segment's rows are in its place, and its groups end before those of the next, the last ones before `groups`.
+
+    Programs rely on that when they look for the last segment that does not begin behind their group.
+    """
     for router, rows in enumerate(lengths):
-        offsets, firsts, owners = (x[router].tolist() for x in (plan.offsets, plan.firsts, plan.owners))
+        offsets = plan.offsets.view(-1, plan.segments + 1)[router].tolist()
         assert len(rows) == plan.segments
         assert [b - a for a, b in pairwise(offsets)] == rows
-        assert [b - a for a, b in pairwise(firsts)] == [-(-n // plan.length) for n in rows]
+        firsts = [begin // plan.length + segment for segment, begin in enumerate(offsets)]
         assert firsts[0] == 0
-        assert len(owners) == plan.groups >= firsts[-1]
-        wanted = [segment for segment, n in enumerate(rows) for _ in range(-(-n // plan.length))]
-        assert owners == wanted + [plan.segments] * (plan.groups - len(wanted))
+        assert plan.groups == firsts[-1]
+        assert all(b - a >= -(-n // plan.length) for (a, b), n in zip(pairwise(firsts), rows, strict=True))
 
 
 @given(LENGTHS, st.booleans())
 def test_a_sample_is_a_segment_of_tokens(module: ModuleType, lengths: list[int], whole: bool) -> None:
-    plan = module.token_plan(sizes(module, lengths, 1), whole, ends(lengths))
+    offsets = ends(lengths)
+    plan = module.cut(sizes(module, lengths, 1), offsets, sum(lengths), whole)
+    assert plan.offsets is offsets  # nothing is made on the device
     check_groups(plan, [lengths])
     if whole:
         assert plan.length >= max(lengths, default=0)
@@ -102,6 +106,16 @@ def test_every_token_is_a_slot_of_every_partition_in_masked_form(
         places = plan.places[r].view(tokens, count).long()
         assert torch.equal(plan.tokens[r][places], torch.arange(tokens, dtype=torch.int32)[:, None].expand(-1, count))
         assert chosen[r].tolist() == [list(range(count))] * tokens
+
+
+def test_groups_are_long_where_there_are_enough_of_them(module: ModuleType) -> None:
+    """At most 2048 groups, and at least 1024 of those that are longer than 512 rows."""
+    for rows in (1, 600, 16 * 1024 - 1, 32 * 1024 - 1, 32 * 1024, 32 * 1024 + 1, 64 * 1024, 10**6):
+        length = module.group_length(rows, 32)
+        assert length % 512 == 0
+        assert rows * 32 / length <= 2048
+        assert length == 512 or rows * 32 / length >= 1024
+    assert [module.group_length(n * 1024, 32) for n in (8, 31, 32, 64, 128)] == [512, 512, 1024, 1024, 2048]
 
 
 def test_loops_that_share_states_of_chunks_must_agree(module: ModuleType) -> None:

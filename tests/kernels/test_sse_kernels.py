@@ -88,6 +88,7 @@ SMALL = (
     small("scalar strong decay", backbone="scalar", router=Router(2), group_size=1, shared=False, decay=5.0),
     # several groups in a segment
     small("vector groups", backbone="vector", **LONG),
+    small("none groups of many segments", backbone="none", **LONG | {"lengths": (513, 0, 1, 1030, 0, 20)}),
 )  # fmt: skip
 SWEEP = (
     small("vector N 4", backbone="vector"),
