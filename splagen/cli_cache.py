@@ -106,7 +106,7 @@ def prune(
     """Delete entries that are damaged or of another generator or triton."""
     with errors_as_status(as_json):
         from splagen.autotune import cache, key
-        from splagen.codegen.module import GENERATOR
+        from splagen.codegen.module_holes import GENERATOR
 
         gone = cache.prune(
             generator=GENERATOR,
