@@ -7,7 +7,7 @@ import re
 from splagen.codegen.decoding import Decoding, decode_schedules
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.launchers import launcher_text
-from splagen.codegen.module_holes import content_of, equations_text, head, schedule_text, sources
+from splagen.codegen.module_holes import content_of, equations_text, head, launch_line, schedule_text, sources
 from splagen.codegen.render import render
 from splagen.codegen.step_rows import PageType
 from splagen.errors import PartitionError
@@ -41,7 +41,7 @@ def decode_module_text(part: Decoding, spec: SPLASpec, *, digest: str, spec_text
             "by_token": by_token,
             "cache": cache,
             "mutated": [n for n in cache if n not in ("page_table", *scales)],
-            "calls": "\n".join(_call(k) for k in part.kernels),
+            "calls": "\n".join(launch_line(k.name, k.arrays) for k in part.kernels),
             "schedules": schedule_text(schedules),
             "scratch": [{"name": a.name, "shape": _shape(a, part), "dtype": _dtype(a)} for a in part.scratch],
             "first_page": part.pages[0].name,
@@ -77,11 +77,6 @@ def _splits(kernel: Kernel, text: str) -> str:
     """Which splits a kernel counts: those of the scores or those of the attention."""
     which = "SCORE_SPLITS" if kernel.template in ("decode_score", "decode_select") else "ATTEND_SPLITS"
     return re.sub(r"\bSPLITS\b", f"n.{which}", text)
-
-
-def _call(kernel: Kernel) -> str:
-    names = dict.fromkeys(a.name for a in kernel.arrays)
-    return f'launch_{kernel.name}({", ".join(["n", f"""schedules["{kernel.name}"]""", *names])})'
 
 
 def _dtype(a: Array) -> str:

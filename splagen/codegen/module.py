@@ -19,6 +19,7 @@ from splagen.codegen.module_holes import (
     content_of,
     equations_text,
     head,
+    launch_line,
     op_holes,
     parameters,
     schedule_text,
@@ -208,16 +209,13 @@ def _calls(kernels: list[Kernel], keep: set[str], last: str) -> list[str]:
     lines: list[str] = []
     for i, k in enumerate(kernels):
         later = {a.name for other in kernels[i + 1 :] for a in other.inputs} | keep
-        arguments = ", ".join(["n", f'schedules["{k.name}"]', *(a.name for a in k.inputs)])
-        call = f"launch_{k.name}({arguments})"
         if any(a.layout == "work" for a in k.inputs):
             indices = "block_indices" if "block_indices" in keep else "None"
             given = ", ".join(["n", *(a.name for a in k.inputs if a.layout == "bounds"), indices])
             index = f"work = inverse_index({given})"
             if index not in lines:
                 lines.append(index)
-        outputs = ", ".join(a.name for a in k.outputs)
-        lines.append(f"{outputs} = {call}" if outputs else call)
+        lines.append(launch_line(k.name, k.inputs, k.outputs))
         dead = [a.name for a in unique(k.inputs, k.outputs) if a.name not in later]
         if dead and i + 1 < len(kernels):
             lines.append(f"del {', '.join(dead)}")
@@ -315,8 +313,8 @@ def _dense_text(part: Partition, dense: Dense, op: str, constants: dict[str, int
             "cotangent": cotangent.name,
             "o": attention.o.name,
             "o_cotangent": o_cotangent,
-            "forward": _dense_calls(dense.forward),
-            "backward": [*_dense_calls(dense.backward), *finish],
+            "forward": [launch_line(k.name, k.inputs, k.outputs) for k in dense.forward],
+            "backward": [*(launch_line(k.name, k.inputs, k.outputs) for k in dense.backward), *finish],
             "rows_cotangents": [o_cotangent, *results],
             "differentiable": differentiable,
             "gradients": gradients,
@@ -333,11 +331,3 @@ def _returned(op: str, inputs: Sequence[str], gradients: Sequence[str], cotangen
         return f"return {call}"
     placed = ", ".join(f"d_{x}" if x in gradients else "None" for x in inputs)
     return f"{', '.join(f'd_{x}' for x in gradients)} = {call}\nreturn {placed}"
-
-
-def _dense_calls(kernels: Sequence[Kernel]) -> list[str]:
-    lines = []
-    for k in kernels:
-        arguments = ", ".join(["n", f'schedules["{k.name}"]', *(a.name for a in k.inputs)])
-        lines.append(f"{', '.join(a.name for a in k.outputs)} = launch_{k.name}({arguments})")
-    return lines

@@ -21,6 +21,13 @@ def sources(kernels: Sequence[Kernel], host: Callable[[Kernel], str]) -> list[di
     return [{"device": kernel_text(k), "host": host(k)} for k in kernels]
 
 
+def launch_line(kernel: str, inputs: Iterable[Array], outputs: Iterable[Array] = ()) -> str:
+    """Host source that calls a kernel's launcher with its Schedule."""
+    arguments = ", ".join(["n", f'schedules["{kernel}"]', *dict.fromkeys(a.name for a in inputs)])
+    made = ", ".join(a.name for a in outputs)
+    return f"{made} = launch_{kernel}({arguments})" if made else f"launch_{kernel}({arguments})"
+
+
 def content_of(*parts: object) -> str:
     """What tells kernels and Schedules from others in the name of an op, which a compiled graph on disk may hold."""
     return hashlib.sha256(repr((GENERATOR, *parts)).encode()).hexdigest()[:8]

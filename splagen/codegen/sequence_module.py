@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.launchers import launcher_text
-from splagen.codegen.module_holes import content_of, equations_text, head, schedule_text, sources
+from splagen.codegen.module_holes import content_of, equations_text, head, launch_line, schedule_text, sources
 from splagen.codegen.render import render, unique
 from splagen.codegen.sequence_partition import Host, SequencePartition, Step
 from splagen.codegen.sequence_schedule import default_schedules
@@ -124,9 +124,7 @@ def _calls(steps: Sequence[Step], keep: set[str]) -> str:
         if isinstance(step, Host):
             lines += step.lines
             continue
-        arguments = ", ".join(["n", f'schedules["{step.name}"]', *dict.fromkeys(a.name for a in step.inputs)])
-        outputs = ", ".join(a.name for a in step.outputs)
-        lines.append(f"{outputs} = launch_{step.name}({arguments})" if outputs else f"launch_{step.name}({arguments})")
+        lines.append(launch_line(step.name, step.inputs, step.outputs))
         text = " ".join(
             [line for s in steps[i + 1 :] if isinstance(s, Host) for line in s.lines]
             + [a.name for s in steps[i + 1 :] if isinstance(s, Kernel) for a in s.inputs]
