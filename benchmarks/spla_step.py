@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.floors import PEAK_BYTES
 from benchmarks.record import write
 from benchmarks.timing import time_ms
-from splagen import step_verification
+from splagen import random_cache, step_verification
 from splagen.autotune.cost import evaluate
 from splagen.autotune.step_cost import Step, step_sizes
 from splagen.codegen.decoding import SPLITTING, decoding
@@ -57,22 +57,9 @@ def filled(library: DecodingLibrary, batch: int, kv_heads: int, length: int, ste
     draw = torch.Generator(device="cuda").manual_seed(0)
     for _ in range(batch):
         cache.allocate(most)
-    keys = cache.pages["k_pages"]
-    for page in range(0, keys.shape[0], 256):
-        for x in (keys, cache.pages["v_pages"]):
-            drawn = torch.empty(x[page : page + 256].shape, device="cuda")
-            x[page : page + 256].copy_(drawn.normal_(generator=draw))  # not every type has random numbers of its own
-        cells = keys[page : page + 256].float().unflatten(2, (-1, BLOCK))
-        cache.pages["mean_pages"][page : page + 256].copy_(cells.mean(3))
-        cache.pages["variance_pages"][page : page + 256].copy_(cells.var(3, correction=0))
-    for sign, name in ((1, "phi_k_s0_lse_pages"), (-1, "phi_k_s1_lse_pages")):
-        for page in range(0, keys.shape[0], 256):
-            part = slice(page, page + 256)
-            cache.pages[name][part].copy_(torch.logsumexp(sign * keys[part].float(), -1))
-    for state in cache.states.values():
-        state.normal_(generator=draw)
     cache.seqlens.fill_(length - 33)
     cache.settled.fill_(length - 33)
+    random_cache.fill(cache.made, cache.part, draw, {})
     return cache
 
 

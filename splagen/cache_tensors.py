@@ -114,3 +114,8 @@ class CacheTensors:
 def rows_span(part: Decoding, name: str) -> int:
     """Tokens of one row of a page: one of what tokens bring, a cell of statistics."""
     return 1 if name in [a.name for a in part.keys] else part.geometry.cell
+
+
+def indexable(x: Tensor) -> Tensor:
+    """Numbers of 8 bits as bytes, which every torch operation takes; others as they are."""
+    return x.view(torch.uint8) if x.element_size() == 1 else x

@@ -187,7 +187,7 @@ def compile_command(
     with errors_as_status(as_json):
         from splagen import pipeline
         from splagen.codegen.binaries import Build, write_build
-        from splagen.codegen.compile import Module, compile_module, keep_module, raise_if_failed
+        from splagen.codegen.compile import compile_module, keep_module, raise_if_failed
         from splagen.codegen.schedule import TARGETS, WITHOUT_E4M3
 
         made = read_spec_file(spec)
@@ -197,9 +197,7 @@ def compile_command(
             raise InputError("no build of packed sequences is written", hint)
         with tempfile.TemporaryDirectory() as folder:
             path = _library(made, Path(folder), page_type if decode else None, packed).path
-            kernels: Module = pipeline.packed_kernels(made) if packed else pipeline.kernels(made)
-            if decode:
-                kernels = pipeline.decode_kernels(made, page_type)
+            kernels = pipeline.module_kernels(made, page_type if decode else None, packed=packed)
             able = [t for t in TARGETS if page_type == INPUT or t not in WITHOUT_E4M3]
             targets, dtypes = target or able, dtype or ["bf16"]
             build: Build | None = None

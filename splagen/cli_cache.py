@@ -71,12 +71,11 @@ def explain(
         from splagen import pipeline
         from splagen.autotune import cache, key
         from splagen.autotune.space import scheduled
-        from splagen.codegen.compile import Module
 
         made = read_spec_file(spec)
         check_page_type(decode, page_type)
         device = device_called(gpu)
-        part: Module = pipeline.decode_kernels(made, page_type) if decode else pipeline.kernels(made)
+        part = pipeline.module_kernels(made, page_type if decode else None)
         kernels = {k.name: k for k in scheduled(part)}
         chosen = [pick("kernel", kernel, kernels)] if kernel else list(kernels.values())
         bucket = key.Bucket.of(made, read_shape(shape)) if shape else key.Bucket(1, 1)
@@ -106,7 +105,7 @@ def prune(
     """Delete entries that are damaged or of another generator or triton."""
     with errors_as_status(as_json):
         from splagen.autotune import cache, key
-        from splagen.codegen.module import GENERATOR
+        from splagen.codegen.module_holes import GENERATOR
 
         gone = cache.prune(
             generator=GENERATOR,

@@ -46,7 +46,7 @@ def show_cost(
 
     device, chosen = device_called(gpu or "H200"), dtype or "bf16"
     at = read_shape(shape) if shape else (1, max(HEADS // spec.group_size, 1) * spec.group_size, LENGTH)
-    part: Module = pipeline.decode_kernels(spec, pages) if pages else pipeline.kernels(spec)
+    part = pipeline.module_kernels(spec, pages)
     found = rows(spec, part, at, chosen, device)
     listing = table("kernel", "bytes", "FLOPs", "MB", "GFLOP", "ms", "bound by")
     listing.title = f"B, H, L = {', '.join(map(str, at))}; {chosen}; {device.name}"

@@ -175,6 +175,13 @@ def decode_kernels(spec: Spec, page_type: str = "input") -> Decoding:
     return decoding(spec, known[page_type])
 
 
+def module_kernels(spec: Spec, page_type: str | None = None, *, packed: bool = False) -> Module:
+    """The kernels of the op, on packed sequences or not, or of decoding with pages of a type."""
+    if page_type is not None:
+        return decode_kernels(spec, page_type)
+    return packed_kernels(spec) if packed else kernels(spec)
+
+
 def decode_source(spec: Spec, page_type: str = "input") -> str:
     """The text of the generated module of decoding.  Raises as `decode_kernels`."""
     part = decode_kernels(spec, page_type)

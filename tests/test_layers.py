@@ -22,7 +22,7 @@ ROWS = [
     {"spec", "sse_spec"},
     {"ir"},
     {"codegen"},
-    {"layout", "cache_tensors", "qk_file"},
+    {"layout", "cache_tensors", "random_cache", "qk_file"},
     {"sequence", "ops", "packed_ops", "block_attention"},
     {"verification", "sequence_verification", "step_verification"},
     {"kinds"},

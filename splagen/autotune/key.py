@@ -13,6 +13,7 @@ from importlib import metadata
 from splagen.autotune.device import Device
 from splagen.codegen import decode_module, module, sequence_module
 from splagen.codegen.kernel import Choice, Kernel, Splitting
+from splagen.codegen.module_holes import GENERATOR
 from splagen.codegen.render import kernel_text, template_directory
 from splagen.codegen.schedule import DTYPES
 from splagen.errors import InputError
@@ -135,7 +136,7 @@ def key_of(spec: Spec, kernel: Kernel | Choice | Splitting, dtype: str, bucket: 
     versions = software()
     kernels = (kernel,) if isinstance(kernel, Kernel) else kernel.kernels
     return Key(
-        module.GENERATOR,
+        GENERATOR,
         digest(spec)[:32],
         kernel.name,
         _digest(*(x for k in kernels for x in (kernel_text(k), k.grid))),

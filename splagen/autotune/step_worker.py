@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from splagen.autotune.worker import LIMIT, Kernels, Schedules, difference, serve
-from splagen.cache_tensors import CacheTensors, default_page_size, rows_span
+from splagen.cache_tensors import CacheTensors, default_page_size, indexable, rows_span
 from splagen.codegen.decoding import decoding
+from splagen.random_cache import fill
 from splagen.spec import SPLASpec, from_toml
 from splagen.verification import Shape
 
@@ -40,8 +41,8 @@ class Steps(Kernels):
         sequences, heads, tokens = shape
         self.sizes = sequences, heads // self.part.group_size, tokens
         self.draw = torch.Generator(device=device).manual_seed(seed)
-        self.cache = self._filled()
         self.given = [self._given(a.name, a.layout, a.width) for a in self.part.tokens]
+        self.cache = self._filled()
         self.o = torch.empty(sequences, heads, self.part.geometry.value_dim, dtype=dtype, device=device)
         self.first = self.given[0]
         self.lengths = self.cache.seqlens.clone()
@@ -62,17 +63,9 @@ class Steps(Kernels):
         cache.page_table.copy_(order.view(sequences, width))
         number = torch.arange(sequences, device=self.device)
         cache.seqlens.copy_(((tokens - 1) // block * block - number % block).clamp(min=0))
-        for name, x in cache.pages.items():
-            for rows in x:  # of a page; not every type has random numbers of its own
-                drawn = torch.empty(rows.shape, device=rows.device)
-                if rows_span(self.part, name) == 1 and rows.dim() == 2:  # numbers of keys: features stay below 1
-                    rows.copy_(drawn.uniform_(4.0, 6.0, generator=self.draw))
-                elif rows_span(self.part, name) == 1:
-                    rows.copy_(drawn.normal_(generator=self.draw))
-                else:
-                    rows.copy_(drawn.uniform_(0.5, 1.0, generator=self.draw))  # variances are positive
-        for x in cache.states.values():
-            x.normal_(generator=self.draw)
+        _step_before(cache)
+        given = {a.name: x for a, x in zip(self.part.tokens, self.given, strict=True)}
+        fill(cache, self.part, self.draw, {n: given[n] for n in self.part.parameters})
         return cache
 
     def _given(self, name: str, layout: str, width: tuple[int, ...]) -> Tensor:
@@ -99,7 +92,7 @@ class Steps(Kernels):
     def rewind(self) -> None:
         """The lengths before the step, and before the step of one token before it."""
         self.cache.seqlens.copy_(self.lengths)
-        torch.sub(self.lengths, 1, out=self.cache.settled).clamp_(min=0)
+        _step_before(self.cache)
 
     def timed(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """One kernel with a Schedule, or the whole step with a splitting and the `schedules` of the job."""
@@ -156,14 +149,14 @@ class Steps(Kernels):
         held = self.cache.page_table[rows, self.lengths // page].long()
         for name, x in self.cache.pages.items():
             if rows_span(self.part, name) == 1:
-                _bytes(x)[held, :, self.lengths.long() % page] = NAN_E4M3 if x.element_size() == 1 else torch.nan
+                indexable(x)[held, :, self.lengths.long() % page] = NAN_E4M3 if x.element_size() == 1 else torch.nan
         self.o.fill_(torch.nan)
         self.step({**self.defaults(), **schedules})
         found = {"o": self.o.clone(), "seqlens": self.cache.seqlens.float(), "settled": self.cache.settled.float()}
         found |= {n: x.clone() for n, x in self.cache.states.items()}
         for name, x in self.cache.pages.items():
             span = rows_span(self.part, name)
-            found[name] = _bytes(x)[held, :, self.lengths.long() % page // span].view(x.dtype).float()
+            found[name] = indexable(x)[held, :, self.lengths.long() % page // span].view(x.dtype).float()
         if self.part.budget:
             blocks = -(-self.sizes[2] // self.part.geometry.block) + 1
             indices = self.cache.scratch["block_indices"].long()
@@ -174,9 +167,9 @@ class Steps(Kernels):
         return found
 
 
-def _bytes(x: Tensor) -> Tensor:
-    """Numbers of 8 bits as bytes, which every torch operation takes; others as they are."""
-    return x.view(torch.uint8) if x.element_size() == 1 else x
+def _step_before(cache: CacheTensors) -> None:
+    """Let the step before have been one of one token."""
+    torch.sub(cache.seqlens, 1, out=cache.settled).clamp_(min=0)
 
 
 def _summary(samples: list[float]) -> dict[str, Any]:

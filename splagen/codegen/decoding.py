@@ -10,8 +10,9 @@ from splagen.codegen.decode_kernels import DecodeCode
 from splagen.codegen.decode_selection import selection_kernels, statistics_code
 from splagen.codegen.decode_states import State
 from splagen.codegen.geometry import Geometry, array_of, features_of, is_key_row, is_query_row, is_state, is_tile_value
-from splagen.codegen.kernel import Array, Choice, Kernel, Splitting
-from splagen.codegen.schedule import DTYPES, TARGETS, Constraint, Schedule, check_fields
+from splagen.codegen.kernel import Array, Kernel, Splitting
+from splagen.codegen.module_kernels import ModuleKernels
+from splagen.codegen.schedule import DTYPES, TARGETS, Schedule, check_fields
 from splagen.codegen.selection import Selection
 from splagen.codegen.selection_kernels import kept
 from splagen.codegen.step_rows import PageType, paged_array, scale_array, scaled, step_array
@@ -25,7 +26,7 @@ from splagen.spec import SPLASpec
 
 
 @dataclass(frozen=True)
-class Decoding:
+class Decoding(ModuleKernels):
     """The kernels of a step in launch order, and every array by its part.
 
     `tokens` are what a caller gives for each step, `keys` the pages with a row for each token, `pages` those and the
@@ -59,21 +60,6 @@ class Decoding:
         return "e4m3" if self.scales else "input"
 
     @property
-    def all_kernels(self) -> tuple[Kernel, ...]:
-        """All of them run in every step."""
-        return self.kernels
-
-    @property
-    def strategies(self) -> tuple[Choice, ...]:
-        """Ways between which a Schedule chooses: none."""
-        return ()
-
-    @property
-    def constraints(self) -> tuple[Constraint, ...]:
-        """What Schedules must agree on: nothing."""
-        return ()
-
-    @property
     def splitting(self) -> Splitting:
         """In how many programs a step scores, selects and attends."""
         return Splitting("splitting", self.kernels, tuple(SPLITTING))
@@ -93,11 +79,6 @@ class Decoding:
     def parameters(self) -> frozenset[str]:
         """Names of what a step is given that is no row of a token: float32, or as q."""
         return frozenset(a.name for a in self.tokens if a.layout != "token_rows")
-
-    @property
-    def wide(self) -> frozenset[str]:
-        """Inputs that are float32 beside 16-bit q, k and v: none need to be."""
-        return frozenset()
 
 
 @functools.lru_cache(maxsize=32)

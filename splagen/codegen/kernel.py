@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from splagen.ir.program import Equation
@@ -152,3 +152,7 @@ class Choice:
     def kernels(self) -> tuple[Kernel, ...]:
         """Those of all options."""
         return tuple(k for option in self.options for k in option)
+
+    def between(self, made: Mapping[str, Kernel]) -> Choice:
+        """The same choice between other kernels under the same names."""
+        return replace(self, options=tuple(tuple(made[k.name] for k in option) for option in self.options))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from splagen.codegen.kernel import Kernel
 from splagen.codegen.packed_index import packed_index_kernels
@@ -32,7 +32,7 @@ def packed_partition(part: Partition) -> PackedPartition:
         part.program,
         [made[k.name] for k in part.forward],
         [made[k.name] for k in part.backward],
-        [replace(c, options=tuple(tuple(made[k.name] for k in o) for o in c.options)) for c in part.strategies],
+        [c.between(made) for c in part.strategies],
         part.inputs,
         part.outputs,
         part.saved,

@@ -22,11 +22,11 @@ from splagen.codegen.geometry import (
 )
 from splagen.codegen.kernel import Array, Choice, Kernel
 from splagen.codegen.key_kernels import dkv_kernels, dqkv_kernels, merge_kernel
+from splagen.codegen.module_kernels import ProgramKernels
 from splagen.codegen.part_kernels import parts_kernels
 from splagen.codegen.query_kernels import dq_kernel, dq_kernels, forward_kernel, forward_kernels
 from splagen.codegen.region import slice_back
 from splagen.codegen.row_kernels import partial_array, rows_kernel
-from splagen.codegen.schedule import Constraint
 from splagen.codegen.selection import Selection
 from splagen.codegen.selection_kernels import selection_kernels
 from splagen.codegen.state_kernels import read_kernel, scan_kernel, state_array, state_chains, states_kernel
@@ -40,7 +40,7 @@ from splagen.ir.text import equation_text
 
 
 @dataclass
-class Partition:
+class Partition(ProgramKernels):
     """The kernels of a spec in launch order, and the arrays between forward and backward.
 
     Where there is a choice, `forward` and `backward` list the kernels of its first option.  `dense` is what runs in
@@ -59,31 +59,10 @@ class Partition:
     dense: Dense | None = None
 
     @property
-    def group_size(self) -> int:
-        """Query heads of a KV head."""
-        return Geometry.of(self.program).group
-
-    @property
-    def constraints(self) -> tuple[Constraint, ...]:
-        """What Schedules must agree on: nothing."""
-        return ()
-
-    @property
-    def wide(self) -> frozenset[str]:
-        """Rows of the op that are float32 beside 16-bit q, k and v: none."""
-        return frozenset()
-
-    @property
     def residuals(self) -> list[Array]:
         """What backward is given beside inputs and cotangents: outputs that it reads, then what forward saved."""
         read = {a.name for k in self.backward for a in k.inputs}
         return [*(a for a in self.outputs if a.name in read), *self.saved]
-
-    @property
-    def kernels(self) -> list[Kernel]:
-        """Every kernel once, by name."""
-        chosen = [k for c in self.strategies for k in c.kernels]
-        return list({k.name: k for k in (*self.forward, *self.backward, *chosen)}.values())
 
     @property
     def all_kernels(self) -> list[Kernel]:

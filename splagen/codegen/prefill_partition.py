@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from splagen.codegen.decoding import Decoding, key_numbers
 from splagen.codegen.geometry import Geometry, array_of
 from splagen.codegen.kernel import Array, Choice, Kernel
+from splagen.codegen.module_kernels import ProgramKernels
 from splagen.codegen.packed_index import packed_index_kernels
 from splagen.codegen.partition import Partition
 from splagen.codegen.prefill_packing import PrefillPacking
 from splagen.codegen.region import slice_back
 from splagen.codegen.row_kernels import rows_kernel
-from splagen.codegen.schedule import Constraint
 from splagen.codegen.state_kernels import StateChain, carried_kernel, state_chains
 from splagen.codegen.tile_code import Walk
 from splagen.errors import PartitionError
@@ -22,8 +22,8 @@ from splagen.ir.program import Program
 FORWARD = "forward_strategy"
 
 
-@dataclass(frozen=True)
-class PrefillPartition:
+@dataclass(frozen=True, kw_only=True)
+class PrefillPartition(ProgramKernels):
     """Forward kernels for the last queries of packed sequences, in launch order.
 
     `statistics` and `numbers` are arrays by cell and by key that pages of a cache hold, under the name of the pages
@@ -41,37 +41,6 @@ class PrefillPartition:
     states: tuple[tuple[Array, tuple[str, ...]], ...]
     index: tuple[Kernel, ...]
     batch: tuple[Kernel, ...]
-
-    @property
-    def kernels(self) -> list[Kernel]:
-        """Every kernel once, by name."""
-        chosen = [k for c in self.strategies for k in c.kernels]
-        return list({k.name: k for k in (*self.forward, *chosen)}.values())
-
-    @property
-    def all_kernels(self) -> list[Kernel]:
-        """They are all there is."""
-        return self.kernels
-
-    @property
-    def group_size(self) -> int:
-        """Query heads of a KV head."""
-        return Geometry.of(self.program).group
-
-    @property
-    def backward(self) -> tuple[Kernel, ...]:
-        """There is none."""
-        return ()
-
-    @property
-    def constraints(self) -> tuple[Constraint, ...]:
-        """What Schedules must agree on: nothing."""
-        return ()
-
-    @property
-    def wide(self) -> frozenset[str]:
-        """Inputs that are float32 beside 16-bit q, k and v: none need to be."""
-        return frozenset()
 
     @property
     def kept(self) -> tuple[Array, ...]:
@@ -103,16 +72,16 @@ def prefill_partition(part: Partition, step: Decoding) -> PrefillPartition:
     batch = {k.name: k for k in (*forward, *(k for c in strategies for k in c.kernels))}
     made = {name: packing.kernel(k) for name, k in batch.items()}
     found = PrefillPartition(
-        program,
-        tuple(made[k.name] for k in forward),
-        tuple(replace(c, options=tuple(tuple(made[k.name] for k in o) for o in c.options)) for c in strategies),
-        tuple(part.inputs),
-        part.outputs[0],
-        tuple(statistics),
-        numbers.outputs if numbers else (),
-        states,
-        packed_index_kernels(walk, packing),
-        tuple(batch.values()),
+        program=program,
+        forward=tuple(made[k.name] for k in forward),
+        strategies=tuple(c.between(made) for c in strategies),
+        inputs=tuple(part.inputs),
+        output=part.outputs[0],
+        statistics=tuple(statistics),
+        numbers=numbers.outputs if numbers else (),
+        states=states,
+        index=packed_index_kernels(walk, packing),
+        batch=tuple(batch.values()),
     )
     _check_complete(found, step)
     return found

@@ -10,7 +10,8 @@ from typing import TypeAlias
 from splagen.codegen.chunk_code import too_large
 from splagen.codegen.chunk_kernels import Loop
 from splagen.codegen.group_kernels import scan_kernel, sum_kernel
-from splagen.codegen.kernel import Array, Choice, Kernel
+from splagen.codegen.kernel import Array, Kernel
+from splagen.codegen.module_kernels import ModuleKernels
 from splagen.codegen.recurrences import (
     Recurrence,
     chunk_states,
@@ -66,7 +67,7 @@ Stored: TypeAlias = tuple[Var, Array, Array | None]  # a variable, where it goes
 
 
 @dataclass(frozen=True)
-class SequencePartition:
+class SequencePartition(ModuleKernels):
     """Launches of forward and backward, and the rows that the op takes, in order."""
 
     programs: Mapping[str, Program]
@@ -80,19 +81,9 @@ class SequencePartition:
     balanced: bool
 
     @property
-    def strategies(self) -> tuple[Choice, ...]:
-        """Ways to compute the same, of which a Schedule chooses one: none."""
-        return ()
-
-    @property
     def kernels(self) -> list[Kernel]:
         """Every kernel once."""
         return list({k.name: k for k in (*self.forward, *self.backward, *self.step) if isinstance(k, Kernel)}.values())
-
-    @property
-    def all_kernels(self) -> list[Kernel]:
-        """The same: nothing runs beside them."""
-        return self.kernels
 
     @property
     def constraints(self) -> tuple[Constraint, ...]:

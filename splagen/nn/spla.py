@@ -12,13 +12,13 @@ from splagen import settings
 from splagen.errors import InputError
 from splagen.nn.branches import Branches
 from splagen.nn.cache import RowCache, StepCache
-from splagen.nn.generated import Generated
+from splagen.nn.layer import AttentionLayer
 from splagen.nn.norm import normed
 from splagen.nn.rotary import Rotary
 from splagen.spec import SPLASpec
 
 
-class SPLAAttention(nn.Module):
+class SPLAAttention(AttentionLayer):
     """Attention of a spec of SPLA (arXiv 2601.22379) on x [B, L, width].
 
     q = W_q x, k = W_k x, v = W_v x; q and k optionally through an RMSNorm over the head dimension; RoPE for the
@@ -42,27 +42,13 @@ class SPLAAttention(nn.Module):
     ) -> None:
         """Generate the kernels, and start values.
 
-        Args:
-            width: channels of x and of the result.
-            heads: Hq, a multiple of the spec's group_size.
-            spec: what is computed; `rotary` gives branches rows of their own where they need them.
-            rotary: which rows RoPE turns; None is none.
-            qk_norm: whether q and k go through an RMSNorm, with gains that all heads share (Qwen3).
-            bias: of the projections.
-            eps: of the RMSNorm.
-            folder: of the generated module; None is `kernels/` in splagen's cache, with tuned Schedules.
-            device: of the parameters.
-            dtype: of the parameters.
-
-        Raises:
-            InputError: heads do not go into groups.
+        `rotary` says which rows RoPE turns, none without it; branches get rows of their own where it needs them.
+        `qk_norm`: q and k go through an RMSNorm, with gains that all heads share (Qwen3).  `bias` is that of the
+        projections.  Other arguments and errors are those of every `AttentionLayer`.
         """
-        super().__init__()
-        if heads < 1 or heads % spec.group_size:
-            raise InputError(f"heads is {heads}", f"a multiple of the spec's group_size, {spec.group_size}")
-        self.spec = rotary.spec(spec) if rotary else spec
-        self.heads, self.kv_heads, self.rotary, self.folder = heads, heads // spec.group_size, rotary, folder
-        self.generated = Generated(self.spec, folder)
+        own = rotary.spec(spec) if rotary else spec
+        super().__init__(heads, own, folder)
+        self.spec, self.kv_heads, self.rotary = own, heads // spec.group_size, rotary
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         self.q_proj = nn.Linear(width, heads * spec.head_dim, bias=bias, **made)
         self.k_proj = nn.Linear(width, self.kv_heads * spec.head_dim, bias=bias, **made)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from splagen.errors import InputError
 from splagen.nn.cache import StateCache
-from splagen.nn.generated import Generated
+from splagen.nn.layer import AttentionLayer
 from splagen.nn.norm import normed
 from splagen.sse_spec import SSESpec
 
@@ -38,7 +38,7 @@ class LowRank(nn.Sequential):
         )
 
 
-class SSEAttention(nn.Module):
+class SSEAttention(AttentionLayer):
     """SSE (arXiv 2507.16577) on x [B, T, width], as its authors' layers have it.
 
     q1 = W_q x and k1 = W_k x are those of the shared state; q2 = q1 + B_q A_q x and k2 = k1 + B_k A_k x those of all
@@ -62,24 +62,11 @@ class SSEAttention(nn.Module):
     ) -> None:
         """Generate the kernels, and start values.
 
-        Args:
-            width: channels of x and of the result.
-            heads: of values, HV, a multiple of the spec's group_size.
-            spec: what is computed.
-            output_gate: whether the normed output is multiplied by silu of a low-rank projection of x.
-            eps: of the RMSNorm.
-            folder: of the generated module; None is `kernels/` in splagen's cache, with tuned Schedules.
-            device: of the parameters.
-            dtype: of the parameters.
-
-        Raises:
-            InputError: heads do not go into groups.
+        `output_gate`: the normed output is multiplied by silu of a low-rank projection of x.  Other arguments and
+        errors are those of every `AttentionLayer`.
         """
-        super().__init__()
-        if heads < 1 or heads % spec.group_size:
-            raise InputError(f"heads is {heads}", f"a multiple of the spec's group_size, {spec.group_size}")
-        self.spec, self.heads, self.key_heads = spec, heads, heads // spec.group_size
-        self.generated = Generated(spec, folder)
+        super().__init__(heads, spec, folder)
+        self.spec, self.key_heads = spec, heads // spec.group_size
         made: dict[str, Any] = {"device": device, "dtype": dtype}
         keys, values = self.key_heads * spec.head_dim, heads * spec.value_dim
 
