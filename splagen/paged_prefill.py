@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from splagen.cache_tensors import LARGEST_E4M3, CacheTensors
 from splagen.codegen.decoding import Decoding
@@ -100,7 +101,8 @@ class PagedPrefill:
         given = [packed[a.name] for a in self.part.inputs]
         by_token = {a.name for a in self.part.inputs if a.layout not in ("head_rows", "kv_head_scalars")}
         given = [x[None] if a.name in by_token else x for a, x in zip(self.part.inputs, given, strict=True)]
-        o, *kept = module.prefill_op(*given, bounds, placed.bounds, most, longest)
+        before, settled = self._before(placed)
+        o, *kept = module.prefill_op(*given, *before, bounds, placed.bounds, settled, most, longest)
         found = dict(zip([a.name for a in self.part.kept], kept, strict=True))
         self._keep_numbers(found, placed, pages)
         self._keep_statistics(found, placed, most)
@@ -161,6 +163,16 @@ class PagedPrefill:
 
     def _scale(self, pages: str) -> Tensor:
         return self.made.scales[pages.removesuffix("_pages") + "_scale"][:, None]
+
+    def _before(self, placed: Placed) -> tuple[list[Tensor], Tensor]:
+        """Sums over far blocks that the sequences carry, from which those of their new tokens go on, and for which
+        position they are."""
+        found = []
+        for a, names in self.part.before:
+            parts = [self.made.states[name][self.slots] for name in names]
+            joined = torch.stack([x if x.dim() == 4 else x[..., None] for x in parts], dim=2)
+            found.append(pad(joined, (0, a.width[1] - joined.shape[4])).reshape(-1, self.heads, *a.width))
+        return found, torch.where(placed.after > 0, self.made.settled[self.slots], 0)
 
     # -- what steps read ----------------------------------------------------------------------------------
 

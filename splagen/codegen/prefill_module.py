@@ -26,7 +26,8 @@ def prefill_module_text(part: PrefillPartition, *, name: str, digest: str, spec_
     host = Host(packing, set())
     constants = constants_of(geometry, walk)
     inputs = [a.name for a in part.inputs]
-    tensors = [*inputs, BOUNDS.name, QUERIES.name]
+    before = [a for a, _ in part.before]
+    tensors = [*inputs, *(a.name for a in before), BOUNDS.name, QUERIES.name]
     returned = [part.output.name, *(a.name for a in part.kept)]
     kernels = [{"device": kernel_text(k), "host": host.launcher(k, constants)} for k in part.kernels]
     index = packed_index_text(walk, packing, part.index)
@@ -53,6 +54,7 @@ def prefill_module_text(part: PrefillPartition, *, name: str, digest: str, spec_
             "inputs": inputs,
             "by_query": [a.name for a in part.inputs if a.layout in _BY_QUERY],
             "tensors": tensors,
+            "before": [{"name": a.name, "shape": ", ".join(["n.B", "n.Hkv", *map(str, a.width)])} for a in before],
             "returned": returned,
             "forward": chosen_calls(list(part.forward), part.strategies, held, last),
             "schedules": schedule_text(schedules),

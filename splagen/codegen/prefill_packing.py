@@ -16,21 +16,27 @@ from splagen.codegen.packing import BOUNDS, Packing, heads_of
 from splagen.codegen.unions import lists_text
 
 ALIGNED = 128  # positions: a multiple of every tile, block and number of rows of a program
-QUERIES = Array("queries", "bounds", dtype="int32")  # [sequences, 2]: position and row at which each begins
+# [sequences, 3]: position and row at which each begins, and the position of the query whose sums are given
+QUERIES = Array("queries", "bounds", dtype="int32")
 _BY_QUERY = ("query_rows", "query_scalars", "indices", "counts")
 _HEAD = "(tl.program_id(1) % Hkv).to(tl.int64)"
 
 
 @dataclass(frozen=True)
 class PrefillPacking(Packing):
-    """Where a sequence's part of every array begins if its first queries are not there."""
+    """Where a sequence's part of every array begins if its first queries are not there.
+
+    `begin` is the line of kernels of states that finds the first chunk they have: those before are in a given sum.
+    """
+
+    begin: str = ""
 
     def kernel(self, kernel: Kernel) -> Kernel:
         """The kernel for the last queries of packed sequences."""
         if not self._by_query(kernel):
             return super().kernel(kernel)
         sequence = f"tl.program_id(1) // {heads_of(kernel)}"
-        before = self.programs(kernel, f"tl.load({QUERIES.name}_ptr + {sequence} * 2)")
+        before = self.programs(kernel, f"tl.load({QUERIES.name}_ptr + {sequence} * 3)")
         made = super().kernel(replace(kernel, number=f"({kernel.number} + {before})"))
         return replace(made, grid=re.sub(r"\bL\b", "n.LQ", kernel.grid))
 
@@ -46,11 +52,12 @@ class PrefillPacking(Packing):
         return (BOUNDS, QUERIES)
 
     def place(self, sequence: str) -> list[str]:
-        """Those of all packed sequences, and the position and the row from which queries are there."""
+        """Those of all packed sequences, from where queries are there, and the first chunk of states."""
         return [
             *super().place(sequence),
-            f"query_origin = tl.load({QUERIES.name}_ptr + sequence * 2).to(tl.int64)",
-            f"query_row = tl.load({QUERIES.name}_ptr + sequence * 2 + 1).to(tl.int64)",
+            f"query_origin = tl.load({QUERIES.name}_ptr + sequence * 3).to(tl.int64)",
+            f"query_row = tl.load({QUERIES.name}_ptr + sequence * 3 + 1).to(tl.int64)",
+            *([f"settled = tl.load({QUERIES.name}_ptr + sequence * 3 + 2)", self.begin] if self.begin else []),
         ]
 
     def moves(self, kernel: Kernel) -> list[str]:

@@ -13,7 +13,7 @@ from splagen.codegen.prefill_packing import PrefillPacking
 from splagen.codegen.region import slice_back
 from splagen.codegen.row_kernels import rows_kernel
 from splagen.codegen.schedule import Constraint
-from splagen.codegen.state_kernels import StateChain, carried_kernel, state_chains
+from splagen.codegen.state_kernels import StateChain, carried_kernel, resumed, state_chains
 from splagen.codegen.tile_code import Walk
 from splagen.errors import PartitionError
 from splagen.ir.partitions import copy_name
@@ -28,7 +28,8 @@ class PrefillPartition:
 
     `statistics` and `numbers` are arrays by cell and by key that pages of a cache hold, under the name of the pages
     but for `_pages`; `states` the sums that a cache carries, with the names of their parts, one for each sign of a
-    feature map.  `batch` has the kernels of a batch, by whose arrays Schedules are chosen.
+    feature map; `before` those of an earlier query, with the same parts, from which states go on.  `batch` has the
+    kernels of a batch, by whose arrays Schedules are chosen.
     """
 
     program: Program
@@ -39,6 +40,7 @@ class PrefillPartition:
     statistics: tuple[Array, ...]
     numbers: tuple[Array, ...]
     states: tuple[tuple[Array, tuple[str, ...]], ...]
+    before: tuple[tuple[Array, tuple[str, ...]], ...]
     index: tuple[Kernel, ...]
     batch: tuple[Kernel, ...]
 
@@ -102,6 +104,13 @@ def prefill_partition(part: Partition, step: Decoding) -> PrefillPartition:
     forward = [*part.forward[:at], *extra, *part.forward[at:]]
     batch = {k.name: k for k in (*forward, *(k for c in strategies for k in c.kernels))}
     made = {name: packing.kernel(k) for name, k in batch.items()}
+    before = []
+    for chain, eq, (_, names) in zip(chains, summed, states, strict=True):
+        stem = chain.states.out.name
+        if going_on := resumed(chain, eq, batch[f"states_{stem}"], batch[f"scan_{stem}"], walk):
+            before.append((going_on.given, names))
+            own = replace(packing, begin=going_on.begin)
+            made |= {k.name: own.kernel(k) for k in (going_on.states, going_on.scan)}
     found = PrefillPartition(
         program,
         tuple(made[k.name] for k in forward),
@@ -111,6 +120,7 @@ def prefill_partition(part: Partition, step: Decoding) -> PrefillPartition:
         tuple(statistics),
         numbers.outputs if numbers else (),
         states,
+        tuple(before),
         packed_index_kernels(walk, packing),
         tuple(batch.values()),
     )
