@@ -97,9 +97,9 @@ class PagedPrefill:
         packed = dict(rows)
         for name in self.step.key_rows:
             self.store(f"{name}_pages", pages, rows[name])
-            packed[name] = self.gathered(f"{name}_pages", placed, keys)
+        packed |= self.cached(placed, keys, longest)
         given = [packed[a.name] for a in self.part.inputs]
-        by_token = {a.name for a in self.part.inputs if a.layout not in ("head_rows", "kv_head_scalars")}
+        by_token = {a.name for a in self.part.inputs if a.layout in ("query_rows", "query_scalars")}
         given = [x[None] if a.name in by_token else x for a, x in zip(self.part.inputs, given, strict=True)]
         before, settled = self._before(placed)
         o, *kept = module.prefill_op(*given, *before, bounds, placed.bounds, settled, most, longest)
@@ -149,24 +149,24 @@ class PagedPrefill:
             flat, x = flat.view(torch.uint8), x.view(torch.uint8)
         flat.index_copy_(0, rows.flatten(), x)
 
-    def gathered(self, name: str, placed: Placed, keys: int) -> Tensor:
-        """Packed rows [keys, Hkv, width] of all tokens of the sequences."""
-        flat = self.made.flat(name)
-        sequence, position = _of(placed.bounds, keys)
-        taken = position < placed.after[sequence]
-        rows = self.rows_of(position, sequence, taken).flatten()
-        if flat.dtype != torch.float8_e4m3fn:
-            return flat.index_select(0, rows).view(keys, self.heads, -1)
-        x = flat.view(torch.uint8).index_select(0, rows).view(flat.dtype).view(keys, self.heads, -1)
-        scale = self._scale(name)
-        return x.to(scale.dtype) * scale
+    def cached(self, placed: Placed, keys: int, longest: int) -> dict[str, Tensor]:
+        """Packed rows [1, keys, Hkv, width] of all tokens of the sequences, by name."""
+        names = [a.name for a in self.part.inputs if a.layout == "key_rows"]
+        pools = [self.made.pages[f"{name}_pages"] for name in names]
+        if self.made.scales:
+            scales = [self.made.scales[f"{name}_scale"] for name in names]
+        else:
+            scales = [torch.ones(self.heads, dtype=x.dtype, device=x.device) for x in pools]
+        found = self.library.module.cached(
+            pools, scales, self.made.page_table, self.slots, placed.bounds, keys, longest
+        )
+        return dict(zip(names, found, strict=True))
 
     def _scale(self, pages: str) -> Tensor:
         return self.made.scales[pages.removesuffix("_pages") + "_scale"][:, None]
 
     def _before(self, placed: Placed) -> tuple[list[Tensor], Tensor]:
-        """Sums over far blocks that the sequences carry, from which those of their new tokens go on, and for which
-        position they are."""
+        """What sequences carry of far blocks, from which the sums of new tokens go on, and as of which query."""
         found = []
         for a, names in self.part.before:
             parts = [self.made.states[name][self.slots] for name in names]

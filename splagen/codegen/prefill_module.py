@@ -11,8 +11,10 @@ from splagen.codegen.packed_module import Host, packed_index_text
 from splagen.codegen.packing import BOUNDS
 from splagen.codegen.prefill_packing import ALIGNED, QUERIES, PrefillPacking
 from splagen.codegen.prefill_partition import PrefillPartition
+from splagen.codegen.prefill_rows import pages_of, token_array
 from splagen.codegen.render import kernel_text, render
 from splagen.codegen.schedule import default_schedules
+from splagen.codegen.step_rows import scale_array
 from splagen.codegen.tile_code import INDICES, Walk
 from splagen.ir.text import equation_text
 
@@ -27,8 +29,11 @@ def prefill_module_text(part: PrefillPartition, *, name: str, digest: str, spec_
     constants = constants_of(geometry, walk)
     inputs = [a.name for a in part.inputs]
     before = [a for a, _ in part.before]
-    tensors = [*inputs, *(a.name for a in before), BOUNDS.name, QUERIES.name]
-    returned = [part.output.name, *(a.name for a in part.kept)]
+    by_query = [a.name for a in part.inputs if a.layout in _BY_QUERY]
+    rows = [token_array(a).name if a.name in by_query else a.name for a in part.inputs]
+    tensors = [*rows, *(a.name for a in before), BOUNDS.name, QUERIES.name]
+    returned = [token_array(part.output).name, *(a.name for a in part.kept)]
+    keys = [a for a in part.inputs if a.layout == "key_rows"]
     kernels = [{"device": kernel_text(k), "host": host.launcher(k, constants)} for k in part.kernels]
     index = packed_index_text(walk, packing, part.index)
     schedules = default_schedules(part.batch, geometry, part.strategies)
@@ -52,7 +57,9 @@ def prefill_module_text(part: PrefillPartition, *, name: str, digest: str, spec_
             "name": f"{name}_prefill",
             "op": f"{name}_prefill_{digest}_{content}",
             "inputs": inputs,
-            "by_query": [a.name for a in part.inputs if a.layout in _BY_QUERY],
+            "by_query": by_query,
+            "pools": [pages_of(a).name for a in keys],
+            "scales": [scale_array(pages_of(a)).name for a in keys],
             "tensors": tensors,
             "before": [{"name": a.name, "shape": ", ".join(["n.B", "n.Hkv", *map(str, a.width)])} for a in before],
             "returned": returned,

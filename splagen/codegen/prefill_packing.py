@@ -16,7 +16,8 @@ from splagen.codegen.packing import BOUNDS, Packing, heads_of
 from splagen.codegen.unions import lists_text
 
 ALIGNED = 128  # positions: a multiple of every tile, block and number of rows of a program
-# [sequences, 3]: position and row at which each begins, and the position of the query whose sums are given
+# [sequences, 5]: position and row at which each begins; the position of the query whose sums are given; the position
+# and the token of the first query
 QUERIES = Array("queries", "bounds", dtype="int32")
 _BY_QUERY = ("query_rows", "query_scalars", "indices", "counts")
 _HEAD = "(tl.program_id(1) % Hkv).to(tl.int64)"
@@ -36,7 +37,7 @@ class PrefillPacking(Packing):
         if not self._by_query(kernel):
             return super().kernel(kernel)
         sequence = f"tl.program_id(1) // {heads_of(kernel)}"
-        before = self.programs(kernel, f"tl.load({QUERIES.name}_ptr + {sequence} * 3)")
+        before = self.programs(kernel, f"tl.load({QUERIES.name}_ptr + {sequence} * 5)")
         made = super().kernel(replace(kernel, number=f"({kernel.number} + {before})"))
         return replace(made, grid=re.sub(r"\bL\b", "n.LQ", kernel.grid))
 
@@ -55,9 +56,11 @@ class PrefillPacking(Packing):
         """Those of all packed sequences, from where queries are there, and the first chunk of states."""
         return [
             *super().place(sequence),
-            f"query_origin = tl.load({QUERIES.name}_ptr + sequence * 3).to(tl.int64)",
-            f"query_row = tl.load({QUERIES.name}_ptr + sequence * 3 + 1).to(tl.int64)",
-            *([f"settled = tl.load({QUERIES.name}_ptr + sequence * 3 + 2)", self.begin] if self.begin else []),
+            f"query_origin = tl.load({QUERIES.name}_ptr + sequence * 5).to(tl.int64)",
+            f"query_row = tl.load({QUERIES.name}_ptr + sequence * 5 + 1).to(tl.int64)",
+            *([f"settled = tl.load({QUERIES.name}_ptr + sequence * 5 + 2)", self.begin] if self.begin else []),
+            f"first_query = tl.load({QUERIES.name}_ptr + sequence * 5 + 3)",
+            f"first_query_token = tl.load({QUERIES.name}_ptr + sequence * 5 + 4).to(tl.int64)",
         ]
 
     def moves(self, kernel: Kernel) -> list[str]:
@@ -108,6 +111,8 @@ class PrefillPacking(Packing):
             case "unions":
                 most = f"{lists_text(self.geometry.tile * self.geometry.group)} * {self.budget}"
                 return ["grid[0] * grid[1]", f"min(n.nJ, {most})", *map(str, a.width)]
+            case "token_rows":
+                return ["n.Q", "n.Hq", *map(str, a.width)]
             case "sequences":
                 return ["n.B", "n.Hkv", *map(str, a.width)]
         return super().shape(kernel, a)

@@ -8,8 +8,10 @@ from splagen.codegen.decoding import Decoding, key_numbers
 from splagen.codegen.geometry import Geometry, array_of
 from splagen.codegen.kernel import Array, Choice, Kernel
 from splagen.codegen.packed_index import packed_index_kernels
+from splagen.codegen.packing import Packing
 from splagen.codegen.partition import Partition
 from splagen.codegen.prefill_packing import PrefillPacking
+from splagen.codegen.prefill_rows import cached_rows, placed_queries, taken_output
 from splagen.codegen.region import slice_back
 from splagen.codegen.row_kernels import rows_kernel
 from splagen.codegen.schedule import Constraint
@@ -26,6 +28,7 @@ FORWARD = "forward_strategy"
 class PrefillPartition:
     """Forward kernels for the last queries of packed sequences, in launch order.
 
+    `cached` is the kernel that takes their keys out of pages.
     `statistics` and `numbers` are arrays by cell and by key that pages of a cache hold, under the name of the pages
     but for `_pages`; `states` the sums that a cache carries, with the names of their parts, one for each sign of a
     feature map; `before` those of an earlier query, with the same parts, from which states go on.  `batch` has the
@@ -34,6 +37,7 @@ class PrefillPartition:
 
     program: Program
     forward: tuple[Kernel, ...]
+    cached: Kernel
     strategies: tuple[Choice, ...]
     inputs: tuple[Array, ...]
     output: Array
@@ -48,7 +52,7 @@ class PrefillPartition:
     def kernels(self) -> list[Kernel]:
         """Every kernel once, by name."""
         chosen = [k for c in self.strategies for k in c.kernels]
-        return list({k.name: k for k in (*self.forward, *chosen)}.values())
+        return list({k.name: k for k in (self.cached, *self.forward, *chosen)}.values())
 
     @property
     def all_kernels(self) -> list[Kernel]:
@@ -89,7 +93,7 @@ def prefill_partition(part: Partition, step: Decoding) -> PrefillPartition:
     """
     program = part.program
     walk, geometry = Walk.of(program), Geometry.of(program)
-    packing = PrefillPacking.of(walk)
+    packing = PrefillPacking(geometry, walk.budget)
     within = set(slice_back(program, program.outputs, program.inputs))
     chains = [c for c in state_chains(program, list(program.equations)) if within & set(c.reads)]
     summed = [next(eq for eq in c.summed if eq in within) for c in chains]
@@ -102,8 +106,12 @@ def prefill_partition(part: Partition, step: Decoding) -> PrefillPartition:
     first = strategies[0].options[0][0] if strategies else part.forward[-1]
     at = part.forward.index(first)
     forward = [*part.forward[:at], *extra, *part.forward[at:]]
-    batch = {k.name: k for k in (*forward, *(k for c in strategies for k in c.kernels))}
+    by_query = [a for a in part.inputs if a.layout in ("query_rows", "query_scalars")]
+    forward = [placed_queries(by_query, geometry), *forward, taken_output(part.outputs[0], geometry)]
+    cached = cached_rows([a for a in part.inputs if a.layout == "key_rows"], geometry)
+    batch = {k.name: k for k in (cached, *forward, *(k for c in strategies for k in c.kernels))}
     made = {name: packing.kernel(k) for name, k in batch.items()}
+    made[cached.name] = Packing.of(walk).kernel(cached)
     before = []
     for chain, eq, (_, names) in zip(chains, summed, states, strict=True):
         stem = chain.states.out.name
@@ -114,6 +122,7 @@ def prefill_partition(part: Partition, step: Decoding) -> PrefillPartition:
     found = PrefillPartition(
         program,
         tuple(made[k.name] for k in forward),
+        made[cached.name],
         tuple(replace(c, options=tuple(tuple(made[k.name] for k in o) for o in c.options)) for c in strategies),
         tuple(part.inputs),
         part.outputs[0],

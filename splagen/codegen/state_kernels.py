@@ -244,12 +244,13 @@ def resumed(chain: StateChain, summed: Equation, states: Kernel, scan: Kernel, w
     """
     geometry, array = walk.geometry, state_array(chain, walk.geometry)
     found = [] if chain.from_queries or chain.total else walk.predicates.intervals(_mask(summed), J, {})
-    start = origin(chain, walk)
-    if len(found) != 1 or not (start or not found[0].lows):
+    if len(found) != 1:
         return None
     tile = "settled" if geometry.tile == 1 else f"(settled // {geometry.tile})"
     extent = f"((L + {geometry.block - 1}) // {geometry.block})"
     low, high = interval_text(found[0], {"T": tile, "L": "(settled + 1)"}, extent)
+    if not origin(chain, walk) and low != "0":
+        return None
     given = Array(f"{carried_name(summed.out)}_before", "sequences", array.features, array.width, "float32", True)
     holes = {
         "total": f"tl.load({given.name}_ptr + bh * SIZE + cell, mask=cell < SIZE, other=0.0)",

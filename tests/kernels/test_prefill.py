@@ -135,6 +135,26 @@ def test_a_fork_and_a_reset_of_what_was_prefilled(tmp_path: Path, device: torch.
     assert relative(o, last_rows(FAR, {n: x[1:] if n in BY_TOKEN else x for n, x in rows.items()}, [20], [20])) < 1e-5
 
 
+def test_states_go_on_from_those_of_the_cache(tmp_path: Path, device: torch.device) -> None:
+    """A carried sum is taken as it is: whatever is added to it is in the sum that the chunk leaves, and once."""
+    found = []
+    for more in (0.0, 3.0):
+        cache = one_slot(tmp_path, device, sequences=1, tokens=96)
+        cache.allocate(96)
+        rows, held = inputs(FAR, 1, 96, 1, torch.float32, device), [0]
+        prefill(cache, rows, [[41]], held)
+        for state in cache.states.values():
+            assert state.any()
+            state += more
+        given = packed(rows, held, [50])
+        o = cache.prefill(*given, cu_seqlens=ends([50], device), max_tokens=50)
+        found.append((o, [x.clone() for x in cache.states.values()]))
+    (o, states), (moved, others) = found
+    for x, y in zip(others, states, strict=True):
+        assert relative(x - 3, y.double()) < 1e-5
+    assert not torch.allclose(o, moved, atol=1e-2)
+
+
 def test_a_sequence_without_pages_is_left_as_it_is(tmp_path: Path, device: torch.device) -> None:
     """It gets NaN, a slot without sequence 0, and what lies in anybody's pages stays; others are not disturbed."""
     cache = one_slot(tmp_path, device, sequences=3, tokens=48, pages=5)
