@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 
 from splagen.codegen.geometry import Geometry
-from splagen.codegen.kernel import Array
+from splagen.codegen.index_kernels import SCHEDULE
+from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.module import FUNCTIONS, GENERATOR, chosen_calls, constants_of, schedule_text
 from splagen.codegen.packed_module import Host, packed_index_text
 from splagen.codegen.packing import BOUNDS
-from splagen.codegen.prefill_packing import ALIGNED, QUERIES, PrefillPacking
-from splagen.codegen.prefill_partition import PrefillPartition
-from splagen.codegen.prefill_rows import pages_of, token_array
+from splagen.codegen.prefill_packing import ALIGNED, FIELDS, QUERIES, PrefillPacking
+from splagen.codegen.prefill_partition import PrefillPartition, pools_of, scaled_pools
+from splagen.codegen.prefill_rows import token_array
 from splagen.codegen.render import kernel_text, render
 from splagen.codegen.schedule import default_schedules
 from splagen.codegen.step_rows import scale_array
@@ -19,6 +20,8 @@ from splagen.codegen.tile_code import INDICES, Walk
 from splagen.ir.text import equation_text
 
 _BY_QUERY = ("query_rows", "query_scalars")
+_ROWS = (*_BY_QUERY, "key_rows")
+PAGED = ("round_e4m3", "as_paged")  # device functions of kernels that write pages
 
 
 def prefill_module_text(part: PrefillPartition, *, name: str, digest: str, spec_text: str) -> str:
@@ -31,10 +34,13 @@ def prefill_module_text(part: PrefillPartition, *, name: str, digest: str, spec_
     before = [a for a, _ in part.before]
     by_query = [a.name for a in part.inputs if a.layout in _BY_QUERY]
     rows = [token_array(a).name if a.name in by_query else a.name for a in part.inputs]
+    given = [token_array(a).name if a.layout in _ROWS else a.name for a in part.inputs]
     tensors = [*rows, *(a.name for a in before), BOUNDS.name, QUERIES.name]
     returned = [token_array(part.output).name, *(a.name for a in part.kept)]
-    keys = [a for a in part.inputs if a.layout == "key_rows"]
+    pools = [a.name for a in pools_of(part)]
+    scales = [scale_array(a).name for a in scaled_pools(part)]
     kernels = [{"device": kernel_text(k), "host": host.launcher(k, constants)} for k in part.kernels]
+    functions = (*PAGED, *FUNCTIONS)
     index = packed_index_text(walk, packing, part.index)
     schedules = default_schedules(part.batch, geometry, part.strategies)
     content = hashlib.sha256(repr((GENERATOR, kernels, index, schedules)).encode()).hexdigest()[:8]
@@ -52,14 +58,24 @@ def prefill_module_text(part: PrefillPartition, *, name: str, digest: str, spec_
             "aligned": ALIGNED,
             "places": packing.tiles_text(),
             "inverse_index": index,
-            "functions": [render(f, {}) for f in FUNCTIONS if any(f"{f}(" in k["device"] for k in kernels)],
+            "functions": [
+                render(f, {}) for f in functions if f in PAGED or any(f"{f}(" in k["device"] for k in kernels)
+            ],
             "kernels": kernels,
             "name": f"{name}_prefill",
             "op": f"{name}_prefill_{digest}_{content}",
             "inputs": inputs,
             "by_query": by_query,
-            "pools": [pages_of(a).name for a in keys],
-            "scales": [scale_array(pages_of(a)).name for a in keys],
+            "given": given,
+            "pools": pools,
+            "scales": scales,
+            "fields": len(FIELDS),
+            "carried": [
+                {"name": a.name, "shape": ", ".join(["n.B", "n.Hkv", *map(str, a.width)])} for a, _ in part.states
+            ],
+            "fetched": [_call(k) for k in part.paged.values() if k.name in ("new_rows", "cached_rows")],
+            "kept": [_call(k) for k in part.paged.values() if k.name.startswith("kept")],
+            "place_schedule": SCHEDULE,
             "tensors": tensors,
             "before": [{"name": a.name, "shape": ", ".join(["n.B", "n.Hkv", *map(str, a.width)])} for a in before],
             "returned": returned,
@@ -72,6 +88,13 @@ def prefill_module_text(part: PrefillPartition, *, name: str, digest: str, spec_
             "parameters": [_parameter(a, geometry) for a in part.inputs[3:]],
         },
     )
+
+
+def _call(kernel: Kernel) -> str:
+    """The launch of a kernel, by the names of its arrays."""
+    arguments = ", ".join(["n", f'schedules["{kernel.name}"]', *(a.name for a in kernel.inputs)])
+    made = ", ".join(a.name for a in kernel.outputs)
+    return f"{made} = launch_{kernel.name}({arguments})" if made else f"launch_{kernel.name}({arguments})"
 
 
 def _covered(part: PrefillPartition) -> set[object]:

@@ -16,8 +16,15 @@ from splagen.codegen.packing import BOUNDS, Packing, heads_of
 from splagen.codegen.unions import lists_text
 
 ALIGNED = 128  # positions: a multiple of every tile, block and number of rows of a program
-# [sequences, 5]: position and row at which each begins; the position of the query whose sums are given; the position
-# and the token of the first query
+FIELDS = {  # what `queries` [sequences, fields] says of each, by name
+    "query_origin": "the position at which its rows of queries begin",
+    "query_row": "and the first of these rows",
+    "settled": "the position of the query whose sums are given",
+    "first_query": "the position of the first query",
+    "first_token_of_query": "and the token that it belongs to",
+    "query_count": "tokens whose outputs are asked for",
+    "query_refused": "1 if they are NaN, since there is no room for their keys",
+}
 QUERIES = Array("queries", "bounds", dtype="int32")
 _BY_QUERY = ("query_rows", "query_scalars", "indices", "counts")
 _HEAD = "(tl.program_id(1) % Hkv).to(tl.int64)"
@@ -32,20 +39,19 @@ class PrefillPacking(Packing):
 
     begin: str = ""
 
-    def kernel(self, kernel: Kernel) -> Kernel:
-        """The kernel for the last queries of packed sequences."""
-        if not self._by_query(kernel):
+    def kernel(self, kernel: Kernel, *, of_queries: bool = False) -> Kernel:
+        """The kernel for the last queries of packed sequences; `of_queries`: it is for their positions alone."""
+        if not of_queries and not self._by_query(kernel):
             return super().kernel(kernel)
         sequence = f"tl.program_id(1) // {heads_of(kernel)}"
-        before = self.programs(kernel, f"tl.load({QUERIES.name}_ptr + {sequence} * 5)")
+        before = self.programs(kernel, f"tl.load({QUERIES.name}_ptr + {sequence} * {len(FIELDS)})")
         made = super().kernel(replace(kernel, number=f"({kernel.number} + {before})"))
         return replace(made, grid=re.sub(r"\bL\b", "n.LQ", kernel.grid))
 
-    @staticmethod
-    def _by_query(kernel: Kernel) -> bool:
+    def _by_query(self, kernel: Kernel) -> bool:
         """True if programs are numbered by positions of queries."""
         layouts = {a.layout for a in kernel.arrays}
-        return bool(layouts & {*_BY_QUERY}) and "work" not in layouts
+        return bool(layouts & {*_BY_QUERY}) and "work" not in layouts and bool(self.programs(kernel, "L"))
 
     @property
     def bounds(self) -> tuple[Array, ...]:
@@ -56,11 +62,11 @@ class PrefillPacking(Packing):
         """Those of all packed sequences, from where queries are there, and the first chunk of states."""
         return [
             *super().place(sequence),
-            f"query_origin = tl.load({QUERIES.name}_ptr + sequence * 5).to(tl.int64)",
-            f"query_row = tl.load({QUERIES.name}_ptr + sequence * 5 + 1).to(tl.int64)",
-            *([f"settled = tl.load({QUERIES.name}_ptr + sequence * 5 + 2)", self.begin] if self.begin else []),
-            f"first_query = tl.load({QUERIES.name}_ptr + sequence * 5 + 3)",
-            f"first_query_token = tl.load({QUERIES.name}_ptr + sequence * 5 + 4).to(tl.int64)",
+            *[
+                f"{field} = tl.load({QUERIES.name}_ptr + sequence * {len(FIELDS)} + {i}).to(tl.int64)"
+                for i, field in enumerate(FIELDS)
+            ],
+            *([self.begin] if self.begin else []),
         ]
 
     def moves(self, kernel: Kernel) -> list[str]:

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from splagen.codegen.decoding import Decoding, key_numbers
 from splagen.codegen.geometry import Geometry, array_of
 from splagen.codegen.kernel import Array, Choice, Kernel
 from splagen.codegen.packed_index import packed_index_kernels
-from splagen.codegen.packing import Packing
 from splagen.codegen.partition import Partition
 from splagen.codegen.prefill_packing import PrefillPacking
-from splagen.codegen.prefill_rows import cached_rows, placed_queries, taken_output
+from splagen.codegen.prefill_rows import (
+    PLACES,
+    cached_rows,
+    kept_numbers,
+    kept_statistics,
+    new_rows,
+    pages_of,
+    placed_queries,
+    taken_output,
+)
 from splagen.codegen.region import slice_back
 from splagen.codegen.row_kernels import rows_kernel
 from splagen.codegen.schedule import Constraint
@@ -28,7 +37,8 @@ FORWARD = "forward_strategy"
 class PrefillPartition:
     """Forward kernels for the last queries of packed sequences, in launch order.
 
-    `cached` is the kernel that takes their keys out of pages.
+    `paged` are kernels of a cache, by name: new keys into pages, all keys out of them before the others, and behind
+    them into pages what steps read of new keys.
     `statistics` and `numbers` are arrays by cell and by key that pages of a cache hold, under the name of the pages
     but for `_pages`; `states` the sums that a cache carries, with the names of their parts, one for each sign of a
     feature map; `before` those of an earlier query, with the same parts, from which states go on.  `batch` has the
@@ -37,7 +47,7 @@ class PrefillPartition:
 
     program: Program
     forward: tuple[Kernel, ...]
-    cached: Kernel
+    paged: Mapping[str, Kernel]
     strategies: tuple[Choice, ...]
     inputs: tuple[Array, ...]
     output: Array
@@ -52,7 +62,7 @@ class PrefillPartition:
     def kernels(self) -> list[Kernel]:
         """Every kernel once, by name."""
         chosen = [k for c in self.strategies for k in c.kernels]
-        return list({k.name: k for k in (self.cached, *self.forward, *chosen)}.values())
+        return list({k.name: k for k in (*self.forward, *chosen, *self.paged.values())}.values())
 
     @property
     def all_kernels(self) -> list[Kernel]:
@@ -85,6 +95,16 @@ class PrefillPartition:
         return (*self.statistics, *self.numbers, *(a for a, _ in self.states))
 
 
+def scaled_pools(part: PrefillPartition) -> list[Array]:
+    """Pages of keys, of what belongs to them and of statistics: those that a cache may have in 8 bits."""
+    return [pages_of(a) for a in (*(a for a in part.inputs if a.layout == "key_rows"), *part.statistics)]
+
+
+def pools_of(part: PrefillPartition) -> list[Array]:
+    """All pages that a chunk is written to."""
+    return [*scaled_pools(part), *(pages_of(a) for a in part.numbers)]
+
+
 def prefill_partition(part: Partition, step: Decoding) -> PrefillPartition:
     """The kernels of a partition for the last queries of packed sequences; `step` is the spec's decoding.
 
@@ -108,10 +128,15 @@ def prefill_partition(part: Partition, step: Decoding) -> PrefillPartition:
     forward = [*part.forward[:at], *extra, *part.forward[at:]]
     by_query = [a for a in part.inputs if a.layout in ("query_rows", "query_scalars")]
     forward = [placed_queries(by_query, geometry), *forward, taken_output(part.outputs[0], geometry)]
-    cached = cached_rows([a for a in part.inputs if a.layout == "key_rows"], geometry)
-    batch = {k.name: k for k in (cached, *forward, *(k for c in strategies for k in c.kernels))}
+    keys = [a for a in part.inputs if a.layout == "key_rows"]
+    paged = [new_rows(keys, geometry), cached_rows(keys, geometry)]
+    if numbers:
+        paged.append(kept_numbers(numbers.outputs, geometry))
+    if statistics:
+        paged.append(kept_statistics(statistics, geometry, geometry.cell + step.overhang))
+    batch = {k.name: k for k in (*paged, *forward, *(k for c in strategies for k in c.kernels))}
     made = {name: packing.kernel(k) for name, k in batch.items()}
-    made[cached.name] = Packing.of(walk).kernel(cached)
+    made |= {k.name: packing.kernel(k, of_queries=True) for k in paged if k.name in ("new_rows", "kept_numbers")}
     before = []
     for chain, eq, (_, names) in zip(chains, summed, states, strict=True):
         stem = chain.states.out.name
@@ -122,7 +147,7 @@ def prefill_partition(part: Partition, step: Decoding) -> PrefillPartition:
     found = PrefillPartition(
         program,
         tuple(made[k.name] for k in forward),
-        made[cached.name],
+        {k.name: made[k.name] for k in paged},
         tuple(replace(c, options=tuple(tuple(made[k.name] for k in o) for o in c.options)) for c in strategies),
         tuple(part.inputs),
         part.outputs[0],
@@ -130,7 +155,7 @@ def prefill_partition(part: Partition, step: Decoding) -> PrefillPartition:
         numbers.outputs if numbers else (),
         states,
         tuple(before),
-        packed_index_kernels(walk, packing),
+        (*packed_index_kernels(walk, packing), PLACES),
         tuple(batch.values()),
     )
     _check_complete(found, step)
