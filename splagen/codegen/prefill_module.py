@@ -21,6 +21,7 @@ from splagen.ir.text import equation_text
 
 _BY_QUERY = ("query_rows", "query_scalars")
 _ROWS = (*_BY_QUERY, "key_rows")
+_KEPT = ("kept_numbers", "kept_statistics")  # what is launched behind the kernels of the op
 PAGED = ("round_e4m3", "as_paged")  # device functions of kernels that write pages
 
 
@@ -73,8 +74,8 @@ def prefill_module_text(part: PrefillPartition, *, name: str, digest: str, spec_
             "carried": [
                 {"name": a.name, "shape": ", ".join(["n.B", "n.Hkv", *map(str, a.width)])} for a, _ in part.states
             ],
-            "fetched": [_call(k) for k in part.paged.values() if k.name in ("new_rows", "cached_rows")],
-            "kept": [_call(k) for k in part.paged.values() if k.name.startswith("kept")],
+            "fetched": [_call(k) for k in part.paged.values() if k.name not in _KEPT],
+            "kept": [_call(part.paged[name]) for name in _KEPT if name in part.paged],
             "place_schedule": SCHEDULE,
             "tensors": tensors,
             "before": [{"name": a.name, "shape": ", ".join(["n.B", "n.Hkv", *map(str, a.width)])} for a in before],

@@ -31,6 +31,7 @@ from splagen.ir.partitions import copy_name
 from splagen.ir.program import Program
 
 FORWARD = "forward_strategy"
+_OF_NEW = ("new_rows", "key_numbers", "kept_numbers")  # kernels of the keys at positions of queries
 
 
 @dataclass(frozen=True)
@@ -128,15 +129,10 @@ def prefill_partition(part: Partition, step: Decoding) -> PrefillPartition:
     forward = [*part.forward[:at], *extra, *part.forward[at:]]
     by_query = [a for a in part.inputs if a.layout in ("query_rows", "query_scalars")]
     forward = [placed_queries(by_query, geometry), *forward, taken_output(part.outputs[0], geometry)]
-    keys = [a for a in part.inputs if a.layout == "key_rows"]
-    paged = [new_rows(keys, geometry), cached_rows(keys, geometry)]
-    if numbers:
-        paged.append(kept_numbers(numbers.outputs, geometry))
-    if statistics:
-        paged.append(kept_statistics(statistics, geometry, geometry.cell + step.overhang))
+    paged = _paged_kernels(part, statistics, numbers, step)
     batch = {k.name: k for k in (*paged, *forward, *(k for c in strategies for k in c.kernels))}
     made = {name: packing.kernel(k) for name, k in batch.items()}
-    made |= {k.name: packing.kernel(k, of_queries=True) for k in paged if k.name in ("new_rows", "kept_numbers")}
+    made |= {n: packing.kernel(batch[n], of_queries=True) for n in _OF_NEW if n in batch}
     before = []
     for chain, eq, (_, names) in zip(chains, summed, states, strict=True):
         stem = chain.states.out.name
@@ -159,6 +155,18 @@ def prefill_partition(part: Partition, step: Decoding) -> PrefillPartition:
         tuple(batch.values()),
     )
     _check_complete(found, step)
+    return found
+
+
+def _paged_kernels(part: Partition, statistics: list[Array], numbers: Kernel | None, step: Decoding) -> list[Kernel]:
+    """New keys into pages, all keys out of them; behind the others, what steps read of new keys into pages."""
+    geometry = Geometry.of(part.program)
+    keys = [a for a in part.inputs if a.layout == "key_rows"]
+    found = [new_rows(keys, geometry), cached_rows(keys, geometry)]
+    if numbers:
+        found.append(kept_numbers(numbers.outputs, geometry))
+    if statistics:
+        found.append(kept_statistics(statistics, geometry, geometry.cell + step.overhang))
     return found
 
 
