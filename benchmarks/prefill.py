@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ from benchmarks.record import write
 from benchmarks.spla_step import HQ, D, spec_of
 from benchmarks.timing import host_us, peak_bytes, repeats_for, time_ms
 from splagen import pipeline
+from splagen.codegen.kernel import Choice
+from splagen.codegen.partition import Partition
 from splagen.codegen.prefill_partition import FORWARD
 from splagen.paged_cache import SPLACache
 from splagen.spec import SPLASpec
@@ -60,6 +62,7 @@ class Chunk:
         # made ahead: a copy from the host waits for the device
         first, self.bounds = (torch.tensor([0, n], dtype=torch.int32, device="cuda") for n in (self.cached, new))
         self._take(0, self.cached, first)
+        self.states = {name: x.clone() for name, x in self.cache.states.items()}
 
     def _take(self, start: int, stop: int, bounds: Tensor) -> Tensor:
         """Prefill of these tokens."""
@@ -70,6 +73,8 @@ class Chunk:
         """The outputs of the chunk."""
         self.cache.seqlens.fill_(self.cached)
         self.cache.settled.fill_(self.cached - 1)
+        for name, x in self.states.items():
+            self.cache.states[name].copy_(x)
         return self._take(self.cached, self.cached + self.new, self.bounds)
 
 
@@ -92,13 +97,13 @@ def measured(run: Callable[[], object]) -> float:
     return time_ms(run, repeats_for(run), asleep=True).median
 
 
-def strategies(library: pipeline.Library | pipeline.PrefillLibrary) -> Iterator[str]:
+def strategies(library: pipeline.Library, choices: Sequence[Choice]) -> Iterator[str]:
     """The names of a module's forward strategies, each the one that it takes meanwhile, then its own choice again.
 
     One whose parts would take too much memory runs by row.
     """
     schedules = library.module.SCHEDULES["sm_90"]["bf16"]
-    (choice,) = [c for c in library.part.strategies if c.name == FORWARD]
+    (choice,) = [c for c in choices if c.name == FORWARD]
     own = schedules[FORWARD]
     for number, name in enumerate(STRATEGIES[: len(choice.options)]):
         schedules[FORWARD] = {"strategy": number}
@@ -140,13 +145,15 @@ def case(spec: SPLASpec, cached: int, new: int, *, kernels: bool) -> dict[str, A
     right = full(cached + new)
     found: dict[str, Any] = {"chunk_ms": {}, "whole_ms": {}, "cached_ms": {}}
     broken: dict[str, dict[str, float]] = {}
-    for name in strategies(library.prefill):
+    part = pipeline.kernels(spec)
+    assert isinstance(part, Partition)
+    for name in strategies(library.prefill, library.prefill.part.strategies):
         gate(chunk, right, library)
         found["chunk_ms"][name] = measured(chunk.run)
         if found["chunk_ms"][name] == min(found["chunk_ms"].values()):
             peak, host = peak_bytes(chunk.run) / 2**30, host_us(chunk.run, calls=2)  # few: a queue holds 1024 launches
             broken["chunk"] = kernel_us(chunk.run) if kernels else {}
-    for name in strategies(op):
+    for name in strategies(op, part.strategies):
         error = relative_error(full(cached + new).float(), right.double())
         if not error <= TOLERANCE[torch.bfloat16][0]:
             raise AssertionError(f"the op {name} differs by {error:.1e} from its default")
