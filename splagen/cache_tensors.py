@@ -70,9 +70,9 @@ class CacheTensors:
         table = zeros(sequences, width, dtype=torch.int32).fill_(NO_PAGE)
         found = {
             a.name: zeros(
-                pages + 1, kv_heads, page_size // rows_span(part, a.name), *a.width,
+                pages, kv_heads, page_size // rows_span(part, a.name), *a.width,
                 dtype=PAGE_TYPES.get(a.dtype, dtype),
-            )[:pages]
+            )
             for a in part.pages
         }  # fmt: skip
         made = cls(
@@ -89,13 +89,6 @@ class CacheTensors:
             made.schedules(module, like), sequences, kv_heads, width * page_size, dtype, device, step_tokens
         )
         return made
-
-    def flat(self, name: str) -> Tensor:
-        """Pages as rows, [(pages + 1) * Hkv * rows of a page, width]: behind them lies one that nobody has or reads."""
-        pool = self.pages[name]
-        width = pool.shape[3] if pool.dim() == 4 else 1
-        rows = (pool.shape[0] + 1) * pool.shape[1] * pool.shape[2]
-        return pool.as_strided((rows, width), (width, 1))
 
     def schedules(self, module: ModuleType, q: Tensor) -> dict[str, dict[str, int]]:
         """The Schedules that a module takes for queries like these on this cache."""

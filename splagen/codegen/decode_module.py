@@ -70,11 +70,7 @@ def _launcher(kernel: Kernel) -> str:
         kernel.name, kernel.template, kernel.covers, tuple(inputs.values()), (), kernel.holes, grid,
         kernel.scalars, kernel.tunable,
     )  # fmt: skip
-    fitted = {
-        "decode_settle": {"BLOCK_K": f"max(2, n.CHUNKS) * {kernel.holes.get('kept')}"},
-        "decode_merge": {"BLOCK_S": "n.ATTEND_SPLITS"},
-    }
-    return launcher_text(given, grid, _dtype, scalars, fitted.get(kernel.template))
+    return launcher_text(given, grid, _dtype, scalars)
 
 
 def _splits(kernel: Kernel, text: str) -> str:

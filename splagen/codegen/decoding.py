@@ -193,7 +193,7 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
             block_j = max(16, min(256, 1024 // geometry.cells))
             return {"BLOCK_J": block_j, "BLOCK_S": 16, "num_warps": 4, "num_stages": 1}
         case "decode_settle":
-            return {"BLOCK_K": max(512, 2 * int(str(kernel.holes["kept"]))), "num_warps": 4, "num_stages": 1}
+            return {"BLOCK_K": max(256, 2 * int(str(kernel.holes["kept"]))), "num_warps": 4, "num_stages": 1}
         case "decode_attend":
             # tiles of 64 keys are what a group of 4 warps multiplies; two programs fit a multiprocessor
             block_n = min(geometry.block, 16 if wide else 64 if widest <= 128 else 32)

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from splagen.codegen.kernel import Array, Kernel
 
 
-def launcher_text(
-    kernel: Kernel,
-    grid: str,
-    allocation: Callable[[Array], str],
-    scalars: Sequence[str],
-    fitted: Mapping[str, str] | None = None,
-) -> str:
+def launcher_text(kernel: Kernel, grid: str, allocation: Callable[[Array], str], scalars: Sequence[str]) -> str:
     """The launcher of one kernel: `launch_NAME(n, schedule, inputs)`, which returns the outputs.
 
     Args:
@@ -22,13 +16,9 @@ def launcher_text(
         grid: its grid as host source.
         allocation: the host source that allocates an output.
         scalars: what the launcher gives for `kernel.scalars`, as host source.
-        fitted: numbers of a Schedule that are less where they go over less: by name the host source of how much.
     """
     inputs = dict.fromkeys(a.name for a in kernel.inputs)
     lines = [f"def launch_{kernel.name}(n, schedule, {', '.join(inputs)}):"]
-    for name, size in (fitted or {}).items():
-        least = f'min(schedule["{name}"], 1 << ({size} - 1).bit_length())'
-        lines.append(f'    schedule = {{**schedule, "{name}": {least}}}')
     made = {a.name: allocation(a) for a in (*kernel.scratch, *kernel.outputs)}
     allocations = [f"    {name} = {text}" for name, text in made.items()]
     empty = [name for name, text in made.items() if text.startswith("torch.empty")]

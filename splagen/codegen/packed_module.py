@@ -83,7 +83,7 @@ class Host:
 
     def allocation(self, kernel: Kernel, a: Array) -> str:
         """Host source that allocates an array: zeros where no program need write what is read."""
-        if a.layout == "partials" or (a.layout in _ROWS and a.name in self.returned):
+        if a.layout in ("partials", "token_rows") or (a.layout in _ROWS and a.name in self.returned):
             shape, options = self._array(kernel, a)
             return f"host(n, functools.partial(torch.zeros, ({shape},), {options}))"
         return self.empty(kernel, a)

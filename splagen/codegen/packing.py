@@ -122,8 +122,8 @@ class Packing:
                     lines += self._move_union(a, kernel)
                 case "sequences":
                     lines.append(f"{a.name}_ptr += sequence * Hkv * {math.prod(a.width)}")
-                case "head_rows" | "kv_head_scalars":
-                    pass  # parameters are those of every sequence
+                case "head_rows" | "kv_head_scalars" | "pages" | "table" | "token_rows":
+                    pass  # of every sequence: parameters, and what is addressed by page or token
                 case _:
                     raise PartitionError(f"{a.name}: nobody packs {a.layout}")
         return lines

@@ -16,29 +16,42 @@ from splagen.codegen.packing import BOUNDS, Packing, heads_of
 from splagen.codegen.unions import lists_text
 
 ALIGNED = 128  # positions: a multiple of every tile, block and number of rows of a program
-QUERIES = Array("queries", "bounds", dtype="int32")  # [sequences, 2]: position and row at which each begins
+FIELDS = {  # what `queries` [sequences, fields] says of each, by name
+    "query_origin": "the position at which its rows of queries begin",
+    "query_row": "and the first of these rows",
+    "settled": "the position of the query whose sums are given",
+    "first_query": "the position of the first query",
+    "first_token_of_query": "and the token that it belongs to",
+    "query_count": "tokens whose outputs are asked for",
+    "query_refused": "1 if they are NaN, since there is no room for their keys",
+}
+QUERIES = Array("queries", "bounds", dtype="int32")
 _BY_QUERY = ("query_rows", "query_scalars", "indices", "counts")
 _HEAD = "(tl.program_id(1) % Hkv).to(tl.int64)"
 
 
 @dataclass(frozen=True)
 class PrefillPacking(Packing):
-    """Where a sequence's part of every array begins if its first queries are not there."""
+    """Where a sequence's part of every array begins if its first queries are not there.
 
-    def kernel(self, kernel: Kernel) -> Kernel:
-        """The kernel for the last queries of packed sequences."""
-        if not self._by_query(kernel):
+    `begin` is the line of kernels of states that finds the first chunk they have: those before are in a given sum.
+    """
+
+    begin: str = ""
+
+    def kernel(self, kernel: Kernel, *, of_queries: bool = False) -> Kernel:
+        """The kernel for the last queries of packed sequences; `of_queries`: it is for their positions alone."""
+        if not of_queries and not self._by_query(kernel):
             return super().kernel(kernel)
         sequence = f"tl.program_id(1) // {heads_of(kernel)}"
-        before = self.programs(kernel, f"tl.load({QUERIES.name}_ptr + {sequence} * 2)")
+        before = self.programs(kernel, f"tl.load({QUERIES.name}_ptr + {sequence} * {len(FIELDS)})")
         made = super().kernel(replace(kernel, number=f"({kernel.number} + {before})"))
         return replace(made, grid=re.sub(r"\bL\b", "n.LQ", kernel.grid))
 
-    @staticmethod
-    def _by_query(kernel: Kernel) -> bool:
+    def _by_query(self, kernel: Kernel) -> bool:
         """True if programs are numbered by positions of queries."""
         layouts = {a.layout for a in kernel.arrays}
-        return bool(layouts & {*_BY_QUERY}) and "work" not in layouts
+        return bool(layouts & {*_BY_QUERY}) and "work" not in layouts and bool(self.programs(kernel, "L"))
 
     @property
     def bounds(self) -> tuple[Array, ...]:
@@ -46,11 +59,14 @@ class PrefillPacking(Packing):
         return (BOUNDS, QUERIES)
 
     def place(self, sequence: str) -> list[str]:
-        """Those of all packed sequences, and the position and the row from which queries are there."""
+        """Those of all packed sequences, from where queries are there, and the first chunk of states."""
         return [
             *super().place(sequence),
-            f"query_origin = tl.load({QUERIES.name}_ptr + sequence * 2).to(tl.int64)",
-            f"query_row = tl.load({QUERIES.name}_ptr + sequence * 2 + 1).to(tl.int64)",
+            *[
+                f"{field} = tl.load({QUERIES.name}_ptr + sequence * {len(FIELDS)} + {i}).to(tl.int64)"
+                for i, field in enumerate(FIELDS)
+            ],
+            *([self.begin] if self.begin else []),
         ]
 
     def moves(self, kernel: Kernel) -> list[str]:
@@ -101,6 +117,8 @@ class PrefillPacking(Packing):
             case "unions":
                 most = f"{lists_text(self.geometry.tile * self.geometry.group)} * {self.budget}"
                 return ["grid[0] * grid[1]", f"min(n.nJ, {most})", *map(str, a.width)]
+            case "token_rows":
+                return ["n.Q", "n.Hq", *map(str, a.width)]
             case "sequences":
                 return ["n.B", "n.Hkv", *map(str, a.width)]
         return super().shape(kernel, a)

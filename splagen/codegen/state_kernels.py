@@ -8,7 +8,7 @@ The same holds with the roles of queries and keys exchanged.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from splagen.codegen.geometry import Geometry, Rows, features_of, is_key_row, is_query_row, is_state, is_total
 from splagen.codegen.kernel import Array, Kernel
@@ -207,10 +207,62 @@ def scan_kernel(chain: StateChain, program: Program, walk: Walk) -> Kernel:
         chain.summed,
         (array,),
         (),
-        {"state": array.name, "size": size, "chunk": chunk, "origin": origin(chain, walk)},
+        {
+            "state": array.name,
+            "size": size,
+            "chunk": chunk,
+            "origin": origin(chain, walk),
+            "total": "tl.zeros((BLOCK_E,), tl.float32)",
+            "begin_entry": "at",
+            "first": "1",
+        },
         f"(cdiv({size}, BLOCK_E), B * Hkv)",
         tunable=("BLOCK_M", "BLOCK_E"),
         batch=BOTH,
+    )
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """States and their scan from chunk `begin` on, where `given` is the sum of those before: a prefix sum composes.
+
+        prefix[c] = given + sum of states[c'] for begin <= c' < c
+
+    `begin` is the line that finds that chunk, from the position `settled` of the query whose sum is given.
+    """
+
+    given: Array
+    begin: str
+    states: Kernel
+    scan: Kernel
+
+
+def resumed(chain: StateChain, summed: Equation, states: Kernel, scan: Kernel, walk: Walk) -> Resumed | None:
+    """The kernels that go on from the sum that an earlier query reads; None where that is no prefix.
+
+    It is one where the far blocks of a query are those from the origin to before one that no later query's precede.
+    """
+    geometry, array = walk.geometry, state_array(chain, walk.geometry)
+    found = [] if chain.from_queries or chain.total else walk.predicates.intervals(_mask(summed), J, {})
+    if len(found) != 1:
+        return None
+    tile = "settled" if geometry.tile == 1 else f"(settled // {geometry.tile})"
+    extent = f"((L + {geometry.block - 1}) // {geometry.block})"
+    low, high = interval_text(found[0], {"T": tile, "L": "(settled + 1)"}, extent)
+    if not origin(chain, walk) and low != "0":
+        return None
+    given = Array(f"{carried_name(summed.out)}_before", "sequences", array.features, array.width, "float32", True)
+    holes = {
+        "total": f"tl.load({given.name}_ptr + bh * SIZE + cell, mask=cell < SIZE, other=0.0)",
+        "begin_entry": "at + begin.to(tl.int64) * SIZE",
+        "first": "begin // BLOCK_M * BLOCK_M + 1",  # the steps are those from 1 on: so are the bits
+        "origin": "begin",
+    }
+    return Resumed(
+        given,
+        f"begin = tl.maximum({high}, {low})",
+        replace(states, number="(tl.program_id(0) + begin)"),
+        replace(scan, inputs=(*scan.inputs, given), holes={**scan.holes, **holes}),
     )
 
 

@@ -153,9 +153,10 @@ def interval_text(interval: Interval, names: Mapping[str, str], extent: str, *, 
         return numerator if b.divisor == 1 else f"({numerator}) // {b.divisor}"
 
     high = extent
-    lows = [bound(b) for b in interval.lows]
+    real = [b for b in interval.lows if not b.numerator.is_zero]  # what is left holds of every low
+    lows = [bound(b) for b in real]
     low = lows[0] if lows else "0"
-    if lows and not _is_natural(interval.lows[0]):
+    if real and not _is_natural(real[0]):
         low = f"{most}({low}, 0)"
     for other in lows[1:]:
         low = f"{most}({low}, {other})"

@@ -1,12 +1,16 @@
 """Prefill on a cache: the last rows of the definition, and the cache that single steps leave."""
 
+import itertools
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from splagen.codegen.compile import compile_module, raise_if_failed
 from splagen.errors import InputError
@@ -133,6 +137,84 @@ def test_a_fork_and_a_reset_of_what_was_prefilled(tmp_path: Path, device: torch.
     assert not any(x[0].any() for x in cache.states.values())
     o = cache.prefill(*packed(rows, [0, 0], [0, 20]), cu_seqlens=ends([20], device), **where)
     assert relative(o, last_rows(FAR, {n: x[1:] if n in BY_TOKEN else x for n, x in rows.items()}, [20], [20])) < 1e-5
+
+
+def test_states_go_on_from_those_of_the_cache(tmp_path: Path, device: torch.device) -> None:
+    """A carried sum is taken as it is: whatever is added to it is in the sum that the chunk leaves, and once."""
+    found = []
+    for more in (0.0, 3.0):
+        cache = one_slot(tmp_path, device, sequences=1, tokens=96)
+        cache.allocate(96)
+        rows, held = inputs(FAR, 1, 96, 1, torch.float32, device), [0]
+        prefill(cache, rows, [[41]], held)
+        for state in cache.states.values():
+            assert state.any()
+            state += more
+        given = packed(rows, held, [50])
+        o = cache.prefill(*given, cu_seqlens=ends([50], device), max_tokens=50)
+        found.append((o, [x.clone() for x in cache.states.values()]))
+    (o, states), (moved, others) = found
+    for x, y in zip(others, states, strict=True):
+        assert relative(x - 3, y.double()) < 1e-5
+    assert not torch.allclose(o, moved, atol=1e-2)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the torch operations that are called but for views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not op.is_view
+        return op(*args, **(kwargs or {}))
+
+
+def test_a_chunk_is_one_op_of_kernels_and_little_else(tmp_path: Path, device: torch.device) -> None:
+    """The host launches what it prepared before: each further torch operation of a call is microseconds of it."""
+    cache = one_slot(tmp_path, device, sequences=1)
+    cache.allocate(48)
+    rows = inputs(FAR, 1, 48, 1, torch.float32, device)
+    given, where = packed(rows, [0], [20]), ends([20], device)
+    with Operations() as seen:
+        cache.prefill(*given, cu_seqlens=where, max_tokens=20)
+    assert seen.count <= 25
+
+
+def test_places_of_more_sequences_than_a_step_takes(tmp_path: Path, device: torch.device) -> None:
+    """Lengths, rows and tokens of each, beside a loop over them; some have no pages, no tokens or no sequence."""
+    module, draw = generate_prefill(FAR, tmp_path).module, random.Random(0)
+    count, page, width, aligned = 150, 16, 40, module.ALIGNED
+    new = [draw.choice((0, 1, 30, 200)) for _ in range(count)]
+    slots = draw.sample(range(160), count)
+    held = [draw.choice((-1, 0, 17, 300)) for _ in range(160)]
+    table = torch.arange(160 * width, dtype=torch.int32, device=device).view(160, width)
+    for slot in draw.sample(range(160), 60):
+        table[slot, draw.randrange(20) :] = draw.choice((-1, 160 * width))
+    bounds = ends(new, device)
+    bounds[7] = -5  # below what stands before it: such a sequence has no tokens, the one behind it those of both
+    tokens, most, longest = sum(new) - 3, 150, 400
+    pages = {"PAGES": 160 * width, "PAGE": page, "MAX_PAGES": width}
+    n = module.sizes(count, 1, torch.empty(tokens, 1, 16, device=device), most, longest)._replace(**pages)
+    lengths, settled = (
+        torch.tensor(x, dtype=torch.int32, device=device) for x in (held, [max(h - 2, 0) for h in held])
+    )
+    found = module.launch_places(n, bounds, torch.tensor(slots, device=device), lengths, settled, table)
+    reached, keys, row = [min(max(x, 0), tokens) for x in itertools.accumulate(bounds.tolist(), max)], [0], 0
+    queries, after = [], []
+    for s, slot in enumerate(slots):
+        own, before = min(reached[s + 1] - reached[s], most), held[slot]
+        needed = table[slot, : -(-(before + own) // page)].tolist() if before >= 0 else []
+        asked = before >= 0 and own > 0
+        fits = asked and before + own <= longest and all(0 <= p < 160 * width for p in needed)
+        first, length = (before, before + own) if fits else (0, 0)
+        origin = first // aligned * aligned
+        last = max(before - 2, 0) if fits else 0
+        queries.append([origin, row, last, first, reached[s], own if asked else 0, int(asked and not fits)])
+        row += -(-length // aligned) * aligned - origin if fits else 0
+        keys.append(keys[-1] + length)
+        after.append(length)
+    assert [x.tolist() for x in found] == [keys, queries, after]
+    assert {q[-1] for q in queries} == {0, 1}
 
 
 def test_a_sequence_without_pages_is_left_as_it_is(tmp_path: Path, device: torch.device) -> None:
