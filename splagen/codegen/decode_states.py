@@ -68,23 +68,27 @@ class State:
 
 
 def fold_code(s: State, array: Array) -> dict[str, str]:
-    """How a part of a block enters a state: the holes of the append template."""
-    name = array.name
+    """How blocks enter a state: the holes of the append template.
+
+    They are summed apart: a product that starts from the state would cut off bits of it at every 16 keys, always
+    towards zero, where adding the sum rounds once.
+    """
+    name, new, left = array.name, s.new.out.name, s.left.name
     base = f"{name}_ptr + (b * Hkv + h) * {array.width[0] * (array.width[1] if s.right else 1)}"
     if s.right is None:
-        add = f"{name} += tl.sum({s.left.name}.to(tl.float32), axis=0)"
         # every slice of columns adds it up, the first stores it
         return {
-            "name": name,
+            "new": new,
+            "shape": "(LEFT,)",
             "address": f"{base} + left",
-            "add": add,
+            "add": f"{new} += tl.sum({left}.to(tl.float32), axis=0)",
             "mask": ", mask=left + first * LEFT < LEFT",
         }
-    add = f'{name} = tl.dot(tl.trans({s.right.name}), {s.left.name}, {name}, input_precision="ieee")'
     return {
-        "name": name,
-        "address": f"{base} + right[:, None] + left[None, :] * {array.width[1]}",  # [BLOCK_E, LEFT]
-        "add": add,
+        "new": new,
+        "shape": "(BLOCK_E, LEFT)",
+        "address": f"{base} + right[:, None] + left[None, :] * {array.width[1]}",
+        "add": f'{new} = tl.dot(tl.trans({s.right.name}), {left}, {new}, input_precision="ieee")',
         "mask": "",
     }
 
