@@ -140,7 +140,7 @@ class Run:
         kernels: dict[str, KernelRun] = {}
         steps: dict[Pass, int] = {}
         for name in work.passes:
-            seen = time_ms(runs[name], options.repeats or repeats_for(runs[name]), 1)
+            seen = time_ms(runs[name], options.repeats or repeats_for(runs[name]), 1, asleep=True)
             row |= {f"{name}_ms": seen.median, f"{name}_spread_ms": seen.spread}
             of_pass = breakdown(op.module, runs[name])
             steps[name], kernels = len(of_pass), kernels | of_pass

@@ -77,13 +77,13 @@ def measure(runs: Runs, passes: Sequence[str]) -> dict[str, Any]:
 
     Forward keeps what backward needs, as in training.
     """
-    seen = time_ms(runs.forward, repeats_for(runs.forward), 1)
+    seen = time_ms(runs.forward, repeats_for(runs.forward), 1, asleep=True)
     row: dict[str, Any] = {"forward_ms": seen.median, "forward_spread_ms": seen.spread}
     row |= {"note": runs.note} if runs.note else {}
     if "backward" in passes:
         try:
             run = runs.backward()
-            seen = time_ms(run, repeats_for(run), 1)
+            seen = time_ms(run, repeats_for(run), 1, asleep=True)
             row |= {"backward_ms": seen.median, "backward_spread_ms": seen.spread}
             del run
             row["peak_gib_beyond_inputs"] = peak_bytes(runs.both) / 2**30

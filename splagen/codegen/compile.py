@@ -207,8 +207,10 @@ class Compiler:
         """The same with what a process needs to launch it, for each specialisation that contiguous tensors lead to."""
         requests: dict[str, dict[str, Any]] = {}
         wides = {self.part.wide, self.part.parameters} if isinstance(self.part, Decoding) else {self.part.wide}
-        for length, kv_heads, wide in product(_LENGTHS, _HEADS, sorted(wides, key=sorted)):
-            request = _request(self.path, self.part, kernel, arch, dtype, schedule, kv_heads, length, wide)
+        for chosen, length, kv_heads, wide in product(
+            kernel.launched(schedule), _LENGTHS, _HEADS, sorted(wides, key=sorted)
+        ):
+            request = _request(self.path, self.part, kernel, arch, dtype, chosen, kv_heads, length, wide)
             request |= {"keep": True}
             requests.setdefault(json.dumps(request, sort_keys=True), request)
 

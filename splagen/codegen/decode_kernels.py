@@ -12,7 +12,7 @@ from splagen.codegen.base_two import LN_2
 from splagen.codegen.decode_selection import PLACES, Statistics
 from splagen.codegen.decode_states import State, fold_code, read_code
 from splagen.codegen.geometry import Rows, features_of
-from splagen.codegen.kernel import Array, Kernel
+from splagen.codegen.kernel import Array, Kernel, Narrow
 from splagen.codegen.predicates import J, visit
 from splagen.codegen.region import slice_back
 from splagen.codegen.row_code import RowCode
@@ -400,6 +400,7 @@ class DecodeCode:
             "(TOKENS, B * Hq)",
             scalars=("Hkv", "SPLITS"),
             tunable=("BLOCK_S",),
+            narrow=(Narrow("BLOCK_S", "SPLITS", (2, 8)),),
         )
 
     def _merge(self, v: Var, a: Array) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from splagen.codegen.decoding import Decoding, decode_schedules
 from splagen.codegen.kernel import Array, Kernel
@@ -66,10 +67,8 @@ def _launcher(kernel: Kernel) -> str:
     grid = re.sub(r"\b(TOKENS|B|Hq|Hkv|SPLITS|CHUNKS)\b", r"n.\1", _splits(kernel, kernel.grid))
     scalars = [f"n.{_splits(kernel, s)}" for s in kernel.scalars]
     scalars = [re.sub(r"^n\.n\.", "n.", s) for s in scalars]
-    given = Kernel(
-        kernel.name, kernel.template, kernel.covers, tuple(inputs.values()), (), kernel.holes, grid,
-        kernel.scalars, kernel.tunable,
-    )  # fmt: skip
+    narrow = tuple(replace(x, over=_splits(kernel, x.over)) for x in kernel.narrow)
+    given = replace(kernel, inputs=tuple(inputs.values()), outputs=(), grid=grid, narrow=narrow)
     return launcher_text(given, grid, _dtype, scalars)
 
 

@@ -200,7 +200,7 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
             stages = 3 if widest <= 128 and not wide and arch != "gfx942" else 2
             return {"BLOCK_N": block_n, "num_warps": 4, "num_stages": stages}
         case "decode_merge":
-            return {"BLOCK_S": 32, "num_warps": 4, "num_stages": 1}
+            return {"BLOCK_S": 64, "num_warps": 4, "num_stages": 1}
     raise PartitionError(f"{kernel.name} has no Schedule", hint=f"give the template {kernel.template} one")
 
 

@@ -97,6 +97,18 @@ class Array:
         return (self.name,)
 
 
+@dataclass(frozen=True)
+class Narrow:
+    """A number of a Schedule that a launch takes smaller where it goes over less: the first of `values` that holds it.
+
+    `over` is host source.  Of a tile for many most would be masked, and cost as much as what is there.
+    """
+
+    number: str
+    over: str
+    values: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Kernel:
     """One launch: `template` rendered with `holes` gives its device code.
@@ -105,6 +117,7 @@ class Kernel:
     for the launch grid; `tunable` names the constexpr arguments that a Schedule sets; `scratch` is memory that its
     programs use while they run.  `batch` is the line by which a program finds its sequence in a batch, and `number`
     counts the programs of a sequence from its first position: what changes where sequences are packed (packing.py).
+    `narrow` are numbers of its Schedule that go by the sizes of a launch too.
     """
 
     name: str
@@ -119,6 +132,14 @@ class Kernel:
     scratch: tuple[Array, ...] = ()
     batch: str = BATCH.format(heads="Hkv")
     number: str = "tl.program_id(0)"
+    narrow: tuple[Narrow, ...] = ()
+
+    def launched(self, schedule: Mapping[str, int]) -> list[dict[str, int]]:
+        """Every Schedule with which a launch may run that is given this one."""
+        found = [dict(schedule)]
+        for n in self.narrow:
+            found += [{**s, n.number: x} for s in found for x in n.values if x < s[n.number]]
+        return found
 
     @property
     def arrays(self) -> list[Array]:

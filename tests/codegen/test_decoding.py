@@ -1,9 +1,12 @@
 """Every causal spec that selects by token has the kernels of a step, and its module is Python."""
 
 import ast
+from pathlib import Path
 
 import pytest
+import torch
 
+from splagen import pipeline
 from splagen.codegen.decode_module import decode_module_text
 from splagen.codegen.decoding import decoding
 from splagen.codegen.schedule import check_fields
@@ -40,3 +43,21 @@ def test_default_schedules_have_what_kernels_take(arch: str) -> None:
 
 def test_the_same_spec_gives_the_same_text() -> None:
     assert text(SPECS[0]) == text(SPECS[0])
+
+
+def test_a_launch_over_few_splits_takes_a_narrow_tile_that_builds_have_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = SPLASpec(head_dim=16, group_size=2)
+    module, part = pipeline.generate_decoding(spec, tmp_path).module, pipeline.decode_kernels(spec)
+    (merge,) = [k for k in part.kernels if k.name == "merge"]
+    schedule, taken = module.SCHEDULES["sm_90"]["bf16"]["merge"], {}
+    monkeypatch.setattr(
+        module, "launch", lambda n, kernel, grid, schedule, *_: taken.update({n.ATTEND_SPLITS: schedule})
+    )
+    for splits in range(1, 70):
+        n = module.Sizes(1, 1, 2, 1, 32, 4, 4, 1, splits, 1, torch.bfloat16, torch.device("cpu"))
+        module.launch_merge(n, schedule, *(torch.zeros(1, 1) for _ in merge.arrays))
+    assert all(s in merge.launched(schedule) for s in taken.values())
+    assert [taken[n]["BLOCK_S"] for n in (1, 2, 3, 8, 9, 69)] == [2, 2, 8, 8, schedule["BLOCK_S"], schedule["BLOCK_S"]]
+    assert {**taken[2], "BLOCK_S": 0} == {**schedule, "BLOCK_S": 0}
