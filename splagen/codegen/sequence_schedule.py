@@ -19,31 +19,24 @@ LONGEST_CHUNK = 128  # rows whose decays are factored, and a divisor of the leng
 def default_schedule(kernel: Kernel, spec: SSESpec, arch: str, dtype: str) -> dict[str, int]:
     """A legal Schedule that is reasonable before tuning."""
     schedule = _schedule(kernel, spec, dtype)
-    size, shared = DTYPES[dtype], TARGETS[arch].shared_bytes
     if kernel.name.startswith(WHOLE):
-        _fit(schedule, kernel, size, shared)
-    elif kernel.name == "output1" and spec.backbone == "none":
-        _fit(schedule, kernel, size, shared, stages=2, chunk=schedule["CHUNK"])
+        _fit(schedule, kernel, DTYPES[dtype], TARGETS[arch].shared_bytes)
     if not arch.startswith("sm_"):
         schedule.pop("maxnreg", None)  # left alone, ptxas gives some loops 32 registers and spills the rest
     check_schedule(kernel, spec, schedule)
     return schedule
 
 
-def _fit(schedule: dict[str, int], kernel: Kernel, size: int, shared: int, *, stages: int = 1, chunk: int = 16) -> None:
-    """Fewer rows ahead, then shorter chunks, until the rows of a loop and its state as an operand fit.
-
-    `stages` and `chunk` are the least that may be left.
-    """
-    d, e = int(str(kernel.holes["d_extent"])), schedule["BLOCK_E"]
-    found = [a for a in kernel.inputs if a.layout in ("token_rows", "value_rows") and a.width]
-    rows = sum(min(a.width[-1], e) if "e" in a.features else a.width[-1] for a in found)
+def _fit(schedule: dict[str, int], kernel: Kernel, size: int, shared: int) -> None:
+    """Fewer rows ahead, then shorter chunks, until the rows of a loop and its state as an operand fit."""
+    rows = sum(a.width[-1] for a in kernel.inputs if a.layout in ("token_rows", "value_rows") and a.width)
+    d, e = (int(str(kernel.holes[x])) for x in ("d_extent", "e_extent"))
 
     def used() -> int:
         return size * (schedule["CHUNK"] * (schedule["num_stages"] * rows + d) + d * e)
 
-    while used() > shared and (schedule["num_stages"] > stages or schedule["CHUNK"] > chunk):
-        if schedule["num_stages"] > stages:
+    while used() > shared and (schedule["num_stages"] > 1 or schedule["CHUNK"] > 16):
+        if schedule["num_stages"] > 1:
             schedule["num_stages"] -= 1
         else:
             schedule["CHUNK"] //= 2
@@ -101,10 +94,6 @@ SCALAR = SHARED | {
     "dreads": (64, 1024, 8, 2, 255),
     "dwrites": (64, 1024, 8, 2, 255),
 }
-# Without decay memory binds.  A multiprocessor has room for one program of the output: its operands fill shared memory.
-# So only what it reads ahead hides memory, and Triton reads ahead from three stages on: with two it starts the loads of
-# a chunk behind the chunk before, and waits for them.
-PLAIN = SCALAR | {"output1": (64, 128, 4, 3, 255)}
 VECTOR = SHARED | {
     "add": (64, 128, 4, 2, 255),
     "dadd": (64, 128, 4, 2, 255),
@@ -125,7 +114,7 @@ DELTA = SHARED | {
 
 def _loop_schedule(kernel: Kernel, spec: SSESpec, d: int, e: int, *, wide: bool) -> dict[str, int]:
     stem = kernel.name.rstrip("12").removesuffix("_strong")
-    rules = {"none": PLAIN, "vector": VECTOR, "delta": DELTA}.get(spec.backbone, SCALAR)
+    rules = {"vector": VECTOR, "delta": DELTA}.get(spec.backbone, SCALAR)
     chunk, block_e, warps, stages, registers = rules.get(kernel.name) or rules[stem]
     states = carried_states(kernel, spec)
     block_e = min(block_e, e)

@@ -111,13 +111,6 @@ def test_rows_that_sum_all_columns_have_all_of_them_in_a_program(arch: str, dtyp
             sequence_schedule.check_schedule(kernel, PLAIN, {**default, "BLOCK_E": 64})
 
 
-def test_what_is_read_ahead_fits_into_shared_memory() -> None:
-    """Three chunks of q, k and v and a state as an operand: where there is room for them beside what is summed."""
-    (output,) = (k for k in kernels(PLAIN).kernels if k.name == "output1")
-    found = {arch: sequence_schedule.default_schedule(output, PLAIN, arch, "bf16")["num_stages"] for arch in TARGETS}
-    assert found == {"sm_80": 2, "sm_90": 3, "sm_100": 3, "gfx942": 2}
-
-
 @pytest.mark.parametrize(
     ("spec", "kept"),
     [
