@@ -69,10 +69,11 @@ def _patch_builder(builder: Any) -> None:
         return plain_dot(self, _widened(a), _widened(b), d, *rest)
 
     def cast_impl(self: Any, source: Any, target: Any) -> Any:
-        source = _widened(source)
+        widened = _widened(source)
         if target.scalar == tl.bfloat16:
-            return _rounded(source.data.astype(np.float32))
-        return source if source.dtype.scalar == target.scalar else plain_cast(self, source, target)
+            return _rounded(widened.data.astype(np.float32))
+        # a handle may be labelled int32 and hold bools: only the plain cast gives it the bytes of its type
+        return widened if _is_bf16(source) and target.scalar == tl.float32 else plain_cast(self, widened, target)
 
     def create_fp_to_fp(self: Any, source: Any, target: Any, rounding: Any) -> Any:
         if _is_bf16(source) or target.scalar == tl.bfloat16:

@@ -41,3 +41,16 @@ def test_elementwise_results_are_torchs_to_the_bit() -> None:
     want = (a + b, torch.maximum(a, b), -a, (a.float() * 1.0009765625).to(torch.bfloat16))
     for name, got, expected in zip(("sum", "greater", "negative", "rounded"), out, want, strict=True):
         assert torch.equal(got, expected), name
+
+
+@triton.jit
+def _both(a_ptr, o_ptr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    a = tl.load(a_ptr + at)
+    tl.store(o_ptr + at, ((a > 0) & (a < 2)).to(tl.int32))
+
+
+def test_a_bool_that_is_cast_is_stored_with_all_bytes_of_its_type() -> None:
+    a, o = torch.arange(4, dtype=torch.int32), torch.full((4,), 0x3FFFFFFF, dtype=torch.int32)
+    _both[(1,)](a, o, SIZE=4)
+    assert o.tolist() == [0, 1, 0, 0]
