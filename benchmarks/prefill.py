@@ -15,7 +15,6 @@ host takes for a chunk stands apart.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from torch import Tensor
 from benchmarks.measurement import STRATEGIES
 from benchmarks.record import write
 from benchmarks.spla_step import HQ, D, spec_of
-from benchmarks.timing import host_us, peak_bytes, repeats_for, time_ms
+from benchmarks.timing import host_us, kernel_us, peak_bytes, repeats_for, time_ms
 from splagen import pipeline
 from splagen.codegen.kernel import Choice
 from splagen.codegen.partition import Partition
@@ -109,24 +108,6 @@ def strategies(library: pipeline.Library, choices: Sequence[Choice]) -> Iterator
         schedules[FORWARD] = {"strategy": number}
         yield name
     schedules[FORWARD] = own
-
-
-def kernel_us(run: Callable[[], object], calls: int = 3) -> dict[str, float]:
-    """Microseconds of every kernel of a call by torch's profiler, the longest first; kernels of one name are added."""
-    from torch.profiler import ProfilerActivity, profile
-
-    run()
-    torch.cuda.synchronize()
-    found: dict[str, float] = {}
-    with profile(activities=[ProfilerActivity.CUDA]) as seen:
-        for _ in range(calls):
-            run()
-        torch.cuda.synchronize()
-    for event in seen.key_averages():
-        name = re.sub(r"^void |at::native::|\(anonymous namespace\)::|_kernel$", "", event.key)
-        name = re.split(r"[<(]", name)[0] or event.key
-        found[name] = found.get(name, 0.0) + event.self_device_time_total / calls
-    return {name: round(us, 1) for name, us in sorted(found.items(), key=lambda item: -item[1]) if us}
 
 
 def case(spec: SPLASpec, cached: int, new: int, *, kernels: bool) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.floors import PEAK_BYTES
 from benchmarks.record import write
-from benchmarks.timing import time_ms
+from benchmarks.timing import kernel_us, time_ms
 from splagen import random_cache, step_verification
 from splagen.autotune.cost import evaluate
 from splagen.autotune.step_cost import Step, step_sizes
@@ -136,22 +136,14 @@ def dense_us(batch: int, kv_heads: int, length: int) -> float | None:
     return 1e3 * time_ms(graph.replay, 20, 3, asleep=True).median
 
 
-def kernel_us(cache: SPLACache, tokens: list[Tensor]) -> dict[str, float]:
-    """Microseconds of each kernel by torch's profiler."""
-    from torch.profiler import ProfilerActivity, profile
-
+def step_kernel_us(cache: SPLACache, tokens: list[Tensor]) -> dict[str, float]:
+    """Microseconds of each kernel of a step, L2 flushed before."""
     start = cache.seqlens.clone()
     out = torch.empty_like(tokens[0])
-    cache.step(*tokens, out=out)
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        for _ in range(10):
-            flush.zero_()
-            cache.step(*tokens, out=out)
-        torch.cuda.synchronize()
+    times = kernel_us(lambda: (flush.zero_(), cache.step(*tokens, out=out)), calls=10)
     cache.seqlens.copy_(start)
-    times = {e.key.removesuffix("_kernel"): e.device_time for e in found.key_averages()}
-    return {name: round(us, 2) for name, us in times.items() if name in cache.library.module.SCHEDULES["sm_90"]["bf16"]}
+    return {name: us for name, us in times.items() if name in cache.library.module.SCHEDULES["sm_90"]["bf16"]}
 
 
 def main() -> None:
@@ -193,7 +185,7 @@ def main() -> None:
             found["us"] = replay_us(cache, tokens)
             found["share_of_floor"] = found["floor_us"] / found["us"]
             if args.kernels:
-                found["kernels"] = kernel_us(cache, tokens)
+                found["kernels"] = step_kernel_us(cache, tokens)
             rows.append(found)
             print({n: round(f, 3) if isinstance(f, float) else f for n, f in found.items()}, flush=True)
             del cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -78,6 +79,24 @@ def time_ms(run: Callable[[], object], repeats: int = 20, warmup: int = 3, *, as
         end.synchronize()
         samples.append(start.elapsed_time(end))
     return Timing(statistics.median(samples), max(samples) - min(samples))
+
+
+def kernel_us(run: Callable[[], object], calls: int = 3) -> dict[str, float]:
+    """Microseconds of every kernel of a call by torch's profiler, the longest first; kernels of one name are added."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()
+    torch.cuda.synchronize()
+    found: dict[str, float] = {}
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    for event in seen.key_averages():
+        name = re.sub(r"^void |at::native::|\(anonymous namespace\)::|_kernel$", "", event.key)
+        name = re.split(r"[<(]", name)[0] or event.key
+        found[name] = found.get(name, 0.0) + event.self_device_time_total / calls
+    return {name: round(us, 2) for name, us in sorted(found.items(), key=lambda item: -item[1]) if us}
 
 
 def repeats_for(run: Callable[[], object], seconds: float = 1.5) -> int:

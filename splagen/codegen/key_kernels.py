@@ -20,6 +20,7 @@ from splagen.codegen.tile_code import (
     Walk,
     accumulators,
     apart,
+    entries_ahead,
     follows_softmax,
     operands,
     part_array,
@@ -117,15 +118,7 @@ class _KeyKernel:
             )
             chosen["count"] = "chosen"
             title, first = "queries that chose the block", "tl.maximum(start, forced)"
-            entry = "ahead = tl.load(listed + {0} // ROWS, mask={0} < last, other=0)"
-            ahead = [
-                "listed = work_entries_ptr + bh * nT * BUDGET + chosen_first - forced",
-                f"row = {first} * ROWS + tl.arange(0, BLOCK_M)",
-                entry.format("row"),
-            ]
-            tile = ["entry = ahead", "following = row + BLOCK_M", entry.format("following")]
-            tile.append("tile = (entry // BUDGET).to(tl.int64)")
-            lines = "\n".join(ahead), "\n".join(tile)
+            lines = entries_ahead(first, " - forced")
             loops += self._loop(title, walk.chosen_facts, *lines, first, "stop", self.group.to_rows)
         key_side = Rows(geometry, "key", False)
         for v in self.keys_used:

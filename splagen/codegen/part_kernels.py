@@ -18,6 +18,7 @@ from splagen.codegen.tile_code import (
     TileCode,
     Walk,
     apart,
+    entries_ahead,
     follows_softmax,
     operands,
     part_array,
@@ -73,8 +74,13 @@ def _parts_kernel(
     held = {v: v.name for v in parts} | ({lse.out: f"(row_max + tl.log2(row_sum)) * {LN_2}"} if lse else {})
     covers: dict[Equation, None] = dict.fromkeys([*side.covers, *tile.products, *tile.equations])
     setup, count, _ = walk.forced("T", {"J": "j", "L": "L"}, "nT", "i")
+    first = "tl.maximum(first, 0)"
+    ahead, entry = entries_ahead(first)
     holes = {
         "forced": {"setup": "\n".join(setup), "count": count},
+        "first": first,
+        "ahead": ahead,
+        "tile": entry,
         "loads": "\n".join([*columns, *side.key_loads(code, keys)]),
         "prologue": "\n".join(prologue),
         "tiles": "\n".join(lines),

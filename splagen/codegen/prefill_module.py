@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from splagen.codegen.geometry import Geometry
 from splagen.codegen.index_kernels import SCHEDULE
-from splagen.codegen.kernel import Kernel
+from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.module import FUNCTIONS, chosen_calls, constants_of
 from splagen.codegen.module_holes import (
     content_of,
@@ -73,14 +73,12 @@ def prefill_module_text(part: PrefillPartition, *, name: str, digest: str, spec_
             "pools": pools,
             "scales": scales,
             "fields": len(FIELDS),
-            "carried": [
-                {"name": a.name, "shape": ", ".join(["n.B", "n.Hkv", *map(str, a.width)])} for a, _ in part.states
-            ],
+            "carried": [_sum(a) for a, _ in part.states],
             "fetched": [_launch(k) for k in part.paged.values() if k.name not in _KEPT],
             "kept": [_launch(part.paged[name]) for name in _KEPT if name in part.paged],
             "place_schedule": SCHEDULE,
             "tensors": tensors,
-            "before": [{"name": a.name, "shape": ", ".join(["n.B", "n.Hkv", *map(str, a.width)])} for a in before],
+            "before": [_sum(a) for a in before],
             "returned": returned,
             "forward": chosen_calls(list(part.forward), part.strategies, held, last),
             "schedules": schedule_text(schedules),
@@ -93,6 +91,11 @@ def prefill_module_text(part: PrefillPartition, *, name: str, digest: str, spec_
             ],
         },
     )
+
+
+def _sum(a: Array) -> dict[str, str]:
+    """Name and host source of the shape of what a sequence carries for each KV head."""
+    return {"name": a.name, "shape": ", ".join(["n.B", "n.Hkv", *map(str, a.width)])}
 
 
 def _launch(kernel: Kernel) -> str:

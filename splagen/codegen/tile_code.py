@@ -333,6 +333,23 @@ def row_scalars(tiles: Iterable[Tile], sums: Iterable[Sum]) -> list[Var]:
     return list(dict.fromkeys(v for v in used if is_query_row(v) and v.kind == "real"))
 
 
+def entries_ahead(first: str, shift: str = "") -> tuple[str, str]:
+    """Lines before a loop over the rows that chose a key block, from `first` on, and in it: a row's entry and its tile.
+
+    Loads of a row wait for its entry, so that is read one visit ahead.  `shift` goes from numbers of rows' tiles to
+    places in the block's list.
+    """
+    entry = "ahead = tl.load(listed + {0} // ROWS, mask={0} < last, other=0)"
+    before = [
+        f"listed = work_entries_ptr + bh * nT * BUDGET + chosen_first{shift}",
+        f"row = {first} * ROWS + tl.arange(0, BLOCK_M)",
+        entry.format("row"),
+    ]
+    inside = ["entry = ahead", "following = row + BLOCK_M", entry.format("following")]
+    inside.append("tile = (entry // BUDGET).to(tl.int64)")
+    return "\n".join(before), "\n".join(inside)
+
+
 def part_array(v: Var, geometry: Geometry) -> Array:
     """What chosen blocks give to a row variable, block by block: matrices in the input type, numbers in float32."""
     features = features_of(v)
