@@ -14,12 +14,6 @@ NO_PAGE = -1
 NO_SEQUENCE = -1
 PAGE_TYPES = {"e4m3": torch.float8_e4m3fn, "float32": torch.float32}
 LARGEST_E4M3 = 448.0
-PAGE = 256  # tokens, where nothing else is said
-
-
-def default_page_size(part: Decoding) -> int:
-    """Tokens of a page: 256, or a block where that is larger."""
-    return max(PAGE, part.geometry.block)
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from splagen import settings
-from splagen.cache_tensors import LARGEST_E4M3, NO_PAGE, NO_SEQUENCE, CacheTensors, default_page_size
+from splagen.cache_tensors import LARGEST_E4M3, NO_PAGE, NO_SEQUENCE, CacheTensors
 from splagen.errors import InputError
 from splagen.paged_prefill import PagedPrefill, numbers_on
 from splagen.pipeline import DecodingLibrary
@@ -78,7 +78,7 @@ class SPLACache:
         self.library, self.part = library, library.part
         self.spec_text = to_toml(library.spec)
         block = self.part.geometry.block
-        page_size = default_page_size(self.part) if page_size is None else page_size
+        page_size = self.part.default_page_size if page_size is None else page_size
         for name, value in (("sequences", sequences), ("kv_heads", kv_heads), ("tokens", tokens)):
             if value < 1:
                 raise InputError(f"{name} is {value}", "give at least 1")

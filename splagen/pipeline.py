@@ -18,7 +18,6 @@ from splagen.autotune.device import this_device
 from splagen.autotune.search import EFFORTS, Progress
 from splagen.autotune.tuned import TunedSchedules
 from splagen.autotune.tuner import Target, Tuned
-from splagen.cache_tensors import default_page_size
 from splagen.codegen.compile import Module
 from splagen.codegen.decode_module import decode_module_text, stem
 from splagen.codegen.decoding import Decoding, decoding
@@ -276,7 +275,7 @@ def load(spec: Spec) -> Callable[..., Any]:
 
 def capacity(spec: Spec, shape: Shape) -> Shape:
     """Sequences, heads and the tokens for which a cache made for this shape has pages."""
-    page = default_page_size(decode_kernels(spec))
+    page = decode_kernels(spec).default_page_size
     return (*shape[:2], -(-shape[2] // page) * page)
 
 

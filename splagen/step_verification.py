@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from splagen.cache_tensors import CacheTensors, default_page_size
+from splagen.cache_tensors import CacheTensors
 from splagen.codegen.decoding import Decoding
 from splagen.ops import Oracle
 from splagen.verification import TOLERANCE, Report, Row, Shape, random_inputs, relative_error, selection_error
@@ -65,7 +65,7 @@ def run(
     """Of every step o [B, L, Hq, E], block_indices [B, Hkv, L, budget] and block_counts; None without a selection."""
     q, k = inputs["q"], inputs["k"]
     batch, length, kv_heads = k.shape[:3]
-    page = default_page_size(part)
+    page = part.default_page_size
     width = -(-length // page)
     cache = CacheTensors.allocate(
         module, part, sequences=batch, kv_heads=kv_heads, width=width, pages=batch * width, page_size=page,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from splagen.autotune.worker import LIMIT, Kernels, Schedules, difference, serve
-from splagen.cache_tensors import CacheTensors, default_page_size, indexable, rows_span
+from splagen.cache_tensors import CacheTensors, indexable, rows_span
 from splagen.codegen.decoding import decoding
 from splagen.random_cache import fill
 from splagen.spec import SPLASpec, from_toml
@@ -53,7 +53,7 @@ class Steps(Kernels):
     def _filled(self) -> CacheTensors:
         """A cache of random sequences whose pages lie in no order."""
         sequences, kv_heads, tokens = self.sizes
-        page, block = default_page_size(self.part), self.part.geometry.block
+        page, block = self.part.default_page_size, self.part.geometry.block
         width = -(-tokens // page)
         cache = CacheTensors.allocate(
             self.module, self.part, sequences=sequences, kv_heads=kv_heads, width=width, pages=sequences * width,
@@ -114,7 +114,7 @@ class Steps(Kernels):
         """The same of a step whose work is split by these numbers."""
         chosen = {**self.defaults(), **schedules, self.part.splitting.name: numbers}
         sequences, kv_heads, _ = self.sizes
-        capacity = self.cache.page_table.shape[1] * default_page_size(self.part)
+        capacity = self.cache.page_table.shape[1] * self.part.default_page_size
         default, device = self.cache.scratch, torch.device(self.device)
         self.results({})  # with the arrays of the default
         try:
@@ -144,7 +144,7 @@ class Steps(Kernels):
         """What a step makes: o, states, lengths, the choice of blocks, and the rows of the token in pages."""
         if not schedules and self.found:
             return self.found[""]
-        page = default_page_size(self.part)
+        page = self.part.default_page_size
         rows = torch.arange(self.sizes[0], device=self.device)
         held = self.cache.page_table[rows, self.lengths // page].long()
         for name, x in self.cache.pages.items():

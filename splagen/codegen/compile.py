@@ -287,7 +287,10 @@ def _request(
             types[name] = "constexpr" if stride == 1 else "i32"
             constants |= {name: 1} if stride == 1 else {}
             aligned += [name] if stride > 1 and stride % ALIGNMENT == 0 else []
-    types |= dict.fromkeys(kernel.scalars, "i32")
+    types |= {s: "constexpr" if s in kernel.fixed else "i32" for s in kernel.scalars}
+    if kernel.fixed:
+        assert isinstance(part, Decoding)
+        constants |= {s: {"PAGE": part.default_page_size}[s] for s in kernel.fixed}
     types |= dict.fromkeys(kernel.tunable, "constexpr")
     return {
         "module": str(path),
@@ -296,7 +299,7 @@ def _request(
         "constants": constants | {name: schedule[name] for name in kernel.tunable},
         "aligned": aligned,
         "tunable": list(kernel.tunable),
-        "unspecialised": list(kernel.scalars),
+        "unspecialised": [s for s in kernel.scalars if s not in kernel.fixed],
         "target": _GPU[arch],
         "options": {name: schedule[name] for name in ("num_warps", "num_stages", "maxnreg") if name in schedule},
     }

@@ -187,6 +187,7 @@ class DecodeCode:
             f"(TOKENS, B * Hkv, 1 + {folds})" if arrays else "(TOKENS, B * Hkv, 1)",
             scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES"),
             tunable=("BLOCK_N", "BLOCK_E"),
+            fixed=("PAGE",),
         )
 
     def _state_rows(self, available: Mapping[Var, Array]) -> tuple[list[str], list[Equation], list[Array]]:
@@ -276,6 +277,7 @@ class DecodeCode:
             "(TOKENS, B * Hkv, SPLITS)",
             scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES", "SPLITS"),
             tunable=("BLOCK_N",),
+            fixed=("PAGE",),
         )
 
     @property

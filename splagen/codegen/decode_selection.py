@@ -148,6 +148,7 @@ def _score(code: SelectionCode) -> Kernel:
         "(TOKENS, B * Hkv, SPLITS)",
         scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES", "SPLITS"),
         tunable=("BLOCK_C",),
+        fixed=("PAGE",),
     )
 
 
@@ -177,6 +178,7 @@ def _select(code: SelectionCode) -> Kernel:
         "(TOKENS, B * Hkv, CHUNKS)",
         scalars=("Hkv", "PAGE", "MAX_PAGES", "SPLITS", "CHUNKS"),
         tunable=("BLOCK_J", "BLOCK_S"),
+        fixed=("PAGE",),
     )
 
 
@@ -191,4 +193,5 @@ def _settle(code: SelectionCode) -> Kernel:
         "(TOKENS, B * Hkv)",
         scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES", "CHUNKS"),
         tunable=("BLOCK_K",),
+        fixed=("PAGE",),
     )

@@ -60,6 +60,11 @@ class Decoding(ModuleKernels):
         return "e4m3" if self.scales else "input"
 
     @property
+    def default_page_size(self) -> int:
+        """Tokens of a page, where a cache says nothing else: 256, or a block where that is larger."""
+        return max(256, self.geometry.block)
+
+    @property
     def splitting(self) -> Splitting:
         """In how many programs a step scores, selects and attends."""
         return Splitting("splitting", self.kernels, tuple(SPLITTING))

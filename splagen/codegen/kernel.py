@@ -117,7 +117,8 @@ class Kernel:
     for the launch grid; `tunable` names the constexpr arguments that a Schedule sets; `scratch` is memory that its
     programs use while they run.  `batch` is the line by which a program finds its sequence in a batch, and `number`
     counts the programs of a sequence from its first position: what changes where sequences are packed (packing.py).
-    `narrow` are numbers of its Schedule that go by the sizes of a launch too.
+    `narrow` are numbers of its Schedule that go by the sizes of a launch too, `fixed` those of its scalars that it is
+    compiled for: it divides by them.
     """
 
     name: str
@@ -133,6 +134,7 @@ class Kernel:
     batch: str = BATCH.format(heads="Hkv")
     number: str = "tl.program_id(0)"
     narrow: tuple[Narrow, ...] = ()
+    fixed: tuple[str, ...] = ()
 
     def launched(self, schedule: Mapping[str, int]) -> list[dict[str, int]]:
         """Every Schedule with which a launch may run that is given this one."""

@@ -69,9 +69,11 @@ def kernel_text(kernel: Kernel) -> str:
         "doc": "\n    ".join(equation_text(eq) for eq in kernel.covers) + "\n    ",
         **kernel.holes,
         "name": f"{kernel.name}_kernel",
-        "arguments": ",\n    ".join([*pointers, *strides, *kernel.scalars]),
-    }
-    scalars = ", ".join(f'"{s}"' for s in kernel.scalars)
+        "arguments": ",\n    ".join([
+            *pointers, *strides, *(f"{s}: tl.constexpr" if s in kernel.fixed else s for s in kernel.scalars),
+        ]),
+    }  # fmt: skip
+    scalars = ", ".join(f'"{s}"' for s in kernel.scalars if s not in kernel.fixed)
     body = re.sub(r"\n{3,}", "\n\n", render(kernel.template, holes))
     return f"@triton.jit(do_not_specialize=[{scalars}])\n" + without_unused(body)
 
