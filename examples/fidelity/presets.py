@@ -23,7 +23,7 @@ class Shape:
         partitions: sparse states of SSE; a token writes one.
     """
 
-    layers: int = 8
+    layers: int = 4
     heads: int = 8
     kv_heads: int = 2
     head_dim: int = 64
@@ -64,14 +64,14 @@ class Training:
         balance: weight of SSE's balance loss.
     """
 
-    steps: int = 3000
-    batch: int = 4
+    steps: int = 2000
+    batch: int = 2
     lr: float = 1e-3
     warmup: int = 100
     weight_decay: float = 0.1
     clip: float = 1.0
-    recall_share: float = 0.125
-    recall_pairs: int = 32
+    recall_share: float = 0.5
+    recall_pairs: int = 64
     chunk: int = 10
     validate_every: int = 250
     validation_windows: int = 32
@@ -112,7 +112,7 @@ class Preset:
     name: str
     shape: Shape = field(default_factory=Shape)
     training: Training = field(default_factory=Training)
-    conversion: Training = field(default_factory=lambda: Training(steps=500, lr=3e-4, warmup=50, validate_every=50))
+    conversion: Training = field(default_factory=lambda: Training(steps=300, lr=3e-4, warmup=30, validate_every=50))
     evaluation: Evaluation = field(default_factory=Evaluation)
 
 

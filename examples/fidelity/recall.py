@@ -1,11 +1,11 @@
 """Recall of a value by its key out of a long window: lines that are written over text.
 
-    @key wqzk is 4029       somewhere
-    @get wqzk is 4029       later; the value is asked for
+    @wqzk4029       somewhere
+    @wqzk4029       later; the value is asked for
 
-A small share of training windows carries such lines.  Text alone has too few of them for a small model to learn what a
-question is; a task of its own would need a model beside each model of text, and would say nothing of recall among text.
-All variants see the same lines in the same windows, and validation of the language model has none.
+Some training windows carry such lines.  Text alone repeats too little for a small model to learn in a short time to
+look a name up; a task of its own would need a model beside each model of text, and would say nothing of recall among
+text.  All variants see the same lines in the same windows, and validation of the language model has none.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from examples.fidelity.text import Bytes, spread
 LETTERS = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
 DIGITS = np.frombuffer(b"0123456789", np.uint8)
 KEY, VALUE = 4, 4
-LINE = len(b"\n@key ") + KEY + len(b" is ") + VALUE + 1
-SLOT = 32  # lines begin at multiples of it
+LINE = len(b"\n@") + KEY + VALUE + 1
+SLOT = 16  # lines begin at multiples of it
 
 
 def _pair(rng: np.random.Generator) -> tuple[bytes, bytes]:
     return rng.choice(LETTERS, KEY).tobytes(), rng.choice(DIGITS, VALUE).tobytes()
 
 
-def _write(row: Bytes, start: int, verb: bytes, pair: tuple[bytes, bytes]) -> None:
-    line = b"\n@" + verb + b" " + pair[0] + b" is " + pair[1] + b"\n"
+def _write(row: Bytes, start: int, pair: tuple[bytes, bytes]) -> None:
+    line = b"\n@" + pair[0] + pair[1] + b"\n"
     row[start : start + LINE] = np.frombuffer(line, np.uint8)
 
 
@@ -45,8 +45,8 @@ def insert(row: Bytes, rng: np.random.Generator, pairs: int) -> None:
     places = rng.choice(slots, (pairs, 2), replace=False)
     for early, late in np.sort(places, 1).tolist():
         pair = _pair(rng)
-        _write(row, early * SLOT, b"key", pair)
-        _write(row, late * SLOT, b"get", pair)
+        _write(row, early * SLOT, pair)
+        _write(row, late * SLOT, pair)
 
 
 def questions(text: Bytes, length: int, depth: float, count: int, distractors: int) -> Bytes:
@@ -66,10 +66,10 @@ def questions(text: Bytes, length: int, depth: float, count: int, distractors: i
     rng = np.random.default_rng([length, round(1000 * depth)])
     for row in rows:
         for place in rng.choice(others, distractors, replace=False).tolist():
-            _write(row, place * SLOT, b"key", _pair(rng))
+            _write(row, place * SLOT, _pair(rng))
         pair = _pair(rng)
-        _write(row, needle * SLOT, b"key", pair)
-        _write(row, length - LINE, b"get", pair)
+        _write(row, needle * SLOT, pair)
+        _write(row, length - LINE, pair)
     return rows
 
 

@@ -115,9 +115,12 @@ def pursue(
     out: Path,
     late: Callable[[], bool],
     compiled: bool = False,
+    shared: bool = False,
     report: Callable[[str], None] = print,
 ) -> Path | None:
     """Take a job as far as time allows; the path of its record when it is finished, else None.
+
+    On a `shared` device the record has no times.
 
     Raises:
         FileNotFoundError, ValueError: see `model_of`, and a checkpoint of another study.
@@ -141,6 +144,7 @@ def pursue(
     if not run.done or late():
         return None
     tokens = training.batch * preset.shape.context
+    step_ms = None if shared else run.step_ms
     figures = {
         "job": asdict(job),
         "preset": preset.name,
@@ -152,8 +156,8 @@ def pursue(
         "compiled": compiled,
         "loss": run.loss,
         "validation": run.validation,
-        "step_ms": run.step_ms,
-        "tokens_per_s": tokens / (run.step_ms / 1e3) if run.step_ms else None,
+        "step_ms": step_ms,
+        "tokens_per_s": tokens / (step_ms / 1e3) if step_ms else None,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
     }
     return record.write(target.stem, figures | evaluated(model, corpus, preset.shape, preset.evaluation), target.parent)
@@ -167,6 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--convert", nargs="*", choices=SOFTMAX, default=[], metavar="NAME", help="dense to these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, help="of training from scratch, in place of the preset's")
+    parser.add_argument("--conversion-steps", type=int, help="of a conversion, in place of the preset's")
+    parser.add_argument("--shared", action="store_true", help="others use the GPU too: leave times out of records")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after about so many; call again")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
     parser.add_argument("--device", help="default: a GPU if there is one")
@@ -180,11 +186,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if not given.variants and not given.convert:
         parser.error("nothing to do: give --variants, --convert or --list")
-    if given.steps is not None and given.steps < 1:
-        parser.error("--steps must be at least 1")
     preset = PRESETS[given.preset]
-    if given.steps:
-        preset = replace(preset, training=replace(preset.training, steps=given.steps))
+    for option, part, steps in (
+        ("--steps", "training", given.steps),
+        ("--conversion-steps", "conversion", given.conversion_steps),
+    ):
+        if steps is not None and steps < 1:
+            parser.error(f"{option} must be at least 1")
+        if steps:
+            preset = replace(preset, **{part: replace(getattr(preset, part), steps=steps)})
     device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     work = (given.work or settings.cache_dir() / "fidelity") / preset.name
     corpus = text.load(work.parent)
@@ -200,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             unfinished += 1
             continue
         path = pursue(
-            job, preset, corpus, device, work=work, out=given.out, compiled=given.compile,
+            job, preset, corpus, device, work=work, out=given.out, compiled=given.compile, shared=given.shared,
             late=lambda: time.monotonic() >= end,
             report=partial(_print, job.name),
         )  # fmt: skip

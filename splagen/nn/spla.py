@@ -60,18 +60,22 @@ class SPLAAttention(AttentionLayer):
 
     def forward(self, x: Tensor, cache: RowCache | StepCache | None = None) -> Tensor:
         """The layer's y [B, L, width] of x [B, L, width]; with a cache the L positions follow those that it holds."""
-        spec = self.spec
-        q = normed(self.q_norm, self.q_proj(x).unflatten(-1, (self.heads, spec.head_dim)))
-        k = normed(self.k_norm, self.k_proj(x).unflatten(-1, (self.kv_heads, spec.head_dim)))
-        v = self.v_proj(x).unflatten(-1, (self.kv_heads, spec.value_dim))
-        inputs = self._rows(q, k, cache.length if cache else 0) | {"v": v} | self.branches(x)
+        v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.spec.value_dim))
+        inputs = self.rows(x, cache.length if cache else 0) | {"v": v} | self.branches(x)
         o = self.generated.op(**inputs) if cache is None else cache.attend(inputs)
         return self.o_proj(o.flatten(2))  # type: ignore[no-any-return]
 
-    def _rows(self, q: Tensor, k: Tensor, start: int) -> dict[str, Tensor]:
+    def rows(self, x: Tensor, start: int = 0) -> dict[str, Tensor]:
+        """What attention meets of x [B, L, width] from position `start`: q [B, L, heads, D] and k [B, L, kv_heads, D].
+
+        And q_m, k_m, q_r, k_r, where statistics or residual have rows of their own.
+        """
+        spec = self.spec
+        q = normed(self.q_norm, self.q_proj(x).unflatten(-1, (self.heads, spec.head_dim)))
+        k = normed(self.k_norm, self.k_proj(x).unflatten(-1, (self.kv_heads, spec.head_dim)))
         if self.rotary:
-            return self.rotary.rows(self.spec, q, k, start)
-        select, linear = self.spec.select, self.spec.linear
+            return self.rotary.rows(spec, q, k, start)
+        select, linear = spec.select, spec.linear
         own = [
             s
             for s, part in (("", True), ("_m", select and select.own_rows), ("_r", linear and linear.own_rows))
