@@ -165,9 +165,9 @@ def main() -> None:
             print({n: round(f, 3) if isinstance(f, float) else f for n, f in row.items()}, flush=True)
         del inputs, batch, calls
         torch.cuda.empty_cache()
-    if args.out:
-        shape = {"heads": HQ, "head_dim": D, "sequences": args.sequences, "longest": args.longest}
-        write("packed", {**shape, "rows": table}, args.out)
+        if args.out:
+            shape = {"heads": HQ, "head_dim": D, "sequences": args.sequences, "longest": args.longest}
+            write("packed", {**shape, "rows": table}, args.out)
 
 
 if __name__ == "__main__":

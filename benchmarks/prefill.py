@@ -178,8 +178,8 @@ def main() -> None:
         table.append(sizes | case(spec_of(kv_heads), args.cached, args.new, kernels=args.kernels))
         printed(table[-1])
         torch.cuda.empty_cache()
-    if args.out:
-        write("prefill", {"heads": HQ, "head_dim": D, "rows": table}, args.out)
+        if args.out:
+            write("prefill", {"heads": HQ, "head_dim": D, "rows": table}, args.out)
 
 
 if __name__ == "__main__":

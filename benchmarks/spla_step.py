@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.floors import PEAK_BYTES
 from benchmarks.record import write
-from benchmarks.timing import kernel_us, time_ms
+from benchmarks.timing import flushing, kernel_us, time_ms
 from splagen import random_cache, step_verification
 from splagen.autotune.cost import evaluate
 from splagen.autotune.step_cost import Step, step_sizes
@@ -140,8 +140,8 @@ def step_kernel_us(cache: SPLACache, tokens: list[Tensor]) -> dict[str, float]:
     """Microseconds of each kernel of a step, L2 flushed before."""
     start = cache.seqlens.clone()
     out = torch.empty_like(tokens[0])
-    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-    times = kernel_us(lambda: (flush.zero_(), cache.step(*tokens, out=out)), calls=10)
+    flush = flushing()
+    times = kernel_us(lambda: (flush(), cache.step(*tokens, out=out)), calls=10)
     cache.seqlens.copy_(start)
     return {name: us for name, us in times.items() if name in cache.library.module.SCHEDULES["sm_90"]["bf16"]}
 
@@ -190,8 +190,9 @@ def main() -> None:
             print({n: round(f, 3) if isinstance(f, float) else f for n, f in found.items()}, flush=True)
             del cache
             torch.cuda.empty_cache()
-    if args.out:
-        write("spla_step", {"heads": HQ, "head_dim": D, "block": BLOCK, "blocks": FREE + 3, "rows": rows}, args.out)
+            if args.out:
+                sizes = {"heads": HQ, "head_dim": D, "block": BLOCK, "blocks": FREE + 3}
+                write("spla_step", {**sizes, "rows": rows}, args.out)
 
 
 if __name__ == "__main__":

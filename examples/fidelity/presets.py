@@ -71,7 +71,7 @@ class Training:
     weight_decay: float = 0.1
     clip: float = 1.0
     recall_share: float = 0.5
-    recall_pairs: int = 64
+    recall_pairs: int = 128
     chunk: int = 10
     validate_every: int = 250
     validation_windows: int = 32
@@ -96,8 +96,8 @@ class Evaluation:
         buckets: ranges of positions.
     """
 
-    lengths: tuple[float, ...] = (0.25, 0.5, 1, 2, 4)
-    depths: tuple[float, ...] = (0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1)
+    lengths: tuple[float, ...] = (0.25, 0.5, 1, 2)
+    depths: tuple[float, ...] = (0, 0.25, 0.5, 0.75, 1)
     samples: int = 32
     distractors: int = 16
     position_contexts: int = 2

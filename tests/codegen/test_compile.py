@@ -53,7 +53,7 @@ def test_kernels_of_a_decoding_step_compile_for_every_target(tmp_path: Path) -> 
     raise_if_failed(found)
     assert len(found) == 6 * len(TARGETS)
     spilled = {r.kernel: r.spilled for r in found if r.arch == "sm_90" and r.spilled}
-    assert all(kernel in ("attend", "score") and n < 64 for kernel, n in spilled.items()), spilled  # outside of loops
+    assert all(kernel == "attend" and n < 64 for kernel, n in spilled.items()), spilled  # outside of its loop
     assert {r.kernel for r in found if r.register_a} == {"attend"}
 
 
