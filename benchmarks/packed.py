@@ -1,6 +1,6 @@
 """Packed sequences of random lengths beside as many tokens in sequences of one length, by the same spec.
 
-python -m benchmarks.packed [--sequences 64] [--longest 8192] [--kv-heads 2 8] [--out DIR]
+python -m benchmarks.packed [--sequences 64] [--longest 8192] [--kv-heads 2 8] [--kernels] [--out DIR]
 
 `random` are packed sequences of 1 to `longest` tokens, `equal` packed ones of the mean length, `batch` the op without
 packing on those.  The kernels are compared with the oracle first, and some of the random sequences bit for bit with
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import write
-from benchmarks.timing import peak_bytes, repeats_for, time_ms
+from benchmarks.timing import kernel_us, peak_bytes, repeats_for, time_ms
 from splagen import pipeline
 from splagen.kinds import oracle
 from splagen.packed_ops import ROWS
@@ -117,18 +117,20 @@ def gate(packed: PackedLibrary, alone: Library, inputs: dict[str, Tensor], lengt
             raise AssertionError(f"sequence {number} of {lengths[number]} tokens differs from what it gets alone")
 
 
-def measured(call: Call) -> dict[str, float]:
-    """Milliseconds and peak memory of the kernels."""
+def measured(call: Call, *, kernels: bool) -> dict[str, Any]:
+    """Milliseconds and peak memory of the passes, with `kernels` microseconds of each kernel too."""
     forward: Callable[[], object] = call.forward
     results = call.forward()
 
     def backward() -> object:
         return call.backward(results)
 
-    found = {}
+    found: dict[str, Any] = {}
     for name, run in (("forward", forward), ("backward", backward)):
         found[f"{name}_ms"] = time_ms(run, repeats_for(run), asleep=True).median
         found[f"{name}_peak_gib"] = peak_bytes(run) / 2**30
+        if kernels:
+            found[f"{name}_kernels_us"] = kernel_us(run)
     return found
 
 
@@ -138,6 +140,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--longest", type=int, default=8192)
     parser.add_argument("--kv-heads", type=int, nargs="+", default=[2, 8])
+    parser.add_argument("--kernels", action="store_true", help="also the time of each kernel")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     lengths = lengths_of(args.sequences, args.longest)
@@ -157,7 +160,7 @@ def main() -> None:
             "equal": Call(packed, inputs, (even, mean)),
             "batch": Call(alone, batch, None),
         }
-        found = {name: measured(call) for name, call in calls.items()}
+        found = {name: measured(call, kernels=args.kernels) for name, call in calls.items()}
         for name, figures in found.items():
             ratios = {f"{x}_ratio": figures[f"{x}_ms"] / found["batch"][f"{x}_ms"] for x in ("forward", "backward")}
             row = {"sequences": name, "kv_heads": kv_heads, "tokens": tokens, "aim_ratio": AIM, **figures, **ratios}

@@ -1,12 +1,13 @@
-"""Write the tables of README.md from the records of measurements.
+"""Write the tables of README.md and docs/results.md from the records of measurements.
 
 Between `<!-- results:begin NAME: COLUMN ... -->` and `<!-- results:end -->` stand the rows of
 benchmarks/results/NAME.json, or its figures where it has no rows; without columns all of them.  NAME/LIST has those of
 another list in it.  A number in a dict of a row is the column errors.o or forward.ms, and errors.max is the largest.
-A missing record is named there.  NAME byte_lm stands for the models in examples/results/, NAME pictures for what
+A missing record is named there.  NAME byte_lm stands for the models in examples/results/, NAME fidelity for the study
+in examples/results/fidelity/, NAME selection_recall for its record at blocks of 64, NAME pictures for what
 benchmarks.plots draws.  From the repository root:
 
-    python -m benchmarks.readme_tables            # rewrites README.md
+    python -m benchmarks.readme_tables            # rewrites them
     python -m benchmarks.readme_tables --check    # exit status 1 if that would change it
 """
 
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs/results.md")
 SECTION = re.compile(r"(<!-- results:begin (\w+(?:/\w+)?)(?:: ([\w. ]+?))? -->\n).*?(<!-- results:end -->)", re.DOTALL)
 UNITS = ("ms", "us", "s", "gib", "mib", "kib", "tflops")
 SPELLED = {"us": "µs", "gib": "GiB", "mib": "MiB", "kib": "KiB", "tflops": "TFLOP/s"}
@@ -32,7 +34,7 @@ KINDS = ("dense", "sparse", "spla", "spla_residual")  # examples/byte_lm.py
 
 
 def updated(text: str, root: Path = ROOT) -> str:
-    """Return README's text with every section rendered from the records under `root`."""
+    """Return a page's text with every section rendered from the records under `root`."""
 
     def filled(found: re.Match[str]) -> str:
         begin, name, columns, end = found.groups()
@@ -45,6 +47,10 @@ def section(name: str, columns: Sequence[str], root: Path) -> str:
     """Return the markdown of one section."""
     if name == "byte_lm":
         return byte_lm(root)
+    if name == "fidelity":
+        return fidelity(root)
+    if name == "selection_recall":
+        return selection_recall(root)
     if name == "pictures":
         return pictures(root)
     name, _, listed = name.partition("/")
@@ -117,6 +123,34 @@ def byte_lm(root: Path) -> str:
     return f"{table(rows)}\n\n{drawn}{_source(paths, list(found.values()), root)}"
 
 
+def fidelity(root: Path) -> str:
+    """Return the tables of the study on real text."""
+    from examples.fidelity import report
+
+    folder = root / "examples/results/fidelity"
+    paths = sorted(folder.glob("h200-*.json"))
+    if not paths:
+        return "*No records `examples/results/fidelity/h200-*.json` yet.*"
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return f"{report.markdown(report.load(folder, 'h200'))}\n\n{_source([folder / 'h200-*.json'], records, root)}"
+
+
+def selection_recall(root: Path) -> str:
+    """Return what blocks of 64 hold that each metric chooses, against the best choice, by layer and budget."""
+    path = root / "benchmarks/results/selection_recall.json"
+    record = _read(path)
+    if record is None:
+        return f"*No record `{path.relative_to(root).as_posix()}` yet.*"
+    found: dict[str, dict[str, Any]] = {}
+    for row in record["figures"]["rows"]:
+        if row["block"] == 64 and row["metric"] != "best":
+            of_metric = found.setdefault(row["metric"], {"metric": row["metric"]})
+            of_metric[f"{row['source']}, {row['budget']} blocks"] = f"{row['of_best']:.4f}"
+            if row["budget"] == 8:
+                of_metric[f"{row['source']}, union of 8"] = row["union"]
+    return f"{table([*found.values()])}\n\n{_source([path], [record], root)}"
+
+
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:
     """Return rows as a markdown table of the columns, by default all; numbers to the right."""
     present = dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, (list, dict)))
@@ -184,19 +218,21 @@ def _read(path: Path) -> dict[str, Any] | None:
 def main() -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.readme_tables", description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if README.md is behind")
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if a page is behind")
     given = parser.parse_args()
-    readme = ROOT / "README.md"
-    before = readme.read_text(encoding="utf-8")
-    after = updated(before)
-    if after == before:
-        return 0
-    if given.check:
-        print("README.md is behind the records: run python -m benchmarks.readme_tables")
-        return 1
-    readme.write_text(after, encoding="utf-8")
-    print(f"wrote {readme}")
-    return 0
+    behind = False
+    for path in PAGES:
+        before = path.read_text(encoding="utf-8")
+        after = updated(before)
+        if after == before:
+            continue
+        behind = True
+        if given.check:
+            print(f"{path.name} is behind the records: run python -m benchmarks.readme_tables")
+        else:
+            path.write_text(after, encoding="utf-8")
+            print(f"wrote {path}")
+    return int(behind and given.check)
 
 
 if __name__ == "__main__":

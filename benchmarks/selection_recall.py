@@ -1,13 +1,15 @@
 """How much attention the blocks hold that a metric chooses, for q and k of a model.
 
-    python -m benchmarks.selection_recall --qk FILE.pt [--length 32768] [--device cuda]
+    python -m benchmarks.selection_recall --qk FILE.pt ... [--length 32768] [--device cuda]
     python -m benchmarks.selection_recall --byte-lm 200       # q and k of the byte model, trained that many steps
 
-FILE is torch.save({"q": q [1, L, Hq, D], "k": k [1, L, Hkv, D]}) of one layer, as attention meets them.  For some
-queries the attention that each block holds is formed exactly, summed over the heads of a group.  The best `budget`
-far blocks by that, and those by each metric, are compared: `of_best` is the one over the other, `covered` all attention
-that the query then sees, forced blocks included.  Metrics of the library are evaluated by their definition; the full
-covariance, which the library does not have, by the variance of the scores of a block's keys, which is the same number.
+FILE is torch.save({"q": q [1, L, Hq, D], "k": k [1, L, Hkv, D]}) of one layer, as attention meets them; those of
+several layers have the same sizes.  For some queries the attention that each block holds is formed exactly, summed over
+the heads of a group.  The best `budget` far blocks by that, and those by each metric, are compared: `of_best` is the
+one over the other, `covered` all attention that the query then sees, forced blocks included, and `union` how many
+blocks 16 neighbouring queries choose together, over how many one chooses.  Metrics of the library are evaluated by
+their definition; the full covariance, which the library does not have, by the variance of the scores of a block's keys,
+which is the same number.
 Writes benchmarks/results/selection_recall.json and draws docs/selection_recall.png.
 """
 
@@ -95,22 +97,30 @@ def _by_full_covariance(scores: Tensor, usable: Tensor, form: str) -> Tensor:
 
 
 def recall(m: Masses, budget: int) -> dict[str, dict[str, float]]:
-    """By metric: `of_best` and `covered`, averaged over the queries with more far blocks than the budget."""
+    """By metric `of_best`, `covered` and `union`, averaged over the queries with more far blocks than the budget.
+
+    `union`: how many blocks STRETCH neighbours choose together, over how many one chooses.
+    """
     rows = m.far.sum(1) > budget
+    alike = rows.view(-1, STRETCH).all(1)
     held, far = m.held[:, rows], m.far[rows]
     total = held.sum(-1)  # heads of a group
     forced = held.masked_fill(far, 0).sum(-1)
 
     def chosen(by: Tensor) -> Tensor:
-        best = by.masked_fill(~far, -1).topk(budget, -1).indices
-        return held.gather(-1, best).sum(-1)
+        return by.masked_fill(~m.far, -1).topk(budget, -1).indices
 
-    best = chosen(held)
+    best = held.gather(-1, chosen(m.held)[:, rows]).sum(-1)
     found = {}
-    for name, score in {"best": held, **m.scores}.items():
-        got = chosen(score if name == "best" else score[:, rows])
+    for name, score in {"best": m.held, **m.scores}.items():
+        blocks = chosen(score)
+        got = held.gather(-1, blocks[:, rows]).sum(-1)
         of_best, covered = (got / best).mean(), ((got + forced) / total).mean()
         found[name] = {"of_best": float(of_best), "covered": float(covered)}
+        if alike.any():
+            taken = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, blocks, True)
+            together = taken.unflatten(1, (-1, STRETCH))[:, alike].any(2).sum(-1)
+            found[name]["union"] = float((together / budget).mean())
     return found
 
 
@@ -139,20 +149,23 @@ def measure(
 
 
 def draw(rows: Sequence[Mapping[str, Any]], title: str, target: Path) -> Path:
-    """`of_best` against the budget: a panel for each block size, a line for each metric."""
+    """`of_best` against the budget: panels for each source and block size, a line for each metric."""
     plt = pyplot()
-    blocks = sorted({r["block"] for r in rows})
-    figure, panels = plt.subplots(1, len(blocks), figsize=(4.2 * len(blocks), 4), sharey=True, squeeze=False)
-    for panel, block in zip(panels[0], blocks, strict=True):
-        for i, name in enumerate(METRICS):
-            line = [(r["budget"], r["of_best"]) for r in rows if (r["block"], r["metric"]) == (block, name)]
-            style = "--" if "cumulant" in name else "-"
-            panel.plot(*zip(*line, strict=True), style, color=f"C{i}", marker="o", markersize=3, label=name)
-        panel.set_xscale("log", base=2)
-        panel.set_xlabel("blocks chosen")
-        panel.set_title(f"blocks of {block}")
-        panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("attention held, over that of the best choice")
+    sources, blocks = list(dict.fromkeys(r["source"] for r in rows)), sorted({r["block"] for r in rows})
+    size = 4.2 * len(blocks), 3.6 * len(sources) + 0.4
+    figure, panels = plt.subplots(len(sources), len(blocks), figsize=size, sharey="row", squeeze=False)
+    for line_of_panels, source in zip(panels, sources, strict=True):
+        for panel, block in zip(line_of_panels, blocks, strict=True):
+            for i, name in enumerate(METRICS):
+                found = [r for r in rows if (r["source"], r["block"], r["metric"]) == (source, block, name)]
+                style = "--" if "cumulant" in name else "-"
+                points = zip(*((r["budget"], r["of_best"]) for r in found), strict=True)
+                panel.plot(*points, style, color=f"C{i}", marker="o", markersize=3, label=name)
+            panel.set_xscale("log", base=2)
+            panel.set_xlabel("blocks chosen")
+            panel.set_title(f"{source}, blocks of {block}", fontsize=9)
+            panel.grid(alpha=0.3)
+        line_of_panels[0].set_ylabel("attention held, over that of the best choice")
     panels[0][-1].legend(fontsize=7)
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
@@ -163,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, record and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--qk", type=Path)
+    source.add_argument("--qk", type=Path, nargs="+", metavar="FILE.pt")
     source.add_argument("--byte-lm", type=int, metavar="STEPS")
     parser.add_argument("--length", type=int, help="keep the first positions only")
     parser.add_argument("--stretches", type=int, default=32, help=f"of {STRETCH} queries each")
@@ -172,26 +185,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     given = parser.parse_args(arguments)
     if given.qk:
-        q, k = read_qk(given.qk)
-        name = given.qk.stem
+        layers = {path.stem: read_qk(path) for path in given.qk}
     else:
         from examples.real_qkv import real_qkv
 
         length = given.length or 2048
         q, k, _ = real_qkv(length, head_dim=64, steps=given.byte_lm, context=length)
-        name = f"byte model of two layers, {given.byte_lm} training steps"
-    q, k = (x[:, : given.length].to(given.device) for x in (q, k))
-    rows = measure(q, k, stretches=given.stretches)
-    sizes = {
-        "source": name,
-        "length": q.shape[1],
-        "q_heads": q.shape[2],
-        "kv_heads": k.shape[2],
-        "head_dim": q.shape[3],
-    }
+        layers = {f"byte model of two layers, {given.byte_lm} training steps": (q, k)}
+    if len({(q.shape, k.shape) for q, k in layers.values()}) > 1:
+        parser.error("files of different sizes: give each a run, and --results and --docs, of its own")
+    rows = []
+    for name, pair in layers.items():
+        q, k = (x[:, : given.length].to(given.device) for x in pair)
+        rows += [{"source": name, **row} for row in measure(q, k, stretches=given.stretches)]
+    sizes = {"length": q.shape[1], "q_heads": q.shape[2], "kv_heads": k.shape[2], "head_dim": q.shape[3]}
     queries = STRETCH * given.stretches
     print(write("selection_recall", {**sizes, "queries": queries, "rows": rows}, given.results))
-    title = f"{name}: L = {q.shape[1]}, Hq = {q.shape[2]}, Hkv = {k.shape[2]}, D = {q.shape[3]}, {queries} queries"
+    title = f"L = {q.shape[1]}, Hq = {q.shape[2]}, Hkv = {k.shape[2]}, D = {q.shape[3]}, {queries} queries"
     print(draw(rows, title, given.docs / "selection_recall.png"))
 
 

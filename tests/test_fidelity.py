@@ -326,10 +326,10 @@ def test_train_convert_and_report(
     q, _ = read_qk(tmp_path / "qk" / "dense-seed1-layer1.pt")
     assert q.shape[1] == SMALL.context
     capsys.readouterr()
-    report.main(["--records", str(tmp_path), "--preset", "tiny"])
+    report.main(["--records", str(tmp_path), "--docs", str(tmp_path), "--preset", "tiny"])
     printed = capsys.readouterr().out
     assert "dense → spla2" in printed
-    assert all((tmp_path / f"tiny-{n}.png").stat().st_size > 10_000 for n in ("curves", "position", "recall"))
+    assert all((tmp_path / f"fidelity_{n}.png").stat().st_size > 10_000 for n in ("curves", "position", "recall"))
 
 
 def test_the_share_of_a_gap_that_closes() -> None:

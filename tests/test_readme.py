@@ -144,8 +144,12 @@ def test_files_and_targets_that_are_named_exist() -> None:
 # -- tables ------------------------------------------------------------------------------------------------
 
 
-def test_tables_are_those_of_the_records() -> None:
-    assert readme_tables.updated(README) == README, "run python -m benchmarks.readme_tables"
+@pytest.mark.parametrize("page", readme_tables.PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_records(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert readme_tables.updated(text) == text, "run python -m benchmarks.readme_tables"
+    for target in re.findall(r"\]\(([\w/.]+)\)", text):
+        assert (page.parent / target).exists(), target
 
 
 def test_a_missing_record_is_named(tmp_path: Path) -> None:

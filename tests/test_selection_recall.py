@@ -47,6 +47,18 @@ def test_equal_keys_in_a_block_are_ranked_exactly_by_any_metric() -> None:
         assert figures["of_best"] == pytest.approx(1), name
 
 
+def test_equal_neighbours_choose_as_many_blocks_together_as_one() -> None:
+    q, k = rows()
+    q = q[:, :, ::2]
+    starts = [208, 256]  # of a block: its queries have the same far blocks
+    alone = recall(masses(q, k, 16, starts, METRICS), 3)
+    for start in starts:
+        q[:, start : start + 16] = q[:, start : start + 1].clone()
+    for name, figures in recall(masses(q, k, 16, starts, METRICS), 3).items():
+        assert figures["union"] == 1
+        assert 1 < alone[name]["union"] <= 16
+
+
 def test_a_query_before_the_first_block_ends_has_no_score() -> None:
     q, k = rows(length=40)
     found = masses(q, k, 16, [0], {"full": "taylor", "order 1": taylor(order=1)})
@@ -66,10 +78,16 @@ def test_a_budget_that_holds_all_far_blocks_has_no_row() -> None:
 def test_a_file_becomes_a_record_and_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     q, k = rows()
-    torch.save({"q": q, "k": k}, tmp_path / "layer.pt")
+    torch.save({"q": q, "k": k}, tmp_path / "one.pt")
+    torch.save({"q": k[:, :, [0, 0, 1, 1]], "k": q[:, :, :2]}, tmp_path / "other.pt")
     folders = ["--results", str(tmp_path), "--docs", str(tmp_path / "docs")]
-    main(["--qk", str(tmp_path / "layer.pt"), "--length", "290", "--stretches", "2", "--device", "cpu", *folders])
+    layers = [str(tmp_path / f"{name}.pt") for name in ("one", "other")]
+    main(["--qk", *layers, "--length", "290", "--stretches", "2", "--device", "cpu", *folders])
     figures = json.loads((tmp_path / "selection_recall.json").read_text())["figures"]
-    assert (figures["source"], figures["length"], figures["queries"]) == ("layer", 290, 32)
-    assert {r["metric"] for r in figures["rows"]} == {"best", *METRICS}
+    assert (figures["length"], figures["queries"]) == (290, 32)
+    for name in ("one", "other"):
+        assert {r["metric"] for r in figures["rows"] if r["source"] == name} == {"best", *METRICS}
     assert (tmp_path / "docs/selection_recall.png").read_bytes()[:4] == b"\x89PNG"
+    torch.save({"q": q[:, :200], "k": k[:, :200]}, tmp_path / "short.pt")
+    with pytest.raises(SystemExit):
+        main(["--qk", layers[0], str(tmp_path / "short.pt"), *folders])

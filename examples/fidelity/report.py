@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.record import ROOT
 from examples.fidelity import variants
 from examples.fidelity.presets import PRESETS
 from examples.fidelity.run import RESULTS
+from splagen.figure import pyplot, saved
 
 Figures = dict[str, Any]
 Study = dict[str, dict[int, Figures]]
@@ -145,25 +149,38 @@ def conversions(study: Study) -> Table:
     return table
 
 
+def tables(study: Study) -> list[Table]:
+    """All tables of a study."""
+    found = [quality(study), retrieval(study), retrieval(study, "recall_loss")]
+    return [*found, conversions(study)] if any(label.startswith(ARROW) for label in study) else found
+
+
+def markdown(study: Study) -> str:
+    """The tables as text for a page."""
+    parts = []
+    for made in tables(study):
+        title, made.title = made.title, None
+        written = Console(file=StringIO(), width=1000)
+        written.print(made)
+        assert isinstance(written.file, StringIO)
+        lines = [line.strip() for line in written.file.getvalue().splitlines() if line.strip()]
+        parts.append(f"{title}:\n\n" + "\n".join(re.sub(" +", " ", line) for line in lines))
+    return "\n\n".join(parts)
+
+
 def mean(rows: Sequence[Sequence[float]]) -> list[float]:
     """Column by column."""
     return [statistics.fmean(column) for column in zip(*rows, strict=True)]
 
 
-def plots(study: Study, folder: Path, preset: str) -> list[Path]:
+def plots(study: Study, folder: Path) -> list[Path]:
     """Draw loss curves, loss by position and recall by depth, means over seeds; the paths of the PNG files."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     paths: list[Path] = []
     colours = plt.get_cmap("tab20")
 
     def finish(figure: Any, name: str) -> None:
-        paths.append(folder / f"{preset}-{name}.png")
-        figure.savefig(paths[-1], dpi=150)
-        plt.close(figure)
+        paths.append(saved(figure, folder / f"fidelity_{name}.png"))
 
     shown = list(enumerate(study.items()))
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", squeeze=False)
@@ -215,19 +232,17 @@ def plots(study: Study, folder: Path, preset: str) -> list[Path]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m examples.fidelity.report", description=__doc__.partition("\n")[0])
-    parser.add_argument("--records", type=Path, default=RESULTS, help="folder of records, and of the pictures")
+    parser.add_argument("--records", type=Path, default=RESULTS, help="folder of records")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of pictures")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="h200")
     parser.add_argument("--no-plots", action="store_true")
     given = parser.parse_args(arguments)
     study = load(given.records, given.preset)
     console = Console(width=200)
-    tables = [quality(study), retrieval(study), retrieval(study, "recall_loss")]
-    if any(label.startswith(ARROW) for label in study):
-        tables.append(conversions(study))
-    for table in tables:
-        console.print(table)
+    for made in tables(study):
+        console.print(made)
     if not given.no_plots:
-        for path in plots(study, given.records, given.preset):
+        for path in plots(study, given.docs):
             print(path)
 
 

@@ -182,9 +182,8 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
                 return {"BLOCK_N": min(geometry.block, 64), "BLOCK_E": block_e, "num_warps": warps, "num_stages": 1}
             return {"BLOCK_N": 16, "BLOCK_E": block_e, "num_warps": warps, "num_stages": 2}
         case "decode_score":
-            large = arch in ("sm_90", "sm_100") and widest <= 128 and not wide and not geometry.rank
             block_c = 64 if widest <= 128 and not wide and arch != "gfx942" else 32
-            stages = 2 if large or widest * (1 + wide) > 256 else 3
+            stages = 2 if widest * (1 + wide) > 256 else 3
             read = sum(a.width[-1] for a in kernel.inputs if a.layout == "pages")
             while geometry.rank and DTYPES[dtype] * max(stages - 1, 1) * block_c * read > _half_shared(arch):
                 if block_c > 32 or (stages == 2 and block_c > 16):

@@ -20,6 +20,7 @@ from splagen.codegen.tile_code import (
     Walk,
     accumulators,
     apart,
+    entries,
     entries_ahead,
     follows_softmax,
     operands,
@@ -118,7 +119,9 @@ class _KeyKernel:
             )
             chosen["count"] = "chosen"
             title, first = "queries that chose the block", "tl.maximum(start, forced)"
-            lines = entries_ahead(first, " - forced")
+            shift = " - forced"
+            # kernels that also hand on what the rows get have no registers left for entries read ahead
+            lines = entries(shift) if self.group.to_rows else entries_ahead(first, shift)
             loops += self._loop(title, walk.chosen_facts, *lines, first, "stop", self.group.to_rows)
         key_side = Rows(geometry, "key", False)
         for v in self.keys_used:

@@ -189,6 +189,38 @@ class Selection:
         lows, highs = zip(*(interval_text(i, names, extent) for i in found), strict=True)
         return [f"low = {_nested('tl.minimum', lows)}", f"high = {_nested('tl.maximum', highs)}"]
 
+    def of_all(self, mask: Var, variable: sp.Symbol, of: sp.Symbol, ends: tuple[str, str], extent: str) -> str:
+        """The number below which, from `low` of `bounds` on, the mask holds for all of `of` between its ends.
+
+        `low` where that is not known: then it holds for none.
+        """
+        first, last = (symbol(e) for e in ends)
+        cases = list(terms(predicate(self.program, mask, PLACES)))
+        if len(cases) > 1:
+            return "low"
+        worst = [sp.expand(a.subs(of, first if a.coeff(of) > 0 else last)) for a in cases[0]]
+        exist = [LENGTH - 1 - last]
+        case = sp.And(*(sp.Ge(a, 0) for a in worst if not implied(a, exist, {})))
+        found: list[Interval] = intervals(case, variable, {})
+        low, high = interval_text(found[0], {s: s for s in (*ends, "L")}, extent)
+        return high if len(found) == 1 and f"low = {low}" == self.bounds(mask, variable, of, ends, extent)[0] else "low"
+
+    def usable_where_far(self) -> bool:
+        """Whether the queries that exist of a tile may use every cell of a block that the tile may choose."""
+        tile, cells, (first, count) = self.geometry.tile, self.geometry.cells, self.band()
+        exist = LENGTH - 1 - tile * TILE, LENGTH - 1 - self.geometry.block * BLOCK
+        ends = [
+            {QUERY: tile * TILE + m, CELL: cells * BLOCK + first + c} for m in (0, tile - 1) for c in (0, count - 1)
+        ]
+        far = [(*case, *exist) for case in terms(predicate(self.program, self.far, PLACES))]
+        return any(
+            all(implied(sp.expand(a.xreplace(end)), known, {}) for a in case for end in ends for known in far)
+            for case in (
+                [a for a in atoms if not implied(a, ROW_EXISTS, {})]
+                for atoms in terms(predicate(self.program, self.usable, PLACES))
+            )
+        )
+
     # -- the metric ---------------------------------------------------------------------------------------
 
     def mass(self) -> tuple[sp.Expr, sp.Expr]:

@@ -110,14 +110,17 @@ class SelectionCode:
         text = triton_text(exponent, names)
         mass = _times("tl.exp2(exponent - safe[:, None])", weight, names)
         rows = Rows(self.geometry, "query", False)
+        where = selection.usable, CELL, QUERY, ("first_query", "last_query"), "nC"
         holes = {
             "cells": self.geometry.cells,
             "columns": "\n".join(self.geometry.columns(("d",))),
             "rows": "\n".join(self.rows()),
-            "bounds": "\n".join(selection.bounds(selection.usable, CELL, QUERY, ("first_query", "last_query"), "nC")),
+            "bounds": "\n".join(selection.bounds(*where)),
+            "of_all": selection.of_all(*where),
             "loads": "\n".join(self.loads()),
             "scores": "\n".join(lines),
-            "exponent": text if usable == "True" else f'tl.where({usable}, {text}, -float("inf"))',
+            "exponent": text,
+            "masked_exponent": text if usable == "True" else f'tl.where({usable}, {text}, -float("inf"))',
             "mass": mass,
             "store": rows.store(self.lse_array, "lse"),
         }
@@ -147,7 +150,8 @@ class SelectionCode:
             f"norm = {load} * {float(LOG2_E)}  # base 2; rows that do not exist have no share",
         ]
         share = _times(f"tl.exp2({triton_text(exponent, names)} - norm[:, None])", weight, names)
-        lines.append(f"share = {share if usable == 'True' else f'tl.where({usable}, {share}, 0.0)'}")
+        bare = usable == "True" or selection.usable_where_far()
+        lines.append(f"share = {share if bare else f'tl.where({usable}, {share}, 0.0)'}")
         heads = 1 << (geometry.group - 1).bit_length()
         carried, pool = self.pool()
         holes = {

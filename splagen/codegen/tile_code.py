@@ -333,21 +333,27 @@ def row_scalars(tiles: Iterable[Tile], sums: Iterable[Sum]) -> list[Var]:
     return list(dict.fromkeys(v for v in used if is_query_row(v) and v.kind == "real"))
 
 
-def entries_ahead(first: str, shift: str = "") -> tuple[str, str]:
-    """Lines before a loop over the rows that chose a key block, from `first` on, and in it: a row's entry and its tile.
+def entries(shift: str = "") -> tuple[str, str]:
+    """Lines before a loop over the rows that chose a key block, and in it: a row's entry and its tile.
 
-    Loads of a row wait for its entry, so that is read one visit ahead.  `shift` goes from numbers of rows' tiles to
-    places in the block's list.
+    `shift` goes from numbers of rows' tiles to places in the block's list.
     """
-    entry = "ahead = tl.load(listed + {0} // ROWS, mask={0} < last, other=0)"
-    before = [
-        f"listed = work_entries_ptr + bh * nT * BUDGET + chosen_first{shift}",
-        f"row = {first} * ROWS + tl.arange(0, BLOCK_M)",
-        entry.format("row"),
-    ]
-    inside = ["entry = ahead", "following = row + BLOCK_M", entry.format("following")]
-    inside.append("tile = (entry // BUDGET).to(tl.int64)")
+    return f"listed = {_LISTED}{shift}", "\n".join([f"entry = {_entry('row')}", _TILE_OF_ENTRY])
+
+
+def entries_ahead(first: str, shift: str = "") -> tuple[str, str]:
+    """The same from row tile `first` on, each entry read one visit ahead: loads of a row wait for it."""
+    before = [f"listed = {_LISTED}{shift}", f"row = {first} * ROWS + tl.arange(0, BLOCK_M)", f"ahead = {_entry('row')}"]
+    inside = ["entry = ahead", "following = row + BLOCK_M", f"ahead = {_entry('following')}", _TILE_OF_ENTRY]
     return "\n".join(before), "\n".join(inside)
+
+
+_LISTED = "work_entries_ptr + bh * nT * BUDGET + chosen_first"
+_TILE_OF_ENTRY = "tile = (entry // BUDGET).to(tl.int64)"
+
+
+def _entry(row: str) -> str:
+    return f"tl.load(listed + {row} // ROWS, mask={row} < last, other=0)"
 
 
 def part_array(v: Var, geometry: Geometry) -> Array:
