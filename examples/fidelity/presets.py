@@ -57,7 +57,7 @@ class Training:
         batch: windows per step.
         lr: the highest learning rate: after `warmup` steps, before a cosine to a tenth.
         recall_share: of the windows of a step, about so many carry pairs to recall.
-        recall_pairs: pairs in such a window.
+        recall_pairs: pairs in such a window, 1 to so many: evaluation has others than the mean.
         chunk: steps between two looks at the clock and the losses, which wait for the GPU.
         validate_every: steps, a multiple of `chunk`.
         validation_windows: windows of a validation, the same each time.

@@ -34,7 +34,7 @@ def batch(text: Bytes, shape: Shape, training: Training, seed: int, step: int) -
     rows = windows(text, rng.integers(len(text) - length + 1, size=training.batch), length)
     for row in rows:
         if rng.random() < training.recall_share:
-            recall.insert(row, rng, training.recall_pairs)
+            recall.insert(row, rng, int(rng.integers(1, training.recall_pairs, endpoint=True)))
     return rows
 
 
