@@ -196,14 +196,16 @@ class Selection:
         """
         first, last = (symbol(e) for e in ends)
         cases = list(terms(predicate(self.program, mask, PLACES)))
-        if len(cases) > 1:
+        if len(cases) != 1:
             return "low"
         worst = [sp.expand(a.subs(of, first if a.coeff(of) > 0 else last)) for a in cases[0]]
         exist = [LENGTH - 1 - last]
         case = sp.And(*(sp.Ge(a, 0) for a in worst if not implied(a, exist, {})))
         found: list[Interval] = intervals(case, variable, {})
+        if len(found) != 1:
+            return "low"
         low, high = interval_text(found[0], {s: s for s in (*ends, "L")}, extent)
-        return high if len(found) == 1 and f"low = {low}" == self.bounds(mask, variable, of, ends, extent)[0] else "low"
+        return high if f"low = {low}" == self.bounds(mask, variable, of, ends, extent)[0] else "low"
 
     def usable_where_far(self) -> bool:
         """Whether the queries that exist of a tile may use every cell of a block that the tile may choose."""

@@ -224,6 +224,25 @@ def test_schedules_do_not_change_the_choice(out: Path, changes: dict[str, object
     compare(spec, out, 1, length, 1, score_topk=schedule, score_lse={"BLOCK_M": 128, "BLOCK_C": 64})
 
 
+@pytest.mark.parametrize("block_m", [64, 512])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"group": 1},
+        {"group": 4, "statistics": "cells"},
+        {"group": 1, "statistics": "windows", "block": 64, "sinks": 0},
+        {"group": 1, "causal": False},
+        {"group": 2, "metric": "rank 2"},
+    ],
+    ids=str,
+)
+def test_tiles_of_cells_with_and_without_a_mask_add_up(out: Path, changes: dict[str, object], block_m: int) -> None:
+    """All of 64 rows may use many tiles of cells; between the first and the last of 512 rows lies more than one."""
+    spec = spec_of(**{"block": 16, **changes})  # type: ignore[arg-type]
+    length = 600 if changes["group"] == 1 else 400
+    compare(spec, out, 1, length, 1, score_lse={"BLOCK_M": block_m, "BLOCK_C": 16}, score_topk={"BLOCK_C": 64})
+
+
 @pytest.mark.parametrize("head_dim", [24, 80])
 def test_head_dims_are_padded(out: Path, head_dim: int) -> None:
     compare(spec_of(head_dim=head_dim), out, 2, 70, 1)
