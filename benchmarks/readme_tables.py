@@ -45,14 +45,8 @@ def updated(text: str, root: Path = ROOT) -> str:
 
 def section(name: str, columns: Sequence[str], root: Path) -> str:
     """Return the markdown of one section."""
-    if name == "byte_lm":
-        return byte_lm(root)
-    if name == "fidelity":
-        return fidelity(root)
-    if name == "selection_recall":
-        return selection_recall(root)
-    if name == "pictures":
-        return pictures(root)
+    if own := {f.__name__: f for f in (byte_lm, fidelity, selection_recall, pictures)}.get(name):
+        return own(root)
     name, _, listed = name.partition("/")
     path = root / "benchmarks/results" / f"{name}.json"
     record = _read(path)
@@ -131,7 +125,7 @@ def fidelity(root: Path) -> str:
     paths = sorted(folder.glob("h200-*.json"))
     if not paths:
         return "*No records `examples/results/fidelity/h200-*.json` yet.*"
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    records = [record for path in paths if (record := _read(path))]
     return f"{report.markdown(report.load(folder, 'h200'))}\n\n{_source([folder / 'h200-*.json'], records, root)}"
 
 

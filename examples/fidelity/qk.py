@@ -17,9 +17,8 @@ from torch import Tensor
 from examples.fidelity import text, variants
 from examples.fidelity.model import Decoder, build
 from examples.fidelity.presets import PRESETS
-from examples.fidelity.run import Job
+from examples.fidelity.run import Job, add_place, place
 from examples.fidelity.train import on, weights
-from splagen import settings
 from splagen.nn import SPLAAttention
 
 
@@ -56,26 +55,22 @@ def rows(model: Decoder, window: Tensor, layers: Sequence[int]) -> dict[int, tup
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the files, and print their names."""
     parser = argparse.ArgumentParser(prog="python -m examples.fidelity.qk", description=__doc__.partition("\n")[0])
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="h200")
+    add_place(parser)
     parser.add_argument("--variant", choices=list(variants.ABOUT), default="dense", metavar="NAME")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", nargs="+", type=int, default=[0])
     parser.add_argument("--length", type=int, help="bytes; default: the context that the model was trained with")
-    parser.add_argument("--device", help="default: a GPU if there is one")
-    parser.add_argument("--work", type=Path, help="folder of text and checkpoints; default: in splagen's cache")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     given = parser.parse_args(arguments)
     shape = PRESETS[given.preset].shape
-    device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    work = (given.work or settings.cache_dir() / "fidelity") / given.preset
+    device, work = place(given)
     model = build(variants.variant(given.variant, shape.layers), shape, given.seed, device)
     model.load_state_dict(weights(work / f"{Job(given.variant, given.seed).name}.pt"))
     window = text.spread(text.load(work.parent).validation, given.length or shape.context, 3)[1:2]
     given.out.mkdir(parents=True, exist_ok=True)
     for layer, (q, k) in rows(model, on(window, device), given.layers).items():
         path = given.out / f"{given.variant}-seed{given.seed}-layer{layer}.pt"
-        kept = {"q": q, "k": k}
-        torch.save({n: x.to(torch.bfloat16).cpu().clone() for n, x in kept.items()}, path)
+        torch.save({n: x.to(torch.bfloat16).cpu().clone() for n, x in (("q", q), ("k", k))}, path)
         print(path, flush=True)
 
 

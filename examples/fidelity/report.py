@@ -160,10 +160,9 @@ def markdown(study: Study) -> str:
     parts = []
     for made in tables(study):
         title, made.title = made.title, None
-        written = Console(file=StringIO(), width=1000)
-        written.print(made)
-        assert isinstance(written.file, StringIO)
-        lines = [line.strip() for line in written.file.getvalue().splitlines() if line.strip()]
+        written = StringIO()
+        Console(file=written, width=1000).print(made)
+        lines = [line.strip() for line in written.getvalue().splitlines() if line.strip()]
         parts.append(f"{title}:\n\n" + "\n".join(re.sub(" +", " ", line) for line in lines))
     return "\n\n".join(parts)
 

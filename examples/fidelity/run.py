@@ -163,10 +163,23 @@ def pursue(
     return record.write(target.stem, figures | evaluated(model, corpus, preset.shape, preset.evaluation), target.parent)
 
 
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `place` reads."""
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="h200")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument("--work", type=Path, help="folder of text and checkpoints; default: in splagen's cache")
+
+
+def place(given: argparse.Namespace) -> tuple[torch.device, Path]:
+    """The device, and the folder of checkpoints of a preset, beside which the text lies."""
+    device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return device, (given.work or settings.cache_dir() / "fidelity") / given.preset
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; exit status 0 if everything is finished, 3 if time ran out."""
     parser = argparse.ArgumentParser(prog="python -m examples.fidelity.run", description=__doc__.partition("\n")[0])
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="h200")
+    add_place(parser)
     parser.add_argument("--variants", nargs="*", choices=list(variants.ABOUT), default=[], metavar="NAME")
     parser.add_argument("--convert", nargs="*", choices=SOFTMAX, default=[], metavar="NAME", help="dense to these")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
@@ -175,8 +188,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shared", action="store_true", help="others use the GPU too: leave times out of records")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after about so many; call again")
     parser.add_argument("--compile", action="store_true", help="torch.compile")
-    parser.add_argument("--device", help="default: a GPU if there is one")
-    parser.add_argument("--work", type=Path, help="folder of text and checkpoints; default: in splagen's cache")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of records")
     parser.add_argument("--list", action="store_true", help="print the variants")
     given = parser.parse_args(arguments)
@@ -195,8 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{option} must be at least 1")
         if steps:
             preset = replace(preset, **{part: replace(getattr(preset, part), steps=steps)})
-    device = torch.device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    work = (given.work or settings.cache_dir() / "fidelity") / preset.name
+    device, work = place(given)
     corpus = text.load(work.parent)
     print(f"text {corpus.digest[:16]}: {len(corpus.train)} + {len(corpus.validation)} bytes", flush=True)
     jobs = [Job(v, s) for s in given.seeds for v in given.variants]

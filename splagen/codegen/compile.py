@@ -288,10 +288,8 @@ def _request(
             constants |= {name: 1} if stride == 1 else {}
             aligned += [name] if stride > 1 and stride % ALIGNMENT == 0 else []
     types |= {s: "constexpr" if s in kernel.fixed else "i32" for s in kernel.scalars}
-    if kernel.fixed:
-        assert isinstance(part, Decoding)
-        constants |= {s: {"PAGE": part.default_page_size}[s] for s in kernel.fixed}
     types |= dict.fromkeys(kernel.tunable, "constexpr")
+    constants |= {s: part.fixed[s] for s in kernel.fixed}
     return {
         "module": str(path),
         "kernel": f"{kernel.name}_kernel",
@@ -299,7 +297,7 @@ def _request(
         "constants": constants | {name: schedule[name] for name in kernel.tunable},
         "aligned": aligned,
         "tunable": list(kernel.tunable),
-        "unspecialised": [s for s in kernel.scalars if s not in kernel.fixed],
+        "unspecialised": list(kernel.unspecialised),
         "target": _GPU[arch],
         "options": {name: schedule[name] for name in ("num_warps", "num_stages", "maxnreg") if name in schedule},
     }

@@ -65,6 +65,11 @@ class Decoding(ModuleKernels):
         return max(256, self.geometry.block)
 
     @property
+    def fixed(self) -> dict[str, int]:
+        """Machine code that is made ahead of time is for pages of the default size."""
+        return {"PAGE": self.default_page_size}
+
+    @property
     def splitting(self) -> Splitting:
         """In how many programs a step scores, selects and attends."""
         return Splitting("splitting", self.kernels, tuple(SPLITTING))

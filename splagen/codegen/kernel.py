@@ -136,6 +136,11 @@ class Kernel:
     narrow: tuple[Narrow, ...] = ()
     fixed: tuple[str, ...] = ()
 
+    @property
+    def unspecialised(self) -> tuple[str, ...]:
+        """Scalars of any value with which the same machine code runs."""
+        return tuple(s for s in self.scalars if s not in self.fixed)
+
     def launched(self, schedule: Mapping[str, int]) -> list[dict[str, int]]:
         """Every Schedule with which a launch may run that is given this one."""
         found = [dict(schedule)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from splagen.codegen.geometry import Geometry
@@ -34,6 +34,11 @@ class ModuleKernels:
     def constraints(self) -> tuple[Constraint, ...]:
         """What Schedules must agree on."""
         return ()
+
+    @property
+    def fixed(self) -> Mapping[str, int]:
+        """Values of the scalars that kernels are compiled for, where machine code is made ahead of time."""
+        return {}
 
     @property
     def wide(self) -> frozenset[str]:

@@ -63,19 +63,18 @@ def kernel_text(kernel: Kernel) -> str:
     """Device code of one kernel."""
     pointers = [name for a in kernel.arrays for name in a.pointers]
     strides = [name for a in kernel.arrays for name in a.stride_names]
+    scalars = [f"{s}: tl.constexpr" if s in kernel.fixed else s for s in kernel.scalars]
     place = {"batch": kernel.batch, "number": kernel.number}
     holes = {
         **{name: place[name] for name in place.keys() & _variables(kernel.template)},
         "doc": "\n    ".join(equation_text(eq) for eq in kernel.covers) + "\n    ",
         **kernel.holes,
         "name": f"{kernel.name}_kernel",
-        "arguments": ",\n    ".join([
-            *pointers, *strides, *(f"{s}: tl.constexpr" if s in kernel.fixed else s for s in kernel.scalars),
-        ]),
-    }  # fmt: skip
-    scalars = ", ".join(f'"{s}"' for s in kernel.scalars if s not in kernel.fixed)
+        "arguments": ",\n    ".join([*pointers, *strides, *scalars]),
+    }
+    unspecialised = ", ".join(f'"{s}"' for s in kernel.unspecialised)
     body = re.sub(r"\n{3,}", "\n\n", render(kernel.template, holes))
-    return f"@triton.jit(do_not_specialize=[{scalars}])\n" + without_unused(body)
+    return f"@triton.jit(do_not_specialize=[{unspecialised}])\n" + without_unused(body)
 
 
 def without_unused(function: str) -> str:

@@ -155,9 +155,9 @@ class Selection:
 
     # -- masks --------------------------------------------------------------------------------------------
 
-    def holds(self, mask: Var, target: Atom) -> bool:
-        """True if `target >= 0` wherever the mask holds, for rows and tiles that exist."""
-        exist = (*ROW_EXISTS, LENGTH - 1 - self.geometry.tile * TILE)
+    def holds(self, mask: Var, target: Atom, *known: Atom) -> bool:
+        """True if `target >= 0` wherever the mask holds, for rows and tiles that exist, and where `known` are >= 0."""
+        exist = (*ROW_EXISTS, LENGTH - 1 - self.geometry.tile * TILE, *known)
         cases = terms(predicate(self.program, mask, PLACES))
         return all(implied(sp.expand(target), (*case, *exist), {}) for case in cases)
 
@@ -177,16 +177,7 @@ class Selection:
 
     def bounds(self, mask: Var, variable: sp.Symbol, of: sp.Symbol, ends: tuple[str, str], extent: str) -> list[str]:
         """Lines that define low <= variable < high around what the mask admits for `of` between its ends."""
-        first, last = (symbol(e) for e in ends)
-        unit = self.geometry.tile if of == TILE else 1
-        exist = [LENGTH - 1 - unit * end for end in (first, last)]
-        cases = []
-        for case in terms(predicate(self.program, mask, PLACES)):
-            best = [sp.expand(a.subs(of, last if a.coeff(of) > 0 else first)) for a in case]
-            cases.append(sp.And(*(sp.Ge(a, 0) for a in best if not implied(a, exist, {}))))
-        found: list[Interval] = intervals(sp.Or(*cases), variable, {})
-        names = {s: s for s in (*ends, "L")}
-        lows, highs = zip(*(interval_text(i, names, extent) for i in found), strict=True)
+        lows, highs = zip(*self._admitted(mask, variable, of, ends, extent), strict=True)
         return [f"low = {_nested('tl.minimum', lows)}", f"high = {_nested('tl.maximum', highs)}"]
 
     def of_all(self, mask: Var, variable: sp.Symbol, of: sp.Symbol, ends: tuple[str, str], extent: str) -> str:
@@ -194,34 +185,44 @@ class Selection:
 
         `low` where that is not known: then it holds for none.
         """
+        some, every = (self._admitted(mask, variable, of, ends, extent, every=x) for x in (False, True))
+        alike = len(some) == len(every) == 1 and some[0][0] == every[0][0]
+        return every[0][1] if alike else "low"
+
+    def _admitted(
+        self,
+        mask: Var,
+        variable: sp.Symbol,
+        of: sp.Symbol,
+        ends: tuple[str, str],
+        extent: str,
+        *,
+        every: bool = False,
+    ) -> list[tuple[str, str]]:
+        """Source of the intervals that the mask admits for some, or for `every` one, of `of` between its ends."""
         first, last = (symbol(e) for e in ends)
-        cases = list(terms(predicate(self.program, mask, PLACES)))
-        if len(cases) != 1:
-            return "low"
-        worst = [sp.expand(a.subs(of, first if a.coeff(of) > 0 else last)) for a in cases[0]]
-        exist = [LENGTH - 1 - last]
-        case = sp.And(*(sp.Ge(a, 0) for a in worst if not implied(a, exist, {})))
-        found: list[Interval] = intervals(case, variable, {})
-        if len(found) != 1:
-            return "low"
-        low, high = interval_text(found[0], {s: s for s in (*ends, "L")}, extent)
-        return high if f"low = {low}" == self.bounds(mask, variable, of, ends, extent)[0] else "low"
+        unit = self.geometry.tile if of == TILE else 1
+        exist = [LENGTH - 1 - unit * end for end in (first, last)]
+        cases = []
+        for case in terms(predicate(self.program, mask, PLACES)):
+            at = [sp.expand(a.subs(of, last if (a.coeff(of) > 0) != every else first)) for a in case]
+            cases.append(sp.And(*(sp.Ge(a, 0) for a in at if not implied(a, exist, {}))))
+        found: list[Interval] = intervals(sp.Or(*cases), variable, {})
+        names = {s: s for s in (*ends, "L")}
+        return [interval_text(i, names, extent) for i in found]
 
     def usable_where_far(self) -> bool:
         """Whether the queries that exist of a tile may use every cell of a block that the tile may choose."""
         tile, cells, (first, count) = self.geometry.tile, self.geometry.cells, self.band()
-        exist = LENGTH - 1 - tile * TILE, LENGTH - 1 - self.geometry.block * BLOCK
+        exists = LENGTH - 1 - self.geometry.block * BLOCK
         ends = [
             {QUERY: tile * TILE + m, CELL: cells * BLOCK + first + c} for m in (0, tile - 1) for c in (0, count - 1)
         ]
-        far = [(*case, *exist) for case in terms(predicate(self.program, self.far, PLACES))]
-        return any(
-            all(implied(sp.expand(a.xreplace(end)), known, {}) for a in case for end in ends for known in far)
-            for case in (
-                [a for a in atoms if not implied(a, ROW_EXISTS, {})]
-                for atoms in terms(predicate(self.program, self.usable, PLACES))
-            )
-        )
+        for case in terms(predicate(self.program, self.usable, PLACES)):
+            asked = [a.xreplace(end) for a in case if not implied(a, ROW_EXISTS, {}) for end in ends]
+            if all(self.holds(self.far, a, exists) for a in asked):
+                return True
+        return False
 
     # -- the metric ---------------------------------------------------------------------------------------
 
