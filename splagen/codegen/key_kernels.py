@@ -31,7 +31,7 @@ from splagen.codegen.tile_code import (
 )
 from splagen.ir.program import Equation, Var
 
-PART = "part = (bh * nT * BUDGET + entry) * ROWS + row % ROWS"  # the i-th chosen block of a query row
+PART = "part = (bh * nT * BUDGET + entry) * ROWS + row"  # the i-th chosen block of a query row
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class _KeyKernel:
             by_position,
             walk.forced_facts,
             "",
-            f"i = row // ROWS\ntile = {forced_tile}",
+            f"i = at // ROWS\ntile = {forced_tile}",
             "start",
             "tl.minimum(stop, forced)",
             [],

@@ -338,13 +338,13 @@ def entries(shift: str = "") -> tuple[str, str]:
 
     `shift` goes from numbers of rows' tiles to places in the block's list.
     """
-    return f"listed = {_LISTED}{shift}", "\n".join([f"entry = {_entry('row')}", _TILE_OF_ENTRY])
+    return f"listed = {_LISTED}{shift}", "\n".join([f"entry = {_entry('at')}", _TILE_OF_ENTRY])
 
 
 def entries_ahead(first: str, shift: str = "") -> tuple[str, str]:
     """The same from row tile `first` on, each entry read one visit ahead: loads of a row wait for it."""
-    before = [f"listed = {_LISTED}{shift}", f"row = {first} * ROWS + tl.arange(0, BLOCK_M)", f"ahead = {_entry('row')}"]
-    inside = ["entry = ahead", "following = row + BLOCK_M", f"ahead = {_entry('following')}", _TILE_OF_ENTRY]
+    before = [f"listed = {_LISTED}{shift}", f"at = {first} * ROWS + visit", f"ahead = {_entry('at')}"]
+    inside = ["entry = ahead", "following = at + BLOCK_M", f"ahead = {_entry('following')}", _TILE_OF_ENTRY]
     return "\n".join(before), "\n".join(inside)
 
 
