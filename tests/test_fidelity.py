@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -104,22 +105,24 @@ def lines(row: text.Bytes) -> dict[bytes, list[int]]:
     whole = row.tobytes()
     found: dict[bytes, list[int]] = {}
     for i in range(len(whole)):
-        if whole.startswith(b"\n@", i):
+        if whole.startswith(b"\n~", i):
             found.setdefault(whole[i + 2 : i + recall.LINE - 1], []).append(i)
     return found
 
 
-def test_every_pair_stands_in_the_window_twice() -> None:
+def test_every_pair_stands_at_several_places_and_keys_differ() -> None:
     row = np.full(500, 46, np.uint8)
     recall.insert(row, np.random.default_rng(0), 15)
     pairs = lines(row)
-    assert len(pairs) == len({pair[: recall.KEY] for pair in pairs}) == 15
-    for pair, (early, late) in pairs.items():
-        assert pair[: recall.KEY].isalpha()
-        assert pair[recall.KEY :].isdigit()
-        assert early + recall.LINE <= late
-    with pytest.raises(ValueError, match="fewer pairs"):
+    assert len(pairs) == len({pair[:1] for pair in pairs}) == 15
+    assert all(len(pair) == 2 and pair.isalpha() for pair in pairs)
+    assert {len(places) for places in pairs.values()} == {recall.PLACES}
+    with pytest.raises(ValueError, match="16 pairs of 52 keys, 64 lines for a window of 62 places"):
         recall.insert(row, np.random.default_rng(0), 16)
+    with pytest.raises(ValueError, match="53 pairs of 52 keys"):
+        recall.insert(np.full(5000, 46, np.uint8), np.random.default_rng(0), 53)
+    with pytest.raises(ValueError, match="53 pairs of 52 keys"):
+        recall.questions(np.full(5000, 46, np.uint8), 512, 0, 3, 52)
 
 
 @pytest.mark.parametrize("depth", [0, 0.5, 1])
@@ -132,19 +135,17 @@ def test_the_pair_stands_at_its_depth(depth: float) -> None:
         assert place / (asked - recall.SLOT) == pytest.approx(depth, abs=0.05)
 
 
-def test_an_answer_counts_if_every_byte_is_the_likeliest() -> None:
+def test_an_answer_counts_if_it_is_the_likeliest_byte() -> None:
     rows = on(recall.questions(np.full(5000, 46, np.uint8), 128, 0.5, 2, 0), CPU)
     logits = torch.nn.functional.one_hot(torch.roll(rows, -1, 1), 256).float()
-    logits[:, : -2 - recall.VALUE] = 0  # before the value, and at its end, nothing counts
+    logits[:, :-3] = 0  # before the value, and at its end, nothing counts
     logits[:, -2:] = 0
     found, loss = recall.answers(30 * logits, rows)
     assert found.tolist() == [True, True]
     torch.testing.assert_close(loss, torch.zeros(2), atol=1e-6, rtol=0)
     torch.testing.assert_close(recall.answers(0 * logits, rows)[1], torch.full((2,), math.log(256)))
-    for i in range(recall.VALUE):
-        wrong = logits.clone()
-        wrong[1, -2 - recall.VALUE + i] = 0
-        assert recall.answers(wrong, rows)[0].tolist() == [True, False]
+    logits[1, -3] = 0
+    assert recall.answers(logits, rows)[0].tolist() == [True, False]
 
 
 # -- models ----------------------------------------------------------------------------------------------------
@@ -253,13 +254,20 @@ def test_a_run_that_stopped_ends_bit_for_bit_like_one_that_did_not(
 
 def test_windows_of_a_step_follow_from_seed_and_step(corpus: text.Corpus) -> None:
     def rows(seed: int, step: int) -> bytes:
-        return batch(corpus.train, SMALL, TINY.training, seed, step).tobytes()
+        return batch(corpus.train, SMALL, TINY.training, seed, step)[0].tobytes()
 
     assert rows(0, 3) == rows(0, 3)
     assert len({rows(0, 3), rows(0, 4), rows(1, 3), rows(1, 4)}) == 4
     many = replace(TINY.training, batch=400, recall_share=0.25)
-    share = np.mean([b"\n@" in row.tobytes() for row in batch(corpus.train, SMALL, many, 0, 0)])
+    made, asked = batch(corpus.train, SMALL, many, 0, 0)
+    share = np.mean([b"\n~" in row.tobytes() for row in made])
     assert share == pytest.approx(0.25, abs=0.1)
+    assert share == asked.any(1).mean()
+    for row, values in zip(made, asked, strict=True):
+        for place in np.flatnonzero(values):
+            line = row[place - 3 : place + 2].tobytes()
+            assert line in row[: place - 3].tobytes()
+            assert re.fullmatch(rb"\n~[a-zA-Z]{2}\n", line)
 
 
 # -- rows of a trained model -----------------------------------------------------------------------------------
@@ -322,7 +330,7 @@ def test_train_convert_and_report(
         assert figures_of["step_ms"] is figures_of["tokens_per_s"] is None
     with pytest.raises(SystemExit):
         run.main([*common, *jobs, "--conversion-steps", "0"])
-    qk.main([*common[:-1], str(tmp_path / "qk"), "--seed", "1", "--layers", "0", "1"])
+    qk.main([*common[:-1], str(tmp_path / "qk"), "--seed", "1", "--layers", "0", "1", "--pairs", "2"])
     q, _ = read_qk(tmp_path / "qk" / "dense-seed1-layer1.pt")
     assert q.shape[1] == SMALL.context
     capsys.readouterr()

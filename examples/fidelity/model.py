@@ -1,4 +1,4 @@
-"""A small byte-level decoder: pre-norm, RoPE, SwiGLU, tied embedding; attention by variant."""
+"""A small byte-level decoder: pre-norm, short convolution, RoPE, SwiGLU, tied embedding; attention by variant."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from splagen.sse_spec import SSESpec
 VOCABULARY = 256
 NORM_EPS = 1e-6
 THETA = 10_000.0
+TAPS = 4  # rows that a short convolution sums
 
 
 def attention(kind: str, shape: Shape) -> SPLAAttention | SSEAttention:
@@ -32,6 +33,23 @@ def parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+class ShortConvolution(nn.Module):
+    """x [B, L, width] plus a sum of its row and the rows before, channel by channel, as models with states have it.
+
+    A key then tells what came before it: to look a value up by its name takes one layer, in every variant.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(TAPS, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sum, in x's shape and dtype."""
+        length, before = x.shape[1], F.pad(x, (0, 0, TAPS - 1, 0))
+        taps = self.weight.to(x.dtype)
+        return x + sum(taps[i] * before[:, i : i + length] for i in range(TAPS))
+
+
 class Block(nn.Module):
     """One layer.  What its attention has more or less than the dense one's is taken from or given to the MLP."""
 
@@ -39,6 +57,7 @@ class Block(nn.Module):
         super().__init__()
         width = shape.width
         self.norm_attention = nn.RMSNorm(width, eps=NORM_EPS)
+        self.convolution = ShortConvolution(width)
         self.attention = attention(kind, shape)
         kv = shape.kv_heads * shape.head_dim
         dense = 2 * width * (width + kv) + 2 * shape.head_dim
@@ -49,7 +68,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The layer's output [B, L, width] of x [B, L, width], and the balance loss of a router."""
-        made = self.attention(self.norm_attention(x))
+        made = self.attention(self.convolution(self.norm_attention(x)))
         y, balance = made if isinstance(made, tuple) else (made, None)
         x = x + y
         gate, up = self.gate_up(self.norm_mlp(x)).chunk(2, dim=-1)
@@ -86,5 +105,6 @@ def build(variant: Variant, shape: Shape, seed: int, device: torch.device) -> De
             draw = torch.Generator().manual_seed(int.from_bytes(own, "big"))
             # Layers write into one residual stream: its variance stays near that of the embedding.
             writes = name.endswith(("o_proj.weight", "down.weight"))
-            nn.init.normal_(weight, std=0.02 / math.sqrt(2 * shape.layers) if writes else 0.02, generator=draw)
+            std = 0.3 if ".convolution." in name else 0.02 / math.sqrt(2 * shape.layers) if writes else 0.02
+            nn.init.normal_(weight, std=std, generator=draw)
     return model.to(device)

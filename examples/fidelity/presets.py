@@ -57,7 +57,8 @@ class Training:
         batch: windows per step.
         lr: the highest learning rate: after `warmup` steps, before a cosine to a tenth.
         recall_share: of the windows of a step, about so many carry pairs to recall.
-        recall_pairs: pairs in such a window, 1 to so many: evaluation has others than the mean.
+        recall_pairs: pairs in such a window, 1 to so many; there are 52 keys.
+        recall_weight: of the mean loss of values that are asked for, beside that of all bytes: they are few.
         chunk: steps between two looks at the clock and the losses, which wait for the GPU.
         validate_every: steps, a multiple of `chunk`.
         validation_windows: windows of a validation, the same each time.
@@ -66,12 +67,13 @@ class Training:
 
     steps: int = 2000
     batch: int = 2
-    lr: float = 1e-3
+    lr: float = 2e-3
     warmup: int = 100
     weight_decay: float = 0.1
     clip: float = 1.0
-    recall_share: float = 0.5
-    recall_pairs: int = 128
+    recall_share: float = 1.0
+    recall_pairs: int = 48
+    recall_weight: float = 1.0
     chunk: int = 10
     validate_every: int = 250
     validation_windows: int = 32
@@ -99,7 +101,7 @@ class Evaluation:
     lengths: tuple[float, ...] = (0.25, 0.5, 1, 2)
     depths: tuple[float, ...] = (0, 0.25, 0.5, 0.75, 1)
     samples: int = 32
-    distractors: int = 16
+    distractors: int = 31
     position_contexts: int = 2
     position_windows: int = 64
     buckets: int = 64
@@ -112,7 +114,7 @@ class Preset:
     name: str
     shape: Shape = field(default_factory=Shape)
     training: Training = field(default_factory=Training)
-    conversion: Training = field(default_factory=lambda: Training(steps=300, lr=3e-4, warmup=30, validate_every=50))
+    conversion: Training = field(default_factory=lambda: Training(steps=300, lr=6e-4, warmup=30, validate_every=50))
     evaluation: Evaluation = field(default_factory=Evaluation)
 
 

@@ -1,8 +1,8 @@
 """q and k of one layer of a trained model, as files for `plot selection`, `selection_recall` and `benchmarks.run`.
 
-    python -m examples.fidelity.qk --seed 0 --layers 1 2 3 --out DIR
+    python -m examples.fidelity.qk --seed 0 --layers 1 2 3 --pairs 32 --out DIR
 
-Writes DIR/VARIANT-seedS-layerN.pt, of one window of the text for validation.
+Writes DIR/VARIANT-seedS-layerN.pt, of one window of the text for validation, over which pairs to recall may be written.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from examples.fidelity import text, variants
+from examples.fidelity import recall, text, variants
 from examples.fidelity.model import Decoder, build
 from examples.fidelity.presets import PRESETS
 from examples.fidelity.run import Job, add_place, place
@@ -60,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", nargs="+", type=int, default=[0])
     parser.add_argument("--length", type=int, help="bytes; default: the context that the model was trained with")
+    parser.add_argument("--pairs", type=int, default=0, help="to recall, written over the window (default: none)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     given = parser.parse_args(arguments)
     shape = PRESETS[given.preset].shape
@@ -67,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = build(variants.variant(given.variant, shape.layers), shape, given.seed, device)
     model.load_state_dict(weights(work / f"{Job(given.variant, given.seed).name}.pt"))
     window = text.spread(text.load(work.parent).validation, given.length or shape.context, 3)[1:2]
+    if given.pairs:
+        recall.insert(window[0], np.random.default_rng(given.seed), given.pairs)
     given.out.mkdir(parents=True, exist_ok=True)
     for layer, (q, k) in rows(model, on(window, device), given.layers).items():
         path = given.out / f"{given.variant}-seed{given.seed}-layer{layer}.pt"

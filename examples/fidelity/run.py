@@ -54,7 +54,7 @@ def sources() -> str:
 
 @torch.no_grad()
 def recalled(model: Decoder, corpus: Corpus, shape: Shape, given: Evaluation, length: int) -> list[tuple[float, float]]:
-    """Share of questions that are answered in windows of `length` bytes, and nats per digit, at each depth."""
+    """Share of questions that are answered in windows of `length` bytes, and nats of a value, at each depth."""
     device = next(model.parameters()).device
     at_once = max(1, 4 * shape.context // length)
     found: list[tuple[float, float]] = []

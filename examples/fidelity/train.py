@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,22 +25,23 @@ from examples.fidelity.text import Bytes, Corpus, spread, windows
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def batch(text: Bytes, shape: Shape, training: Training, seed: int, step: int) -> Bytes:
-    """Windows of a step, uint8 [batch, context + 1].
+def batch(text: Bytes, shape: Shape, training: Training, seed: int, step: int) -> tuple[Bytes, NDArray[np.bool_]]:
+    """Windows of a step, uint8 [batch, context + 1], and which of their bytes are values that are asked for.
 
     They follow from seed and step alone: variants see the same ones, and so does a run that goes on.
     """
     rng = np.random.default_rng([seed, step])
     length = shape.context + 1
     rows = windows(text, rng.integers(len(text) - length + 1, size=training.batch), length)
-    for row in rows:
+    asked = np.zeros(rows.shape, np.bool_)
+    for row, values in zip(rows, asked, strict=True):
         if rng.random() < training.recall_share:
-            recall.insert(row, rng, int(rng.integers(1, training.recall_pairs, endpoint=True)))
-    return rows
+            values[recall.insert(row, rng, int(rng.integers(1, training.recall_pairs, endpoint=True)))] = True
+    return rows, asked
 
 
-def on(rows: Bytes, device: torch.device) -> Tensor:
-    """Bytes as int64 on a device."""
+def on(rows: Bytes | NDArray[np.bool_], device: torch.device) -> Tensor:
+    """Bytes, or which of them, as int64 on a device."""
     return torch.from_numpy(rows).to(device, torch.int64)
 
 
@@ -169,20 +171,23 @@ class Run:
             if ended:
                 return
             begun, steps = time.perf_counter(), min(t.chunk - self.step % t.chunk, t.steps - self.step)
-            made = [self._advance(forward, batch(corpus.train, shape, t, seed, first_batch + s), s, device)
+            made = [self._advance(forward, *batch(corpus.train, shape, t, seed, first_batch + s), s, device)
                     for s in range(self.step, self.step + steps)]  # fmt: skip
             self.loss += torch.stack(made).double().tolist()
             if warm:
                 self.step_s.append((time.perf_counter() - begun) / steps)
             self.step, warm = self.step + steps, True
 
-    def _advance(self, forward: Forward, rows: Bytes, step: int, device: torch.device) -> Tensor:
+    def _advance(
+        self, forward: Forward, rows: Bytes, asked: NDArray[np.bool_], step: int, device: torch.device
+    ) -> Tensor:
         for group in self.adam.param_groups:
             group["lr"] = self.training.lr_at(step)
         each, balance = losses(forward, on(rows, device))
-        loss = each.mean()
+        loss, values = each.mean(), on(asked[:, 1:], device)
+        recalled = (each * values).sum() / values.sum().clamp(min=1)
         self.adam.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss + self.training.balance * balance)
+        torch.autograd.backward(loss + self.training.recall_weight * recalled + self.training.balance * balance)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.training.clip)
         self.adam.step()
         return loss.detach()
