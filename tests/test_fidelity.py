@@ -259,7 +259,7 @@ def test_windows_of_a_step_follow_from_seed_and_step(corpus: text.Corpus) -> Non
     assert rows(0, 3) == rows(0, 3)
     assert len({rows(0, 3), rows(0, 4), rows(1, 3), rows(1, 4)}) == 4
     many = replace(TINY.training, batch=400, recall_share=0.25)
-    made, asked = batch(corpus.train, SMALL, many, 0, 0)
+    made, asked = batch(corpus.train, SMALL, many, 0, 3)
     share = np.mean([b"\n~" in row.tobytes() for row in made])
     assert share == pytest.approx(0.25, abs=0.1)
     assert share == asked.any(1).mean()
@@ -268,6 +268,13 @@ def test_windows_of_a_step_follow_from_seed_and_step(corpus: text.Corpus) -> Non
             line = row[place - 3 : place + 2].tobytes()
             assert line in row[: place - 3].tobytes()
             assert re.fullmatch(rb"\n~[a-zA-Z]{2}\n", line)
+
+
+def test_windows_are_short_at_first_and_a_step_has_as_many_bytes(corpus: text.Corpus) -> None:
+    early = replace(TINY.training, early_steps=2, early_context=32, recall_pairs=48, recall_share=1.0)
+    found = [batch(corpus.train, SMALL, early, 0, step) for step in (1, 2)]
+    assert [rows.shape for rows, _ in found] == [(2 * SMALL.context // 32, 33), (2, SMALL.context + 1)]
+    assert {len(pairs) for pairs in map(lines, found[0][0])} == {1}
 
 
 # -- rows of a trained model -----------------------------------------------------------------------------------

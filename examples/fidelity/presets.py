@@ -55,9 +55,11 @@ class Training:
     Attributes:
         steps: steps of the optimizer.
         batch: windows per step.
+        early_steps: steps whose windows are `early_context` bytes long, as many bytes a step: what is looked up stands
+            near, and looking up is learned several times as fast.
         lr: the highest learning rate: after `warmup` steps, before a cosine to a tenth.
         recall_share: of the windows of a step, about so many carry pairs to recall.
-        recall_pairs: pairs in such a window, 1 to so many; there are 52 keys.
+        recall_pairs: pairs in such a window, 1 to so many where they fit; there are 52 keys.
         recall_weight: of the mean loss of values that are asked for, beside that of all bytes: they are few.
         chunk: steps between two looks at the clock and the losses, which wait for the GPU.
         validate_every: steps, a multiple of `chunk`.
@@ -67,7 +69,9 @@ class Training:
 
     steps: int = 2000
     batch: int = 2
-    lr: float = 2e-3
+    early_steps: int = 300
+    early_context: int = 512
+    lr: float = 1e-3
     warmup: int = 100
     weight_decay: float = 0.1
     clip: float = 1.0
@@ -114,13 +118,13 @@ class Preset:
     name: str
     shape: Shape = field(default_factory=Shape)
     training: Training = field(default_factory=Training)
-    conversion: Training = field(default_factory=lambda: Training(steps=300, lr=6e-4, warmup=30, validate_every=50))
+    conversion: Training = field(default_factory=lambda: Training(steps=300, lr=3e-4, warmup=30, validate_every=50))
     evaluation: Evaluation = field(default_factory=Evaluation)
 
 
 _TINY_TRAINING = Training(
-    steps=4, batch=2, lr=3e-3, warmup=1, recall_share=0.5, recall_pairs=2, chunk=1, validate_every=2,
-    validation_windows=2,
+    steps=4, batch=2, early_steps=1, early_context=64, lr=3e-3, warmup=1, recall_share=0.5, recall_pairs=2, chunk=1,
+    validate_every=2, validation_windows=2,
 )  # fmt: skip
 H200 = Preset("h200")
 TINY = Preset(

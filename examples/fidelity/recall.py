@@ -43,6 +43,11 @@ def _check(pairs: int, lines: int, slots: int) -> None:
         raise ValueError(f"{what}: fewer pairs, or a longer window")
 
 
+def most_pairs(length: int) -> int:
+    """How many pairs `insert` can write into a window of `length` bytes."""
+    return min(len(LETTERS), length // SLOT // PLACES)
+
+
 def insert(row: Bytes, rng: np.random.Generator, pairs: int) -> NDArray[np.int64]:
     """Write `pairs` pairs into a window in place, each at several places; where the values stand that are asked for.
 

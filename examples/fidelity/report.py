@@ -129,7 +129,7 @@ def quality(study: Study) -> Table:
 
 def retrieval(study: Study, name: str = "recall") -> Table:
     """Recall of every model, or "recall_loss", by length of the window."""
-    what = {"recall": "Share of values recalled", "recall_loss": "Nats of a value (without knowledge: 3.95)"}
+    what = {"recall": "Share of values recalled", "recall_loss": "Loss of what is asked for, nats"}
     lengths = next(iter(next(iter(study.values())).values()))["recall_lengths"]
     table = Table("attention", *(f"{n:,}" for n in lengths), box=rich.box.MARKDOWN,
                   title=f"{what[name]}, by length of the window in bytes")  # fmt: skip

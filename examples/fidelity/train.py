@@ -26,17 +26,18 @@ Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def batch(text: Bytes, shape: Shape, training: Training, seed: int, step: int) -> tuple[Bytes, NDArray[np.bool_]]:
-    """Windows of a step, uint8 [batch, context + 1], and which of their bytes are values that are asked for.
+    """Windows of a step, uint8 [batch, context + 1] or more and shorter ones early, and which bytes are asked for.
 
     They follow from seed and step alone: variants see the same ones, and so does a run that goes on.
     """
     rng = np.random.default_rng([seed, step])
-    length = shape.context + 1
-    rows = windows(text, rng.integers(len(text) - length + 1, size=training.batch), length)
-    asked = np.zeros(rows.shape, np.bool_)
+    context = training.early_context if step < training.early_steps else shape.context
+    length, count = context + 1, training.batch * shape.context // context
+    rows = windows(text, rng.integers(len(text) - length + 1, size=count), length)
+    asked, most = np.zeros(rows.shape, np.bool_), min(training.recall_pairs, recall.most_pairs(length))
     for row, values in zip(rows, asked, strict=True):
         if rng.random() < training.recall_share:
-            values[recall.insert(row, rng, int(rng.integers(1, training.recall_pairs, endpoint=True)))] = True
+            values[recall.insert(row, rng, int(rng.integers(1, most, endpoint=True)))] = True
     return rows, asked
 
 
