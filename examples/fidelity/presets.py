@@ -70,7 +70,7 @@ class Training:
     steps: int = 2000
     batch: int = 2
     early_steps: int = 300
-    early_context: int = 512
+    early_context: int = 256
     lr: float = 1e-3
     warmup: int = 100
     weight_decay: float = 0.1
