@@ -72,7 +72,7 @@ def bound(busy: dict[str, float]) -> str:
 
 
 def once(work: str, kv_heads: int | None, length: int | None) -> None:
-    """Forward and backward of the work's first variant of a size, or one step; compiled before, and not checked."""
+    """Forward and backward of the work's first variant of a size, or one step; nothing is compared with the oracle."""
     if work == STEP:
         batch, heads, _, _ = spla_step.CASES[STEP_CASE]
         library = pipeline.generate_decoding(spla_step.spec_of(heads), "build")

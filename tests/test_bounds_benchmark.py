@@ -1,4 +1,4 @@
-"""What the benchmark of bounds reads from Nsight Compute, and the works that it takes."""
+"""What the benchmark of bounds reads from Nsight Compute's text, and what it concludes."""
 
 import pytest
 
