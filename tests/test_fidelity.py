@@ -16,7 +16,7 @@ from torch import Tensor
 from examples.fidelity import presets, qk, recall, report, run, text
 from examples.fidelity.model import build, parameters
 from examples.fidelity.presets import H200, TINY, Shape
-from examples.fidelity.train import Run, batch, losses, on
+from examples.fidelity.train import Run, batch, by_position, losses, on
 from examples.fidelity.variants import ABOUT, variant
 from splagen.nn import generated
 from splagen.qk_file import read_qk
@@ -345,6 +345,23 @@ def test_train_convert_and_report(
     printed = capsys.readouterr().out
     assert "dense → spla2" in printed
     assert all((tmp_path / f"fidelity_{n}.png").stat().st_size > 10_000 for n in ("curves", "position", "recall"))
+
+
+def test_what_a_residual_adds_is_against_the_same_weights_without_it(corpus: text.Corpus) -> None:
+    models = {name: build(variant(name, SMALL.layers), SMALL, 3, CPU) for name in ("spla2", "sparse2")}
+    gains = [p for n, p in models["spla2"].named_parameters() if n.endswith("gamma_r")]
+    for p in gains:
+        torch.nn.init.normal_(p)
+    assert len(gains) == SMALL.layers
+    kept = [p.clone() for p in gains]
+    models["sparse2"].load_state_dict(models["spla2"].state_dict(), strict=False)
+    alone = by_position(models["sparse2"], corpus.validation, SMALL.context, 2, CPU).mean().item()
+    assert run.without_residual(models["spla2"], corpus, SMALL, 2) == pytest.approx(alone, abs=1e-6)
+    assert by_position(models["spla2"], corpus.validation, SMALL.context, 2, CPU).mean().item() != pytest.approx(
+        alone, abs=1e-4
+    )
+    assert all(torch.equal(p, x) for p, x in zip(gains, kept, strict=True))
+    assert run.without_residual(models["sparse2"], corpus, SMALL, 2) is None
 
 
 def test_the_share_of_a_gap_that_closes() -> None:

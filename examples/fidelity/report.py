@@ -108,7 +108,8 @@ def closed(study: Study, label: str) -> tuple[list[float], list[float], list[flo
 
 def quality(study: Study) -> Table:
     """Losses, size and speed of every model."""
-    table = Table("attention", "seeds", "parameters", "loss", "against dense", "last quarter", "beyond", "step, ms",
+    table = Table("attention", "seeds", "parameters", "loss", "against dense", "without residual",
+                  "last quarter", "beyond", "step, ms",
                   "tokens/s", "peak, GiB", box=rich.box.MARKDOWN, title="Validation loss, nats per byte")  # fmt: skip
     for label, runs in study.items():
         each = list(runs.values())
@@ -116,13 +117,13 @@ def quality(study: Study) -> Table:
         dense = study.get(f"{ARROW}dense" if label.startswith(ARROW) else "dense", {})
 
         def known(name: str, each: list[Figures] = each) -> list[float]:
-            return [f[name] for f in each if f[name] is not None]
+            return [f[name] for f in each if f.get(name) is not None]
 
         table.add_row(
             label, str(len(each)), f"{each[0]['parameters']:,}", over_seeds([last(f) for f in each]),
             "" if label in ("dense", f"{ARROW}dense") else over_seeds(paired(runs, dense)),
-            over_seeds(late), over_seeds(beyond), over_seeds(known("step_ms"), 1), over_seeds(known("tokens_per_s"), 0),
-            over_seeds(known("peak_gib"), 1),
+            over_seeds(known("without_residual")), over_seeds(late), over_seeds(beyond),
+            over_seeds(known("step_ms"), 1), over_seeds(known("tokens_per_s"), 0), over_seeds(known("peak_gib"), 1),
         )  # fmt: skip
     return table
 

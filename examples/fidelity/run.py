@@ -70,6 +70,22 @@ def recalled(model: Decoder, corpus: Corpus, shape: Shape, given: Evaluation, le
     return found
 
 
+@torch.no_grad()
+def without_residual(model: Decoder, corpus: Corpus, shape: Shape, windows: int) -> float | None:
+    """Validation loss of the trained model with every gain of a residual at 0; None if it has none."""
+    device = next(model.parameters()).device
+    gains = [p for n, p in model.named_parameters() if n.endswith(".branches.gamma_r")]
+    if not gains:
+        return None
+    kept = [p.clone() for p in gains]
+    for p in gains:
+        p.zero_()
+    loss = by_position(model, corpus.validation, shape.context, windows, device).mean().item()
+    for p, x in zip(gains, kept, strict=True):
+        p.copy_(x)
+    return loss
+
+
 def evaluated(model: Decoder, corpus: Corpus, shape: Shape, given: Evaluation) -> dict[str, Any]:
     """What is measured of a trained model: loss by position, recall by length and depth."""
     device = next(model.parameters()).device
@@ -156,6 +172,7 @@ def pursue(
         "compiled": compiled,
         "loss": run.loss,
         "validation": run.validation,
+        "without_residual": without_residual(model, corpus, preset.shape, training.validation_windows),
         "step_ms": step_ms,
         "tokens_per_s": tokens / (step_ms / 1e3) if step_ms else None,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
