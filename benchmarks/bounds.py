@@ -21,8 +21,9 @@ import torch
 from benchmarks import spla_step
 from benchmarks.op import op_of
 from benchmarks.record import ROOT, write
-from benchmarks.works import WORKS
+from benchmarks.works import WORKS, Case
 from splagen import pipeline
+from splagen.pipeline import DecodingLibrary
 
 STEP = "spla_step"
 STEP_CASE = 1  # of spla_step.CASES: the most sequences
@@ -52,8 +53,9 @@ def parsed(text: str) -> list[dict[str, Any]]:
     """A row for every kernel in what ncu prints, the first launch of each."""
     found: dict[str, dict[str, Any]] = {}
     names = list(_KERNEL.finditer(text))
-    for name, after in zip(names, [*names[1:], None], strict=True):
-        part = text[name.end() : after.start() if after else None]
+    ends = [*(name.start() for name in names), len(text)][1:]
+    for name, end in zip(names, ends, strict=False):
+        part = text[name.end() : end]
         metrics = {m: (unit, float(number.replace(",", ""))) for m, unit, number in _METRIC.findall(part)}
         if name[1] in found or "Duration" not in metrics:
             continue
@@ -71,15 +73,30 @@ def bound(busy: dict[str, float]) -> str:
     return most if busy[most] >= BOUND else "latency"
 
 
+def step_library() -> DecodingLibrary:
+    """The module of a step."""
+    return pipeline.generate_decoding(spla_step.spec_of(spla_step.CASES[STEP_CASE][1]), "build")
+
+
+def case_of(work: str, kv_heads: int | None, length: int | None) -> Case:
+    """A work's first variant of a size."""
+    return WORKS[work].cases([length] if length else [], [kv_heads] if kv_heads else [])[0]
+
+
+def kernels_of(work: str, kv_heads: int | None) -> list[str]:
+    """The names of the kernels that a work's module has."""
+    module = step_library().module if work == STEP else op_of(case_of(work, kv_heads, None).spec, "all").module
+    return [name.removesuffix("_kernel") for name in vars(module) if name.endswith("_kernel")]
+
+
 def once(work: str, kv_heads: int | None, length: int | None) -> None:
-    """Forward and backward of the work's first variant of a size, or one step; nothing is compared with the oracle."""
+    """Forward and backward of a case, or one step; nothing is compared with the oracle."""
     if work == STEP:
-        batch, heads, _, _ = spla_step.CASES[STEP_CASE]
-        library = pipeline.generate_decoding(spla_step.spec_of(heads), "build")
+        library, (batch, heads, _, _) = step_library(), spla_step.CASES[STEP_CASE]
         cache = spla_step.filled(library, batch, heads, length or STEP_LENGTH)
         cache.step(*spla_step.given(library.spec, batch, heads))
     else:
-        case = WORKS[work].cases([length] if length else [], [kv_heads] if kv_heads else [])[0]
+        case = case_of(work, kv_heads, length)
         op = op_of(case.spec, WORKS[work].timed)
         inputs = op.inputs(case.shape, torch.bfloat16, "cuda")
         results = op.forward(inputs)
@@ -94,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("work", choices=[*WORKS, STEP], metavar="WORK")
     parser.add_argument("--kv-heads", type=int)
     parser.add_argument("--length", type=int, help="default: the first of the work")
-    parser.add_argument("--kernels", nargs="+", default=[r"\w+"], help="names, or regular expressions of them")
+    parser.add_argument("--kernels", nargs="+", help="names, or regular expressions of them; default: all")
     parser.add_argument("--most", type=int, default=24, help="launches")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--once", action="store_true", help="what ncu runs")
@@ -103,7 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         once(given.work, given.kv_heads, given.length)
         return
     sections = [x for s in SECTIONS for x in ("--section", s)]
-    which = ["-k", f"regex:^({'|'.join(given.kernels)})_kernel$", "-c", str(given.most)]
+    names = "|".join(given.kernels or kernels_of(given.work, given.kv_heads))
+    which = ["-k", f"regex:^({names})_kernel$", "-c", str(given.most)]  # torch's own kernels have such names too
     child = [sys.executable, "-m", "benchmarks.bounds", given.work, "--once"]
     sizes = {"--kv-heads": given.kv_heads, "--length": given.length}
     child += [str(x) for pair in sizes.items() if pair[1] for x in pair]

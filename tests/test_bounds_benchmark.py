@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.bounds import bound, parsed
+from benchmarks.bounds import STEP, bound, kernels_of, parsed
 
 TEXT = """\
 ==PROF== Profiling "block_sparse_dkv_kernel": 0%....50%....100% - 20 passes
@@ -65,3 +65,12 @@ def test_text_without_kernels_gives_no_rows() -> None:
 def test_what_is_busiest_binds_if_it_is_busy() -> None:
     assert bound({"dram": 30.0, "l2": 84.7, "sm": 70.0}) == "l2"
     assert bound({"dram": 69.9, "l2": 50.0}) == "latency"
+
+
+def test_text_without_kernels_has_no_rows() -> None:
+    assert parsed("==PROF== Disconnected from process 1\n") == []
+
+
+def test_the_kernels_of_a_work_are_those_of_its_module() -> None:
+    assert {"block_sparse_dkv", "merge_segments", "linear_dkv", "index"} <= {*kernels_of("whole", 2)}
+    assert {*kernels_of(STEP, None)} == {"append", "score", "select", "settle", "attend", "merge"}

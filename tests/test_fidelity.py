@@ -380,6 +380,23 @@ def test_the_share_of_a_gap_that_closes() -> None:
     assert report.over_seeds([1.0], 2) == "1.00"
 
 
+def test_what_a_part_adds_is_told_at_seeds_that_both_models_have() -> None:
+    def figures(loss: float, recalled: float) -> report.Figures:
+        return {"validation": [[0, 5.0], [9, loss]], "recall": [[recalled, recalled]], "recall_lengths": [64]}
+
+    study = {
+        "sparse1": {0: figures(1.0, 0.1), 1: figures(2.0, 0.2), 2: figures(7.0, 0.0)},
+        "sparse2": {0: figures(0.9, 0.5), 1: figures(1.7, 0.8)},
+        "spla2": {1: figures(1.6, 0.9)},
+    }
+    table = report.contributions(study)
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert rows == [
+        ("residual, at order 2", "1", "-0.1000", "0.100"),
+        ("order 2", "2", "-0.2000 ± 0.1414", "0.500 ± 0.141"),
+    ]
+
+
 def test_records_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     for seed, digest in ((0, "a"), (1, "b")):
         figures: report.Figures = {"job": {"variant": "dense", "seed": seed, "converted": False}}

@@ -32,6 +32,15 @@ Study = dict[str, dict[int, Figures]]
 """Figures by label, then seed."""
 
 ARROW = "dense → "
+PARTS = {
+    "residual, at order 1": ("spla1", "sparse1"),
+    "residual, at order 2": ("spla2", "sparse2"),
+    "order 2": ("sparse2", "sparse1"),
+    "order 2, beside a residual": ("spla2", "spla1"),
+    "rank 4": ("sparse2r4", "sparse2"),
+    "rank 4, beside a residual": ("spla2r4", "spla2"),
+}
+"""What two variants differ in: the one that has it, and the one that does not."""
 
 
 def load(folder: Path, preset: str) -> Study:
@@ -150,9 +159,23 @@ def conversions(study: Study) -> Table:
     return table
 
 
+def contributions(study: Study) -> Table:
+    """What each part of the mechanism adds, seed by seed."""
+    lengths = next(iter(next(iter(study.values())).values()))["recall_lengths"]
+    table = Table("part", "seeds", "loss", *(f"recalled at {n:,}" for n in lengths), box=rich.box.MARKDOWN,
+                  title="What a part adds: differences at equal seeds")  # fmt: skip
+    for part, (some, other) in PARTS.items():
+        if some in study and other in study:
+            loss = paired(study[some], study[other])
+            recalled = [paired(study[some], study[other], recall_at(n)) for n in lengths]
+            table.add_row(part, str(len(loss)), over_seeds(loss), *(over_seeds(x, 3) for x in recalled))
+    return table
+
+
 def tables(study: Study) -> list[Table]:
     """All tables of a study."""
     found = [quality(study), retrieval(study), retrieval(study, "recall_loss")]
+    found += [contributions(study)] if any({*pair} <= study.keys() for pair in PARTS.values()) else []
     return [*found, conversions(study)] if any(label.startswith(ARROW) for label in study) else found
 
 

@@ -94,10 +94,18 @@ class DecodeCode:
         self.late = [s for s in self.sums if s.equation in totals]
         self.linear = [s for s in self.sums if s not in self.softmax and s not in self.late]
 
-    def row_code(self, side: str, tile_rows: str, row_type: type[Rows], available: Mapping[Var, Array]) -> RowCode:
+    def row_code(
+        self,
+        side: str,
+        tile_rows: str,
+        row_type: type[Rows],
+        available: Mapping[Var, Array],
+        *,
+        in_loop: bool = False,
+    ) -> RowCode:
         """Prints rows; all columns are defined at the top of each kernel."""
         names = {"".join(f) for f in _COLUMNS}
-        return RowCode(self.program, self.geometry, side, tile_rows, available, names, set(), row_type)
+        return RowCode(self.program, self.geometry, side, tile_rows, available, names, set(), row_type, in_loop)
 
     def ordered(self, equations: Sequence[Equation]) -> tuple[Equation, ...]:
         """Each equation once, in the program's order."""
@@ -226,7 +234,8 @@ class DecodeCode:
             tile, scores = code.scores(self.lse, code.wanted(active))
             keys = operands(tile.products, [*self.softmax, *active], of_queries=False)
             complete = self.walk.chosen is not None and facts.get(self.walk.chosen, False)
-            rows = self.row_code("key", "BLOCK_N", CompleteRows if complete else PagedRows, self.available)
+            kind = CompleteRows if complete else PagedRows
+            rows = self.row_code("key", "BLOCK_N", kind, self.available, in_loop=True)
             piece = rows.operands(keys)
             covers += [*piece.equations, *tile.products, *tile.equations]
             used += list(piece.arrays)

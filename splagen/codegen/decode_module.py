@@ -14,7 +14,7 @@ from splagen.codegen.step_rows import PageType
 from splagen.errors import PartitionError
 from splagen.spec import SPLASpec
 
-FUNCTIONS = ("log1p", "tanh", "dot_split", "merge_topk", "leading_factor", "round_e4m3")
+FUNCTIONS = ("log1p", "tanh", "dot_split", "merge_topk", "leading_factor", "one_of", "load_both", "round_e4m3")
 
 
 def decode_module_text(part: Decoding, spec: SPLASpec, *, digest: str, spec_text: str) -> str:

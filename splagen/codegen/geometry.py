@@ -195,6 +195,11 @@ class Rows:
         options = f", mask={' & '.join(conditions)}, other={array.missing}" if conditions else ""
         return f"tl.load({address}{options})"
 
+    def load_both(self, first: Array, second: Array, count: str) -> str:
+        """Source that loads a number per row of each of two arrays: vectors of `count` rows."""
+        addresses = ", ".join(f"{a.name}_ptr + {self._place(a)}" for a in (first, second))
+        return f"load_both({addresses}, {self.mask}, {first.missing}, {second.missing}, {count})"
+
     def store(self, array: Array, value: str, column: str | None = None) -> str:
         """Line that stores a matrix or vector to these rows."""
         address, conditions = self._address(array, column)

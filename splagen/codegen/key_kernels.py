@@ -178,7 +178,7 @@ class _KeyKernel:
         if not active and not to_rows:
             return []
         tile = code.body(code.wanted([*active, *to_rows]))
-        rows = RowCode(self.program, self.geometry, "query", "BLOCK_M", self.available)
+        rows = RowCode(self.program, self.geometry, "query", "BLOCK_M", self.available, in_loop=True)
         rows.defined_columns = self.key_rows.defined_columns
         used = operands(tile.products, active, of_queries=True)
         self.keys_used.update(dict.fromkeys(operands(tile.products, to_rows, of_queries=False)))

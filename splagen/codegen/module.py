@@ -36,7 +36,7 @@ from splagen.errors import PartitionError
 from splagen.ir.program import Map, Program, Var
 
 # device functions that kernels call; a template each
-FUNCTIONS = ("log1p", "tanh", "dot_split", "merge_topk", "union_of", "leading_factor")
+FUNCTIONS = ("log1p", "tanh", "dot_split", "merge_topk", "union_of", "leading_factor", "one_of", "load_both")
 _HEADS = {"query_rows": "Hq", "query_scalars": "Hq", "key_rows": "Hkv", "cell_rows": "Hkv"}
 _SIZES = {"LONGEST": "L"}  # names of sizes in kernels that have another on the host
 

@@ -28,7 +28,7 @@ class RowCode:
     """Prints row code of one side; remembers which columns and rows the kernel has already defined.
 
     `available` maps each variable that lies in memory to its array; `tile_rows` is the constexpr that counts rows;
-    `row_type` says how arrays are addressed.
+    `row_type` says how arrays are addressed; `in_loop` that every turn of a loop loads other rows.
     """
 
     program: Program
@@ -39,6 +39,7 @@ class RowCode:
     defined_columns: set[str] = field(default_factory=set)
     loaded: set[Var] = field(default_factory=set)
     row_type: type[Rows] = Rows
+    in_loop: bool = False
 
     def rows(self, equations: Iterable[Equation]) -> Rows:
         """The rank that these equations need: 3 where the feature map has two signs."""
@@ -71,16 +72,10 @@ class RowCode:
         features |= {f[-1:] for f in features if f}  # padding masks are per feature axis
         for f in sorted(features):
             lines += self.columns(f)
-        for v in needed:
-            if v in bound:
-                source = bound[v]
-            else:
-                array, source = self.available[v], v.name
-                arrays.append(array)
-                if v not in self.loaded:
-                    lines.append(f"{v.name} = {self.row_type(self.geometry, self.side, False).load(array)}")
-                    self.loaded.add(v)
-            names[v] = self._lifted(source, v, rows, exact=v in bound)
+        read_here = [v for v in needed if v not in bound]
+        arrays += [self.available[v] for v in read_here]
+        lines += self._loads([v for v in read_here if v not in self.loaded])
+        names.update({v: self._lifted(bound.get(v, v.name), v, rows, exact=v in bound) for v in needed})
         region = Region(rows.dims, self.program.order, self.program.extents)
         body, after = region.emit(followed(wanted, to_base2(equations)), names)
         lines += body
@@ -89,6 +84,20 @@ class RowCode:
             if v not in flat:
                 flat[v] = after[v] if is_parameter(v) else rows.flat(after[v], v, self.tile_rows)
         return Piece(tuple(lines), tuple(arrays), tuple(equations), flat)
+
+    def _loads(self, wanted: Sequence[Var]) -> list[str]:
+        """Lines that load variables by name."""
+        self.loaded.update(wanted)
+        rows = self.row_type(self.geometry, self.side, False)
+        by_row = [v for v in wanted if self.available[v].layout in ("query_scalars", "pages") and not features_of(v)]
+        numbers = by_row if self.in_loop else []
+        pairs = list(zip(numbers[::2], numbers[1::2], strict=False))
+        apart = [v for v in wanted if not any(v in pair for pair in pairs)]
+        lines = [f"{v.name} = {rows.load(self.available[v])}" for v in apart]
+        for one, other in pairs:
+            both = rows.load_both(self.available[one], self.available[other], self.tile_rows)
+            lines.append(f"{one.name}, {other.name} = {both}")
+        return lines
 
     def _lifted(self, source: str, v: Var, rows: Rows, *, exact: bool) -> str:
         array = self.available.get(v)

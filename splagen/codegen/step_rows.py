@@ -87,6 +87,11 @@ class NewKeys(Rows):
 class CompleteRows(PagedRows):
     """Rows in pages that all exist."""
 
+    @property
+    def mask(self) -> str:
+        """No mask."""
+        return "tl.full((BLOCK_N,), True, tl.int1)"
+
     def load(self, array: Array, *, mask: bool = True, column: str | None = None) -> str:
         """As `Rows.load`, without the mask of rows."""
         return super().load(array, mask=False, column=column)
