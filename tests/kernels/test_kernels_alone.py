@@ -262,7 +262,7 @@ def test_the_specs_have_every_kernel_family() -> None:
         "inverse_index",
         "index",
         *("packed_module", "packed_index", "segment_lengths", "block_keys", "prefill_module", "prefill_places"),
-        *("carried_state", "as_paged"),
+        *("carried_state", "as_paged", "key_visits"),
         *FUNCTIONS,
         *decode_module.FUNCTIONS,
         *sequence_module.FUNCTIONS,
