@@ -54,7 +54,7 @@ def parsed(text: str) -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     names = list(_KERNEL.finditer(text))
     ends = [*(name.start() for name in names), len(text)][1:]
-    for name, end in zip(names, ends, strict=False):
+    for name, end in zip(names, ends, strict=True):
         part = text[name.end() : end]
         metrics = {m: (unit, float(number.replace(",", ""))) for m, unit, number in _METRIC.findall(part)}
         if name[1] in found or "Duration" not in metrics:

@@ -60,15 +60,12 @@ def test_the_first_launch_of_each_kernel_is_read() -> None:
 
 def test_text_without_kernels_gives_no_rows() -> None:
     assert parsed("==ERROR== Failed to initialize the profiler\n  some_kernel (1, 1, 1)x(32, 1, 1)\n") == []
+    assert parsed("==PROF== Disconnected from process 1\n") == []
 
 
 def test_what_is_busiest_binds_if_it_is_busy() -> None:
     assert bound({"dram": 30.0, "l2": 84.7, "sm": 70.0}) == "l2"
     assert bound({"dram": 69.9, "l2": 50.0}) == "latency"
-
-
-def test_text_without_kernels_has_no_rows() -> None:
-    assert parsed("==PROF== Disconnected from process 1\n") == []
 
 
 def test_the_kernels_of_a_work_are_those_of_its_module() -> None:

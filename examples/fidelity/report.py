@@ -118,15 +118,15 @@ def closed(study: Study, label: str) -> tuple[list[float], list[float], list[flo
 def quality(study: Study) -> Table:
     """Losses, size and speed of every model."""
     table = Table("attention", "seeds", "parameters", "loss", "against dense", "without residual",
-                  "last quarter", "beyond", "step, ms",
-                  "tokens/s", "peak, GiB", box=rich.box.MARKDOWN, title="Validation loss, nats per byte")  # fmt: skip
+                  "last quarter", "beyond", "step, ms", "tokens/s", "peak, GiB",
+                  box=rich.box.MARKDOWN, title="Validation loss, nats per byte")  # fmt: skip
     for label, runs in study.items():
         each = list(runs.values())
         late, beyond = zip(*(far(f) for f in each), strict=True)
         dense = study.get(f"{ARROW}dense" if label.startswith(ARROW) else "dense", {})
 
         def known(name: str, each: list[Figures] = each) -> list[float]:
-            return [f[name] for f in each if f.get(name) is not None]
+            return [f[name] for f in each if f[name] is not None]
 
         table.add_row(
             label, str(len(each)), f"{each[0]['parameters']:,}", over_seeds([last(f) for f in each]),
