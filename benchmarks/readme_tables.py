@@ -118,15 +118,20 @@ def byte_lm(root: Path) -> str:
 
 
 def fidelity(root: Path) -> str:
-    """Return the tables of the study on real text."""
-    from examples.fidelity import report
+    """Return the tables of the study on real text, its step times too where they were taken."""
+    from examples.fidelity import report, speed
 
     folder = root / "examples/results/fidelity"
     paths = sorted(folder.glob("h200-*.json"))
     if not paths:
         return "*No records `examples/results/fidelity/h200-*.json` yet.*"
     records = [record for path in paths if (record := _read(path))]
-    return f"{report.markdown(report.load(folder, 'h200'))}\n\n{_source([folder / 'h200-*.json'], records, root)}"
+    timed = speed.record_path(folder, "h200")
+    speeds = _read(timed)
+    tables = report.markdown(report.load(folder, "h200"), speeds and speeds["figures"])
+    sources = [_source([folder / "h200-*.json"], records, root)]
+    sources += [_source([timed], [speeds], root)] if speeds else []
+    return "\n\n".join([tables, *sources])
 
 
 def selection_recall(root: Path) -> str:

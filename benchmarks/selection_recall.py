@@ -34,12 +34,13 @@ from splagen.spec import Select, SPLASpec
 CLAMP = 8.0  # of cumulants
 METRICS: dict[str, Metric | str] = {
     "order 1": taylor(order=1),
-    "diagonal": taylor(),
+    "diagonal": taylor(covariance="diag"),
     "rank 2": taylor(covariance="rank2"),
     "rank 4": taylor(covariance="rank4"),
     "rank 8": taylor(covariance="rank8"),
     "full": "taylor",
-    "diagonal cumulant": cumulant(clamp=CLAMP),
+    "diagonal cumulant": cumulant(covariance="diag", clamp=CLAMP),
+    "rank 2 cumulant": cumulant(covariance="rank2", clamp=CLAMP),
     "rank 8 cumulant": cumulant(covariance="rank8", clamp=CLAMP),
     "full cumulant": "cumulant",
 }

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples.fidelity import presets, qk, recall, report, run, text
+from benchmarks import record
+from examples.fidelity import presets, qk, recall, report, run, speed, text, train
 from examples.fidelity.model import build, parameters
 from examples.fidelity.presets import H200, TINY, Shape
 from examples.fidelity.train import Run, batch, by_position, losses, on
@@ -364,6 +365,11 @@ def test_what_a_residual_adds_is_against_the_same_weights_without_it(corpus: tex
     assert run.without_residual(models["sparse2"], corpus, SMALL, 2) is None
 
 
+def test_an_empty_column_is_left_out() -> None:
+    table = report.filled("title", [{"a": "1", "b": "", "c": ""}, {"a": "2", "b": "", "c": "3"}])
+    assert [(c.header, list(c.cells)) for c in table.columns] == [("a", ["1", "2"]), ("c", ["", "3"])]
+
+
 def test_the_share_of_a_gap_that_closes() -> None:
     def figures(*losses: float) -> report.Figures:
         return {"validation": list(enumerate(losses))}
@@ -407,3 +413,71 @@ def test_records_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
         report.load(tmp_path, "tiny")
     with pytest.raises(FileNotFoundError, match="run first"):
         report.load(tmp_path, "h200")
+
+
+# -- times of steps --------------------------------------------------------------------------------------------
+
+
+def test_steps_that_are_timed_have_full_windows(corpus: text.Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = []
+
+    def seen(*given: Any) -> Any:
+        made = batch(*given)
+        shapes.append(made[0].shape)
+        return made
+
+    monkeypatch.setattr(train, "batch", seen)
+    preset = replace(TINY, shape=SMALL, training=replace(TINY.training, chunk=2, early_steps=3))
+    figures = speed.step_figures("dense", preset, corpus, CPU, 3)
+    assert shapes == 8 * [(TINY.training.batch, SMALL.context + 1)]  # two chunks of two before, two for three steps
+    assert figures["tokens_per_s"] * figures["step_ms"] == pytest.approx(1e3 * TINY.training.batch * SMALL.context)
+    assert figures["gpu_ms"] is figures["peak_gib"] is None
+
+
+def test_a_record_of_step_times_grows_until_something_else_changes(
+    corpus: text.Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(presets.PRESETS, "tiny", replace(TINY, shape=SMALL))
+    monkeypatch.setattr(text, "load", lambda folder: corpus)
+    common = ["--preset", "tiny", "--device", "cpu", "--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+
+    def measured(steps: int, *names: str) -> dict[str, speed.Figures]:
+        speed.main([*common, "--steps", str(steps), "--variants", *names])
+        found = json.loads((tmp_path / "speed-tiny.json").read_text())["figures"]["variants"]
+        assert isinstance(found, dict)
+        return found
+
+    first = measured(1, "sparse1")
+    second = measured(1, "spla1", "sparse1")
+    assert second.keys() == {"dense", "sparse1", "spla1"}
+    assert {name: second[name] for name in first} == first
+    assert measured(2).keys() == {"dense"}
+    assert measured(2, "gla").keys() == {"dense", "gla"}
+    monkeypatch.setattr(record, "source_digest", lambda: "other sources")
+    assert measured(2, "linear").keys() == {"dense", "linear"}
+    machine = record.environment()
+    monkeypatch.setattr(record, "environment", lambda: machine | {"gpu": "another"})
+    assert measured(2).keys() == {"dense"}
+    with pytest.raises(FileNotFoundError, match="run first"):  # it is no record of a training
+        report.load(tmp_path, "tiny")
+    with pytest.raises(SystemExit):
+        measured(0)
+
+
+def test_step_times_are_told_over_the_dense_one() -> None:
+    own = {"step_ms": 30.0, "tokens_per_s": 500_000.0, "gpu_ms": None, "peak_gib": None}
+    table = report.steps({"variants": {"spla1": own, "dense": own | {"step_ms": 20.0, "gpu_ms": 12.5}}})
+    assert {str(c.header): list(c.cells) for c in table.columns} == {
+        "attention": ["dense", "spla1"],
+        "step, ms": ["20.0", "30.0"],
+        "over dense": ["1.00", "1.50"],
+        "GPU busy, ms": ["12.5", ""],
+        "tokens/s": ["500,000", "500,000"],
+    }
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_busy_for_no_longer_than_a_step(corpus: text.Corpus, device: torch.device) -> None:
+    figures = speed.step_figures("dense", replace(TINY, shape=SMALL), corpus, device, 10)
+    assert 0 < figures["gpu_ms"] < figures["step_ms"]
+    assert figures["peak_gib"] > 0

@@ -3,7 +3,8 @@
     python -m examples.fidelity.report                  # of examples/results/fidelity
     python -m examples.fidelity.report --records DIR --preset tiny
 
-Models of one seed saw the same windows, so differences from the dense one are taken seed by seed.
+Models of one seed saw the same windows, so differences from the dense one are taken seed by seed.  Times of training
+steps are those of `examples.fidelity.speed`, where it was run.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.record import ROOT
-from examples.fidelity import variants
+from examples.fidelity import speed, variants
 from examples.fidelity.presets import PRESETS
 from examples.fidelity.run import RESULTS
 from splagen.figure import pyplot, saved
@@ -37,7 +38,9 @@ PARTS = {
     "residual, at order 2": ("spla2", "sparse2"),
     "order 2": ("sparse2", "sparse1"),
     "order 2, beside a residual": ("spla2", "spla1"),
+    "rank 2": ("sparse2r2", "sparse2"),
     "rank 4": ("sparse2r4", "sparse2"),
+    "cumulant, at rank 2": ("sparse2c2", "sparse2r2"),
     "rank 4, beside a residual": ("spla2r4", "spla2"),
 }
 """What two variants differ in: the one that has it, and the one that does not."""
@@ -115,11 +118,18 @@ def closed(study: Study, label: str) -> tuple[list[float], list[float], list[flo
     return before, after, [1 - b / a for a, b in zip(before, after, strict=True) if abs(a) > 1e-3]
 
 
+def filled(title: str, rows: Sequence[Mapping[str, str]]) -> Table:
+    """Cells by heading, alike in every row, without the columns in which no cell has text."""
+    headings = [name for name in rows[0] if any(row[name] for row in rows)]
+    table = Table(*headings, box=rich.box.MARKDOWN, title=title)
+    for row in rows:
+        table.add_row(*(row[name] for name in headings))
+    return table
+
+
 def quality(study: Study) -> Table:
-    """Losses, size and speed of every model."""
-    table = Table("attention", "seeds", "parameters", "loss", "against dense", "without residual",
-                  "last quarter", "beyond", "step, ms", "tokens/s", "peak, GiB",
-                  box=rich.box.MARKDOWN, title="Validation loss, nats per byte")  # fmt: skip
+    """Losses, size, and what else the trainings tell, of every model."""
+    rows = []
     for label, runs in study.items():
         each = list(runs.values())
         late, beyond = zip(*(far(f) for f in each), strict=True)
@@ -128,13 +138,37 @@ def quality(study: Study) -> Table:
         def known(name: str, each: list[Figures] = each) -> list[float]:
             return [f[name] for f in each if f[name] is not None]
 
-        table.add_row(
-            label, str(len(each)), f"{each[0]['parameters']:,}", over_seeds([last(f) for f in each]),
-            "" if label in ("dense", f"{ARROW}dense") else over_seeds(paired(runs, dense)),
-            over_seeds(known("without_residual")), over_seeds(late), over_seeds(beyond),
-            over_seeds(known("step_ms"), 1), over_seeds(known("tokens_per_s"), 0), over_seeds(known("peak_gib"), 1),
-        )  # fmt: skip
-    return table
+        rows.append({
+            "attention": label,
+            "seeds": str(len(each)),
+            "parameters": f"{each[0]['parameters']:,}",
+            "loss": over_seeds([last(f) for f in each]),
+            "against dense": "" if label in ("dense", f"{ARROW}dense") else over_seeds(paired(runs, dense)),
+            "without residual": over_seeds(known("without_residual")),
+            "last quarter": over_seeds(late),
+            "beyond": over_seeds(beyond),
+            "step, ms": over_seeds(known("step_ms"), 1),
+            "tokens/s": over_seeds(known("tokens_per_s"), 0),
+            "peak, GiB": over_seeds(known("peak_gib"), 1),
+        })  # fmt: skip
+    return filled("Validation loss, nats per byte", rows)
+
+
+def steps(speeds: Figures) -> Table:
+    """Times of training steps by variant, and over the dense one's, of the figures of `examples.fidelity.speed`."""
+    found: dict[str, Figures] = speeds["variants"]
+    rows = []
+    for name in (n for n in variants.ABOUT if n in found):
+        own = found[name]
+        rows.append({
+            "attention": name,
+            "step, ms": f"{own['step_ms']:.1f}",
+            "over dense": f"{own['step_ms'] / found['dense']['step_ms']:.2f}",
+            "GPU busy, ms": "" if own["gpu_ms"] is None else f"{own['gpu_ms']:.1f}",
+            "tokens/s": f"{own['tokens_per_s']:,.0f}",
+            "peak, GiB": "" if own["peak_gib"] is None else f"{own['peak_gib']:.1f}",
+        })  # fmt: skip
+    return filled("Training steps, with nothing else on the device", rows)
 
 
 def retrieval(study: Study, name: str = "recall") -> Table:
@@ -172,17 +206,18 @@ def contributions(study: Study) -> Table:
     return table
 
 
-def tables(study: Study) -> list[Table]:
-    """All tables of a study."""
+def tables(study: Study, speeds: Figures | None = None) -> list[Table]:
+    """All tables of a study, and that of `steps` where there are figures of it."""
     found = [quality(study), retrieval(study), retrieval(study, "recall_loss")]
     found += [contributions(study)] if any({*pair} <= study.keys() for pair in PARTS.values()) else []
-    return [*found, conversions(study)] if any(label.startswith(ARROW) for label in study) else found
+    found += [conversions(study)] if any(label.startswith(ARROW) for label in study) else []
+    return [*found, steps(speeds)] if speeds else found
 
 
-def markdown(study: Study) -> str:
+def markdown(study: Study, speeds: Figures | None = None) -> str:
     """The tables as text for a page."""
     parts = []
-    for made in tables(study):
+    for made in tables(study, speeds):
         title, made.title = made.title, None
         written = StringIO()
         Console(file=written, width=1000).print(made)
@@ -261,8 +296,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-plots", action="store_true")
     given = parser.parse_args(arguments)
     study = load(given.records, given.preset)
+    timed = speed.record_path(given.records, given.preset)
+    speeds = json.loads(timed.read_text(encoding="utf-8"))["figures"] if timed.exists() else None
     console = Console(width=200)
-    for made in tables(study):
+    for made in tables(study, speeds):
         console.print(made)
     if not given.no_plots:
         for path in plots(study, given.docs):

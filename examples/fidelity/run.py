@@ -46,9 +46,12 @@ class Job:
         return f"{'dense-to-' if self.converted else ''}{self.variant}-seed{self.seed}"
 
 
+OF_A_TRAINING = ("model", "presets", "recall", "run", "text", "train", "variants")
+
+
 def sources() -> str:
-    """sha256 of the files of this study, which a record's digest of splagen does not cover."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
+    """sha256 of the files of this study that a training goes through; a record's digest of splagen lacks them."""
+    files = [Path(__file__).with_name(f"{name}.py") for name in OF_A_TRAINING]
     return hashlib.sha256(b"\0".join(f.name.encode() + b"\0" + f.read_bytes() for f in files)).hexdigest()
 
 

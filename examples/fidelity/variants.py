@@ -44,7 +44,9 @@ def _states(shape: Shape, backbone: Any, router: splagen.Router | None = None) -
 
 
 ORDER_1, DIAGONAL = splagen.taylor(order=1), splagen.taylor(order=2, covariance="diag")
+RANK_2 = splagen.taylor(order=2, covariance="rank2")
 RANK_4 = splagen.taylor(order=2, covariance="rank4")
+CUMULANT_2 = splagen.cumulant(order=2, covariance="rank2")
 
 KINDS: dict[str, Callable[[Shape], splagen.Spec]] = {
     "dense": lambda s: _sparse(s, ORDER_1, dense_below=ALWAYS),
@@ -52,7 +54,9 @@ KINDS: dict[str, Callable[[Shape], splagen.Spec]] = {
     "infllm": _infllm,
     "sparse1": lambda s: _sparse(s, ORDER_1),
     "sparse2": lambda s: _sparse(s, DIAGONAL),
+    "sparse2r2": lambda s: _sparse(s, RANK_2),
     "sparse2r4": lambda s: _sparse(s, RANK_4),
+    "sparse2c2": lambda s: _sparse(s, CUMULANT_2),
     "spla1": lambda s: _spla(s, ORDER_1),
     "spla2": lambda s: _spla(s, DIAGONAL),
     "spla2r4": lambda s: _spla(s, RANK_4),
@@ -70,7 +74,9 @@ ABOUT = {
     "infllm": "blocks by order 1 over overlapping windows (InfLLM-v2), no residual",
     "sparse1": "blocks by order 1, no residual",
     "sparse2": "blocks by order 2, diagonal, no residual",
+    "sparse2r2": "blocks by order 2, rank 2, no residual",
     "sparse2r4": "blocks by order 2, rank 4, no residual",
+    "sparse2c2": "blocks by the cumulant of order 2, rank 2, no residual",
     "spla1": "blocks by order 1, residual o_s + RMS(o_r)",
     "spla2": "blocks by order 2, diagonal, residual o_s + RMS(o_r)",
     "spla2r4": "blocks by order 2, rank 4, residual o_s + RMS(o_r)",

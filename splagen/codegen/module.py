@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,6 +11,7 @@ import sympy as sp
 from splagen.codegen.affine import Interval
 from splagen.codegen.dense import Dense
 from splagen.codegen.geometry import Geometry, is_parameter
+from splagen.codegen.head_rounds import bytes_by_strategy, heads_are_alike, parts_text, rounds_text
 from splagen.codegen.index_kernels import SCHEDULE, index_kernels
 from splagen.codegen.kernel import Array, Choice, Kernel
 from splagen.codegen.launchers import launcher_text
@@ -74,6 +74,9 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
             **head(f"{name}_{digest}", "", equations_text(program.equations), spec_text, kernels, FUNCTIONS),
             "constants": constants,
             "cells": geometry.cells,
+            "parts": parts_text(constants, "n.B * n.nT", by_heads=heads_are_alike(program)),
+            "forward_rounds": rounds_text(part, "forward", part.inputs),
+            "backward_rounds": rounds_text(part, "backward", [*part.inputs, *part.residuals, *part.cotangents]),
             "inverse_index": render(
                 "inverse_index",
                 {
@@ -182,7 +185,7 @@ def _branches(choice: Choice, kernels: list[Kernel], keep: set[str], last: str) 
     while len({text[-end - 1] for text in texts}) == 1:
         end += 1
     given = f'schedules["{choice.name}"]["strategy"]'
-    lines = [*texts[0][:same], f"strategy = fitting(n, {given}, {_part_bytes(choice)})"]
+    lines = [*texts[0][:same], f"strategy = fitting(n, {given}, {bytes_by_strategy(choice)})"]
     for i, text in enumerate(texts):
         lines.append(f"{'if' if i == 0 else 'elif'} strategy == {i}:")
         lines += [f"    {line}" for line in text[same:-end]]
@@ -191,17 +194,6 @@ def _branches(choice: Choice, kernels: list[Kernel], keep: set[str], last: str) 
         f'    raise ValueError(f"{choice.name} has strategies 0 to {len(texts) - 1}, not {{strategy}}")',
     ]
     return "\n".join([*lines, *texts[0][-end:]])
-
-
-def _part_bytes(choice: Choice) -> str:
-    """Host source for what a query row's parts take, one chosen block of it, by the strategies that have parts."""
-    found = []
-    for i, option in enumerate(choice.options):
-        parts = {a.name: a for k in option for a in k.outputs if a.layout == "parts"}.values()
-        columns = {dtype: sum(math.prod(a.width) for a in parts if a.dtype == dtype) for dtype in ("input", "float32")}
-        if parts:
-            found.append(f"{i}: {columns['input']} * n.dtype.itemsize + {4 * columns['float32']}")
-    return f"{{{', '.join(found)}}}"
 
 
 def _calls(kernels: list[Kernel], keep: set[str], last: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from splagen.codegen.geometry import Geometry
+from splagen.codegen.head_rounds import heads_are_alike, parts_text, rounds_text
 from splagen.codegen.index_kernels import SCHEDULE
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.module import FUNCTIONS, backward_calls, constants_of, forward_calls, launcher
@@ -25,7 +26,8 @@ def packed_module_text(part: PackedPartition, *, name: str, digest: str, spec_te
     host = Host(packing, returned)
     constants = constants_of(geometry, walk)
     inputs, residuals, cotangents = ([a.name for a in x] for x in (part.inputs, part.residuals, part.cotangents))
-    tensors = [*inputs, BOUNDS.name]
+    given = [*part.inputs, BOUNDS]
+    tensors = [a.name for a in given]
     made = [*part.outputs, *part.saved]
     kernels = sources(part.kernels, lambda k: host.launcher(k, constants))
     index = packed_index_text(walk, packing, part.index)
@@ -39,6 +41,9 @@ def packed_module_text(part: PackedPartition, *, name: str, digest: str, spec_te
             "constants": constants,
             "cells": geometry.cells,
             "places": packing.tiles_text(),
+            "parts": parts_text(constants, packing.tiles_text(), by_heads=heads_are_alike(program)),
+            "forward_rounds": rounds_text(part, "forward", given, "longest"),
+            "backward_rounds": rounds_text(part, "backward", [*given, *part.residuals, *part.cotangents], "longest"),
             "inverse_index": index,
             "name": f"{name}_varlen",
             "op": f"{stem}_{content_of(kernels, index, schedules)}",

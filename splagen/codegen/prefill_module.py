@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from splagen.codegen.geometry import Geometry
+from splagen.codegen.head_rounds import parts_text
 from splagen.codegen.index_kernels import SCHEDULE
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.module import FUNCTIONS, chosen_calls, constants_of
@@ -64,6 +65,7 @@ def prefill_module_text(part: PrefillPartition, *, name: str, digest: str, spec_
             "cells": geometry.cells,
             "aligned": ALIGNED,
             "places": packing.tiles_text(),
+            "parts": parts_text(constants, packing.tiles_text()),
             "inverse_index": index,
             "name": f"{name}_prefill",
             "op": f"{stem}_{content_of(kernels, index, schedules)}",

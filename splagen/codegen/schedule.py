@@ -193,6 +193,8 @@ def _key_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) ->
     block_m, block_n, stages = (16, 16, 1) if size == 4 else (32, 64, 2 if whole else 1)
     if wide and size == 2:
         block_m, stages = 64 if whole else 32, 2
+    if whole and size == 2 and geometry.tile * geometry.group > 1:  # rows of few tiles: their numbers lie close
+        block_m = 64
     block_n = geometry.block if whole else min(geometry.block, block_n)
     while not whole and block_n > 16 and block_n * accumulators > 24576:
         block_n //= 2

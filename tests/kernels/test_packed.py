@@ -341,6 +341,23 @@ def test_a_repeated_call_serves_other_sequences(
     assert asked
 
 
+def test_parts_that_do_not_fit_go_by_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = modules(SPARSE, tmp_path, 1)
+    inputs = random_inputs(oracle(to_toml(SPARSE)), (1, 4, 70), torch.float32, "cpu", 0)
+    bounds = torch.tensor([1, 20, 69], dtype=torch.int32)
+    whole = found.run_packed(inputs, bounds, 49)
+    weigh, merges = found.packed.part_bytes, []
+    merge = found.packed.launch_block_sparse_merge
+    monkeypatch.setattr(found.packed, "launch_block_sparse_merge", lambda *x: (merges.append(x), merge(*x))[1])
+    monkeypatch.setattr(found.packed, "part_bytes", lambda n, each: weigh(n, each) if n.Hkv == 1 else 1 << 70)
+    monkeypatch.setattr(found.packed, "most_parts", lambda device: 1 << 69)
+    shares = found.run_packed(inputs, bounds, 49)
+    assert len(merges) == 2
+    for one, other in zip(whole, shares, strict=True):
+        read = one.keys() - {a.name for a in found.part.saved}  # nobody writes those of tokens of no sequence
+        assert all(torch.equal(one[name], other[name]) for name in read)
+
+
 # -- room ------------------------------------------------------------------------------------------------------
 
 

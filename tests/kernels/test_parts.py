@@ -1,6 +1,7 @@
 """Chosen blocks visited by key: what each gives to a row is merged to the same results and gradients."""
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ CASES: dict[str, tuple[SPLASpec, Shape]] = {
     "one head": (SPLASpec(head_dim=24, value_dim=40, group_size=1, select=TOKEN, linear=None), (1, 2, 131)),
     "temperature": (
         SPLASpec(head_dim=16, group_size=2, select=TOKEN, linear=Residual(temperature=True)),
-        (1, 2, 100),
+        (1, 4, 100),
     ),
     "tiles longer than blocks": (
         SPLASpec(
@@ -43,8 +44,21 @@ CASES: dict[str, tuple[SPLASpec, Shape]] = {
 BY_KEY = {"forward_strategy": {"strategy": 1}, "backward_strategy": {"strategy": 1}}
 
 
-def check(spec: SPLASpec, shape: Shape, dtype: torch.dtype, device: torch.device, folder: Path) -> None:
+def allow_a_share(module: ModuleType, rounds: int) -> None:
+    """Memory for the parts of a share of the KV heads."""
+    whole = module.part_bytes
+    sizes: list[int] = []
+    module.part_bytes = lambda n, each: (sizes.append(whole(n, each)), sizes[-1])[1]
+    module.most_parts = lambda device: -(-max(sizes) // rounds)
+
+
+def check(
+    spec: SPLASpec, shape: Shape, dtype: torch.dtype, device: torch.device, folder: Path, rounds: int = 1
+) -> None:
+    """By key against the oracle, in so many rounds over the KV heads each way."""
     module = pipeline.generate(spec, folder).module
+    if rounds > 1:
+        allow_a_share(module, rounds)
     launched: list[str] = []
     for name, launch in list(vars(module).items()):
         if name.startswith("launch_"):
@@ -52,6 +66,7 @@ def check(spec: SPLASpec, shape: Shape, dtype: torch.dtype, device: torch.device
     truth = oracle(to_toml(spec))
     rows = compare(module, truth, random_inputs(truth, shape, dtype, device, 0), shape, schedules=BY_KEY)
     assert {"launch_block_sparse_parts", "launch_block_sparse_merge"} <= set(launched)
+    assert launched.count("launch_block_sparse_merge") == launched.count("launch_block_sparse_dq_merge") == rounds
     assert "launch_block_sparse_forward" not in launched
     assert not [f"{r.quantity}: {r.error:.1e}" for r in rows if not r.ok]
 
@@ -68,3 +83,36 @@ def test_parts_by_key_merge_to_the_oracle(case: str, tmp_path: Path) -> None:
 def test_parts_by_key_on_the_gpu(group: int, head_dim: int, dtype: torch.dtype, tmp_path: Path) -> None:
     spec = SPLASpec(head_dim=head_dim, group_size=group, select=Select(block_size=64, budget=5))
     check(spec, (2, 2 * group, 1000), dtype, torch.device("cuda"), tmp_path)
+
+
+@pytest.mark.parametrize("case", ["residual, four heads", "temperature", "tiles longer than blocks", "not causal"])
+def test_parts_that_do_not_fit_go_by_heads(case: str, tmp_path: Path) -> None:
+    spec, shape = CASES[case]
+    check(spec, shape, torch.float32, torch.device("cpu"), tmp_path, rounds=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rounds", [2, 4])
+def test_parts_that_do_not_fit_go_by_heads_on_the_gpu(rounds: int, tmp_path: Path) -> None:
+    """And a call that is repeated gives the same bits: those of all heads at once."""
+    spec, shape = SPLASpec(head_dim=128, group_size=4, select=Select(block_size=64, budget=5)), (2, 16, 1000)
+    check(spec, shape, torch.bfloat16, torch.device("cuda"), tmp_path, rounds)
+    module, truth = pipeline.generate(spec, tmp_path).module, oracle(to_toml(spec))
+    given = random_inputs(truth, shape, torch.bfloat16, "cuda", 0)
+    rows = [given[a.name] for a in truth.partition.inputs]
+    chosen = module.schedules_for(rows[0]) | BY_KEY
+    whole = module.forward(chosen, *rows)
+    allow_a_share(module, rounds)
+    for _ in range(3):
+        assert all(torch.equal(x, y) for x, y in zip(module.forward(chosen, *rows), whole, strict=True))
+
+
+def test_heads_that_a_score_numbers_are_not_parted(tmp_path: Path) -> None:
+    spec = SPLASpec(head_dim=16, group_size=2, select=TOKEN, linear=None, score=lib.alibi())
+    module = pipeline.generate(spec, tmp_path).module
+    truth = oracle(to_toml(spec))
+    module.most_parts = lambda device: 1
+    rows = compare(
+        module, truth, random_inputs(truth, (1, 4, 150), torch.float32, "cpu", 0), (1, 4, 150), schedules=BY_KEY
+    )
+    assert not [f"{r.quantity}: {r.error:.1e}" for r in rows if not r.ok]
