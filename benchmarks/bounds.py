@@ -1,8 +1,8 @@
 """What binds each kernel of a work: how busy memory, caches and issue slots are while it runs, by Nsight Compute.
 
-python -m benchmarks.bounds WORK [--kv-heads N] [--length N] [--kernels NAME ...] [--out DIR]
+python -m benchmarks.bounds WORK [--variant NAME] [--kv-heads N] [--length N] [--kernels NAME ...] [--out DIR]
 
-WORK is one of `benchmarks.run`, or spla_step.  ncu, on the PATH, runs this module again with `--once`, and each kernel
+WORK is one of `benchmarks.run`, by default its first variant, or spla_step.  ncu, on the PATH, runs this module again with `--once`, and each kernel
 several times with other counters; the card's clocks are left alone.  Times under it are not those of other records.
 """
 
@@ -78,25 +78,29 @@ def step_library() -> DecodingLibrary:
     return pipeline.generate_decoding(spla_step.spec_of(spla_step.CASES[STEP_CASE][1]), "build")
 
 
-def case_of(work: str, kv_heads: int | None, length: int | None) -> Case:
-    """A work's first variant of a size."""
-    return WORKS[work].cases([length] if length else [], [kv_heads] if kv_heads else [])[0]
+def case_of(work: str, kv_heads: int | None, length: int | None, variant: str | None = None) -> Case:
+    """A work's variant, by default the first, of a size."""
+    cases = WORKS[work].cases([length] if length else [], [kv_heads] if kv_heads else [])
+    return next(c for c in cases if variant in (None, c.variant))
 
 
-def kernels_of(work: str, kv_heads: int | None) -> list[str]:
+def kernels_of(work: str, kv_heads: int | None, variant: str | None = None) -> list[str]:
     """The names of the kernels that a work's module has."""
-    module = step_library().module if work == STEP else op_of(case_of(work, kv_heads, None).spec, "all").module
+    if work == STEP:
+        module = step_library().module
+    else:
+        module = op_of(case_of(work, kv_heads, None, variant).spec, WORKS[work].timed).module
     return [name.removesuffix("_kernel") for name in vars(module) if name.endswith("_kernel")]
 
 
-def once(work: str, kv_heads: int | None, length: int | None) -> None:
+def once(work: str, kv_heads: int | None, length: int | None, variant: str | None = None) -> None:
     """Forward and backward of a case, or one step; nothing is compared with the oracle."""
     if work == STEP:
         library, (batch, heads, _, _) = step_library(), spla_step.CASES[STEP_CASE]
         cache = spla_step.filled(library, batch, heads, length or STEP_LENGTH)
         cache.step(*spla_step.given(library.spec, batch, heads))
     else:
-        case = case_of(work, kv_heads, length)
+        case = case_of(work, kv_heads, length, variant)
         op = op_of(case.spec, WORKS[work].timed)
         inputs = op.inputs(case.shape, torch.bfloat16, "cuda")
         results = op.forward(inputs)
@@ -109,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", choices=[*WORKS, STEP], metavar="WORK")
+    parser.add_argument("--variant", help="default: the first of the work")
     parser.add_argument("--kv-heads", type=int)
     parser.add_argument("--length", type=int, help="default: the first of the work")
     parser.add_argument("--kernels", nargs="+", help="names, or regular expressions of them; default: all")
@@ -116,21 +121,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--once", action="store_true", help="what ncu runs")
     given = parser.parse_args(arguments)
+    variants = WORKS[given.work].specs if given.work in WORKS else ()
+    if given.variant is not None and given.variant not in variants:
+        parser.error(f"{given.work} has no variant {given.variant!r}: one of {', '.join(map(repr, variants)) or 'none'}")
     if given.once:
-        once(given.work, given.kv_heads, given.length)
+        once(given.work, given.kv_heads, given.length, given.variant)
         return
     sections = [x for s in SECTIONS for x in ("--section", s)]
-    names = "|".join(given.kernels or kernels_of(given.work, given.kv_heads))
+    names = "|".join(given.kernels or kernels_of(given.work, given.kv_heads, given.variant))
     which = ["-k", f"regex:^({names})_kernel$", "-c", str(given.most)]  # torch's own kernels have such names too
     child = [sys.executable, "-m", "benchmarks.bounds", given.work, "--once"]
-    sizes = {"--kv-heads": given.kv_heads, "--length": given.length}
+    sizes = {"--variant": given.variant, "--kv-heads": given.kv_heads, "--length": given.length}
     child += [str(x) for pair in sizes.items() if pair[1] for x in pair]
     command = ["ncu", "--clock-control", "none", *sections, *which, *child]
     text = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    rows = [{"work": given.work, "kv_heads": given.kv_heads, "length": given.length} | row for row in parsed(text)]
+    what = {"work": given.work, "variant": given.variant}
+    rows = [what | {"kv_heads": given.kv_heads, "length": given.length} | row for row in parsed(text)]
     if not rows:
         raise SystemExit(f"ncu measured no kernel:\n{text[-2000:]}")
-    write(f"bounds_{given.work}", {"rows": rows}, given.out)
+    write("_".join(["bounds", *filter(None, what.values())]), {"rows": rows}, given.out)
     for row in rows:
         shares = "  ".join(f"{key} {x:5.1f} %" for key, x in row["busy_percent"].items())
         print(f"{row['kernel']:24} {row['under_ncu_ms']:9.3f} ms  {shares}  {row['bound']}")

@@ -1,11 +1,11 @@
-"""Write the tables of README.md and docs/results.md from the records of measurements.
+"""Write the tables of README.md, docs/results.md and docs/what_binds.md from the records of measurements.
 
 Between `<!-- results:begin NAME: COLUMN ... -->` and `<!-- results:end -->` stand the rows of
 benchmarks/results/NAME.json, or its figures where it has no rows; without columns all of them.  NAME/LIST has those of
 another list in it.  A number in a dict of a row is the column errors.o or forward.ms, and errors.max is the largest.
 A missing record is named there.  NAME byte_lm stands for the models in examples/results/, NAME fidelity for the study
-in examples/results/fidelity/, NAME selection_recall for its record at blocks of 64, NAME pictures for what
-benchmarks.plots draws.  From the repository root:
+in examples/results/fidelity/, fidelity_metrics for that of metrics alone, NAME selection_recall for its record, NAME
+pictures for what benchmarks.plots draws.  From the repository root:
 
     python -m benchmarks.readme_tables            # rewrites them
     python -m benchmarks.readme_tables --check    # exit status 1 if that would change it
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs/results.md")
+PAGES = (ROOT / "README.md", ROOT / "docs/results.md", ROOT / "docs/what_binds.md")
 SECTION = re.compile(r"(<!-- results:begin (\w+(?:/\w+)?)(?:: ([\w. ]+?))? -->\n).*?(<!-- results:end -->)", re.DOTALL)
 UNITS = ("ms", "us", "s", "gib", "mib", "kib", "tflops")
 SPELLED = {"us": "µs", "gib": "GiB", "mib": "MiB", "kib": "KiB", "tflops": "TFLOP/s"}
@@ -45,7 +45,7 @@ def updated(text: str, root: Path = ROOT) -> str:
 
 def section(name: str, columns: Sequence[str], root: Path) -> str:
     """Return the markdown of one section."""
-    if own := {f.__name__: f for f in (byte_lm, fidelity, selection_recall, pictures)}.get(name):
+    if own := {f.__name__: f for f in (byte_lm, fidelity, fidelity_metrics, selection_recall, pictures)}.get(name):
         return own(root)
     name, _, listed = name.partition("/")
     path = root / "benchmarks/results" / f"{name}.json"
@@ -119,12 +119,20 @@ def byte_lm(root: Path) -> str:
 
 def fidelity(root: Path) -> str:
     """Return the tables of the study on real text, its step times too where they were taken."""
+    return _study(root / "examples/results/fidelity", root)
+
+
+def fidelity_metrics(root: Path) -> str:
+    """Return the tables of the study of metrics, whose models were trained from one state of the sources."""
+    return _study(root / "examples/results/fidelity_metrics", root)
+
+
+def _study(folder: Path, root: Path) -> str:
     from examples.fidelity import report, speed
 
-    folder = root / "examples/results/fidelity"
     paths = sorted(folder.glob("h200-*.json"))
     if not paths:
-        return "*No records `examples/results/fidelity/h200-*.json` yet.*"
+        return f"*No records `{folder.relative_to(root).as_posix()}/h200-*.json` yet.*"
     records = [record for path in paths if (record := _read(path))]
     timed = speed.record_path(folder, "h200")
     speeds = _read(timed)
@@ -135,19 +143,28 @@ def fidelity(root: Path) -> str:
 
 
 def selection_recall(root: Path) -> str:
-    """Return what blocks of 64 hold that each metric chooses, against the best choice, by layer and budget."""
+    """Return what blocks hold that each metric chooses, against the best choice, a table for each layer."""
     path = root / "benchmarks/results/selection_recall.json"
     record = _read(path)
     if record is None:
         return f"*No record `{path.relative_to(root).as_posix()}` yet.*"
-    found: dict[str, dict[str, Any]] = {}
-    for row in record["figures"]["rows"]:
-        if row["block"] == 64 and row["metric"] != "best":
+    rows = [row for row in record["figures"]["rows"] if row["metric"] != "best"]
+    parts = []
+    for source in dict.fromkeys(row["source"] for row in rows):
+        found: dict[str, dict[str, Any]] = {}
+        for row in (r for r in rows if r["source"] == source and (r["block"] == 64 or r["budget"] == 8)):
             of_metric = found.setdefault(row["metric"], {"metric": row["metric"]})
-            of_metric[f"{row['source']}, {row['budget']} blocks"] = f"{row['of_best']:.4f}"
-            if row["budget"] == 8:
-                of_metric[f"{row['source']}, union of 8"] = row["union"]
-    return f"{table([*found.values()])}\n\n{_source([path], [record], root)}"
+            of_metric[f"{row['budget']} blocks of {row['block']}"] = f"{row['of_best']:.3f}"
+            if (row["block"], row["budget"]) == (64, 8):
+                of_metric["union of 8 blocks of 64"] = row["union"]
+        ordered = ["metric", *sorted((c for c in found["order 1"] if c != "metric"), key=_by_block)]
+        parts.append(f"{source}:\n\n{table([*found.values()], ordered)}")
+    return "\n\n".join([*parts, _source([path], [record], root)])
+
+
+def _by_block(column: str) -> tuple[bool, int, int]:
+    budget, block = (int(x) for x in re.findall(r"\d+", column))
+    return column.startswith("union"), block, budget
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:

@@ -57,9 +57,10 @@ def bytes_by_strategy(choice: Choice) -> str:
 
 
 def rounds_text(part: Partition, direction: str, tensors: Sequence[Array], *numbers: str) -> str:
-    """Lines that go over shares of heads if they have to; `direction` is "forward" or "backward", also the host function.
+    """Lines that go over shares of heads if they have to.
 
-    `tensors` are what it takes, and `numbers` what it takes behind them.
+    `direction` is "forward" or "backward", the name of the host function too; `tensors` are what that takes, and
+    `numbers` what it takes behind them.
     """
     choice = next((c for c in part.strategies if c.name == f"{direction}_strategy"), None)
     if choice is None or not heads_are_alike(part.program) or bytes_by_strategy(choice) == "{}":

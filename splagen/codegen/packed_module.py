@@ -25,8 +25,7 @@ def packed_module_text(part: PackedPartition, *, name: str, digest: str, spec_te
     returned = {a.name for a in part.outputs} | {v.name for _, v in part.gradients}
     host = Host(packing, returned)
     constants = constants_of(geometry, walk)
-    inputs, residuals, cotangents = ([a.name for a in x] for x in (part.inputs, part.residuals, part.cotangents))
-    given = [*part.inputs, BOUNDS]
+    given, behind = [*part.inputs, BOUNDS], [*part.residuals, *part.cotangents]
     tensors = [a.name for a in given]
     made = [*part.outputs, *part.saved]
     kernels = sources(part.kernels, lambda k: host.launcher(k, constants))
@@ -43,13 +42,13 @@ def packed_module_text(part: PackedPartition, *, name: str, digest: str, spec_te
             "places": packing.tiles_text(),
             "parts": parts_text(constants, packing.tiles_text(), by_heads=heads_are_alike(program)),
             "forward_rounds": rounds_text(part, "forward", given, "longest"),
-            "backward_rounds": rounds_text(part, "backward", [*given, *part.residuals, *part.cotangents], "longest"),
+            "backward_rounds": rounds_text(part, "backward", [*given, *behind], "longest"),
             "inverse_index": index,
             "name": f"{name}_varlen",
             "op": f"{stem}_{content_of(kernels, index, schedules)}",
             "tensors": tensors,
             "forward": forward_calls(part, {*tensors, *(a.name for a in made)}),
-            "backward": backward_calls(part, geometry, {*tensors, *residuals, *cotangents}),
+            "backward": backward_calls(part, geometry, {*tensors, *(a.name for a in behind)}),
             "schedules": schedule_text(schedules),
             "fakes": [host.empty(None, a) for a in made],
             "parameters": parameters(part.inputs, geometry, queries="n.T", keys="n.T"),
