@@ -225,6 +225,23 @@ class Rows:
         return f"{name}_ptr + {place} + {column or column_name(array.features)}[None, :]", conditions
 
 
+class BlockRows(Rows):
+    """Key rows of a visit of a loop over blocks: `key` of them from `first_key` on.
+
+    The first one's address is a scalar, and the offsets of the others are those of every visit: an address takes one
+    addition, where a product of 64 bits with a stride would take several instructions.  Offsets have 32 bits: keys are
+    less than 2^24 elements apart.
+    """
+
+    def _address(self, array: Array, column: str | None) -> tuple[str, list[str]]:
+        _, conditions = super()._address(array, column)
+        name = array.name
+        first = f"{name}_ptr + (b * {name}_b + first_key * {name}_l + h * {name}_h)"
+        if not array.features:
+            return f"{first} + key * {name}_l", conditions
+        return f"{first} + ((key * {name}_l)[:, None] + {column or column_name(array.features)}[None, :])", conditions
+
+
 def array_of(v: Var, geometry: Geometry, *, internal: bool, dtype: str | None = None) -> Array:
     """The array that holds a row variable or a parameter.
 

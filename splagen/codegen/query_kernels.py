@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 from splagen.codegen.base_two import LN_2, LOG2_E
-from splagen.codegen.geometry import Rows, array_of, features_of
+from splagen.codegen.geometry import BlockRows, array_of, features_of
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.region import slice_back
 from splagen.codegen.row_code import RowCode
@@ -77,7 +77,7 @@ class QuerySide:
         for v in keys:
             array = self.available[v]
             self.use([array])
-            side = Rows(self.geometry, "key", False)
+            side = BlockRows(self.geometry, "key", False)
             lines.append(f"{v.name} = {side.load(array, mask=not known)}  # [BLOCK_N, {array.width[0]}]")
         return lines
 

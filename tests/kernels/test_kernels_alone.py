@@ -252,6 +252,7 @@ def test_the_specs_have_every_kernel_family() -> None:
     others = {
         "module",
         "decode_module",
+        "head_rounds",
         "dense",
         "registration",
         "sequence_module",
