@@ -23,6 +23,7 @@ from benchmarks.record import write
 from benchmarks.timing import kernel_us, peak_bytes, repeats_for, time_ms
 from splagen import pipeline
 from splagen.kinds import oracle
+from splagen.library import taylor
 from splagen.packed_ops import ROWS
 from splagen.pipeline import Library, PackedLibrary
 from splagen.spec import Select, SPLASpec, to_toml
@@ -36,7 +37,8 @@ ALIKE = 6  # sequences that are compared with themselves alone: so few that no s
 
 def spec_of(kv_heads: int) -> SPLASpec:
     """16 free blocks of 64, a residual, combination by RMS."""
-    return SPLASpec(head_dim=D, group_size=HQ // kv_heads, select=Select(block_size=64, budget=16))
+    select = Select(block_size=64, budget=16, metric=taylor(covariance="diag"))
+    return SPLASpec(head_dim=D, group_size=HQ // kv_heads, select=select)
 
 
 def lengths_of(sequences: int, longest: int, seed: int = 0) -> list[int]:

@@ -21,7 +21,7 @@ SPECS = (
         value_dim=80,
         group_size=3,
         causal=False,
-        select=Select(block_size=16, budget=2, granularity="tile", tile=32),
+        select=Select(block_size=16, budget=2, granularity="tile", tile=32, metric=library.taylor(covariance="diag")),
         linear=Residual(library.elu1, normaliser=True),
         combine="add",
     ),

@@ -26,6 +26,7 @@ from splagen.autotune.step_cost import Step, step_sizes
 from splagen.codegen.decoding import SPLITTING, decoding
 from splagen.codegen.step_rows import PageType
 from splagen.kinds import oracle
+from splagen.library import taylor
 from splagen.ops import Oracle
 from splagen.paged_cache import SPLACache
 from splagen.pipeline import DecodingLibrary, generate_decoding, load_decoding
@@ -44,8 +45,9 @@ DENSE_BYTES = 40 << 30  # of keys and values for cuDNN, beside those of the cach
 
 
 def spec_of(kv_heads: int) -> SPLASpec:
-    """The spec of the cases: 64 of all blocks exact."""
-    return SPLASpec(head_dim=D, group_size=HQ // kv_heads, select=Select(block_size=BLOCK, budget=FREE))
+    """The spec of the cases: 64 of all blocks exact, statistics with their diagonal."""
+    select = Select(block_size=BLOCK, budget=FREE, metric=taylor(covariance="diag"))
+    return SPLASpec(head_dim=D, group_size=HQ // kv_heads, select=select)
 
 
 def filled(library: DecodingLibrary, batch: int, kv_heads: int, length: int, step_tokens: int = 1) -> SPLACache:

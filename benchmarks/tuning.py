@@ -34,6 +34,7 @@ from splagen.codegen import sequence_schedule as recurrences
 from splagen.codegen.geometry import Geometry
 from splagen.codegen.schedule import Schedule
 from splagen.kinds import oracle
+from splagen.library import taylor
 from splagen.sequence import SSEOracle
 from splagen.spec import Select, Spec, SPLASpec, to_toml
 from splagen.sse_spec import Router, SSESpec
@@ -41,7 +42,11 @@ from splagen.verification import Shape
 
 CASES: dict[str, tuple[Spec, int]] = {  # with the number of heads: of queries, or of values
     f"SPLA G={group} d={d}": (
-        SPLASpec(head_dim=d, group_size=group, select=Select(block_size=64, budget=16)),
+        SPLASpec(
+            head_dim=d,
+            group_size=group,
+            select=Select(block_size=64, budget=16, metric=taylor(covariance="diag")),
+        ),
         4096 // d,
     )
     for d in (64, 128, 256)

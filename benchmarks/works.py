@@ -159,7 +159,8 @@ def infllm_spec(group: int) -> SPLASpec:
 
 def tile_spec(group: int, residual: bool = False) -> SPLASpec:
     """Not causal: 64 neighbouring queries share 16 blocks, their own and 15 chosen ones."""
-    select = Select(BLOCK, budget=15, sinks=0, local=0, granularity="tile", tile=64)
+    metric = taylor(covariance="diag")
+    select = Select(BLOCK, budget=15, sinks=0, local=0, granularity="tile", tile=64, metric=metric)
     linear = Residual() if residual else None
     return SPLASpec(head_dim=D, group_size=group, causal=False, select=select, linear=linear, name="tile")
 
@@ -175,7 +176,7 @@ def linear_spec(group: int) -> SSESpec:
 
 
 def _select() -> Select:
-    return Select(BLOCK, budget=FREE, sinks=SINKS, local=LOCAL)
+    return Select(BLOCK, budget=FREE, sinks=SINKS, local=LOCAL, metric=taylor(covariance="diag"))
 
 
 SDPA = ("dense cuDNN", "dense flash")

@@ -268,8 +268,9 @@ class Metric:
     Attributes:
         order: 1 uses the mean only, 2 the variance as well.
         form: "taylor" expands the mass, giving a + log1p(κ/2); "cumulant" expands its logarithm: a + κ/2.
-        covariance: "none" (order 1); of order 2 "diag" (per-feature variance, 1/n), or "rank1" to "rank8": κ = Σ_r
-            (q·w_r)² over that many factors w_r of the covariance, without what they leave of its diagonal.
+        covariance: "none" (order 1); of order 2 "rank1" to "rank8", "rank2" unless told: κ = Σ_r (q·w_r)² over that
+            many factors w_r of the covariance, without what they leave of its diagonal; or "diag": κ = Σ_i q_i²
+            variance_i, per feature, 1/n.
         clamp: largest κ that enters a cumulant of order 2, which overrates wide blocks; else None.
 
     Raises:
@@ -278,7 +279,7 @@ class Metric:
 
     order: Literal[1, 2] = 2
     form: Literal["taylor", "cumulant"] = "taylor"
-    covariance: Covariance = "diag"
+    covariance: Covariance = "rank2"
     clamp: float | None = None
 
     def __post_init__(self) -> None:
@@ -287,11 +288,11 @@ class Metric:
         if self.form not in ("taylor", "cumulant"):
             raise SpecError(f"metric.form is {self.form!r}", '"taylor" or "cumulant"')
         if self.covariance not in (("none",) if self.order == 1 else get_args(Covariance)[1:]):
-            wanted = "none" if self.order == 1 else "diag"
+            wanted = _covariance(self.order)
             why = _COVARIANCES.get(self.covariance, f"order {self.order} uses covariance {wanted!r}")
             raise SpecError(
                 f"metric.covariance is {self.covariance!r}: {why}",
-                f'"diag" or "rank1" to "rank{MOST_RANKS}" with order 2, or "none" with order 1',
+                f'"rank1" to "rank{MOST_RANKS}" or "diag" with order 2, or "none" with order 1',
             )
         if self.form == "cumulant" and self.order == 2:
             good = isinstance(self.clamp, (int, float)) and not isinstance(self.clamp, bool)
@@ -308,15 +309,22 @@ class Metric:
         return int(self.covariance.removeprefix("rank")) if self.covariance.startswith("rank") else 0
 
 
+def _covariance(order: int) -> Covariance:
+    """What a metric takes unless told."""
+    return "none" if order == 1 else "rank2"
+
+
 def taylor(order: Literal[1, 2] = 2, covariance: Covariance | None = None) -> Metric:
-    """Expansion of the mass, SPLA's metric: a, or a + log1p(κ/2). `covariance` None: "none", of order 2 "diag"."""
-    return Metric(order, "taylor", covariance or ("none" if order == 1 else "diag"))
+    """Expansion of the mass, SPLA's metric: a, or a + log1p(κ/2). `covariance` None: "none", of order 2 "rank2"."""
+    return Metric(order, "taylor", covariance or _covariance(order))
 
 
 def cumulant(order: Literal[1, 2] = 2, covariance: Covariance | None = None, clamp: float | None = 8.0) -> Metric:
-    """Expansion of the log mass, exact for Gaussian keys: a (which has no clamp), or a + min(κ, clamp)/2."""
-    covariance = covariance or ("none" if order == 1 else "diag")
-    return Metric(order, "cumulant", covariance, None if order == 1 else clamp)
+    """Expansion of the log mass, exact for Gaussian keys: a (which has no clamp), or a + min(κ, clamp)/2.
+
+    `covariance` None: "none", of order 2 "rank2".
+    """
+    return Metric(order, "cumulant", covariance or _covariance(order), None if order == 1 else clamp)
 
 
 @cache

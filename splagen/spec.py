@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from splagen.errors import SpecError
-from splagen.library import FEATURE_MAPS, FeatureMap, Metric, ScoreFunction, hedgehog, later, score_function
+from splagen.library import FEATURE_MAPS, FeatureMap, Metric, ScoreFunction, hedgehog, later, score_function, taylor
 from splagen.library import feature_map as make_feature_map
 
 if TYPE_CHECKING:
@@ -102,13 +102,18 @@ class Statistics:
 
 
 def windows() -> Statistics:
-    """InfLLM-v2's overlapping windows of 32 keys every 16, max-pooled; for comparison: it selects worse."""
+    """InfLLM-v2's overlapping windows of 32 keys every 16, max-pooled; for comparison: it selects worse.
+
+    Of a covariance they take the diagonal alone, which a Select without a metric then chooses.
+    """
     return Statistics(cell=16, width=32, stride=16, pool="max")
 
 
 @dataclass(frozen=True)
 class Select:
     """Which blocks of keys a query attends to exactly (SPLA, arXiv 2601.22379).
+
+    A metric given as None is filled in, so `dataclasses.replace` of statistics keeps it.
 
     Attributes:
         block_size: keys per block: 16, 32, 64 or 128.
@@ -117,7 +122,7 @@ class Select:
         local: complete blocks next to the query's own always attended, 0 to 1024; both sides if not causal.
         granularity: "token" chooses for every query, "tile" for `tile` neighbouring queries together.
         tile: queries that share a choice: 1 with "token"; 16, 32, 64 or 128 with "tile".
-        metric: the log score of a block.
+        metric: the log score of a block; None is taylor(), with windows taylor(covariance="diag").
         statistics: what the metric is computed from.
         own_rows: whether scores and statistics are of rows q_m and k_m that the caller gives, such as those before
             RoPE, in place of q and k.
@@ -129,7 +134,7 @@ class Select:
     local: int = 1
     granularity: Literal["token", "tile"] = "token"
     tile: int = 1
-    metric: Metric = field(default_factory=Metric)
+    metric: Metric = None  # type: ignore[assignment]
     statistics: Statistics = Statistics()
     own_rows: bool = later(False)
 
@@ -140,15 +145,19 @@ class Select:
         _whole("select.local", self.local, 0, 1024)
         _one_of("select.granularity", self.granularity, ("token", "tile"))
         _one_of("select.tile", self.tile, (1,) if self.granularity == "token" else (16, 32, 64, 128))
-        _is_a("select.metric", self.metric, (Metric,), "taylor() or cumulant()")
         _is_a("select.statistics", self.statistics, (Statistics,), "Statistics() or windows()")
+        if self.metric is None:
+            object.__setattr__(self, "metric", taylor(covariance="diag" if self.statistics.width else None))
+        _is_a("select.metric", self.metric, (Metric,), "taylor() or cumulant()")
         _one_of("select.own_rows", self.own_rows, (False, True))
         if self.statistics.width and self.block_size < self.statistics.width:
             what = f"select.statistics.width {self.statistics.width} with select.block_size {self.block_size}"
             raise SpecError(what, "a window must fit into a block: a larger block_size, or Statistics()")
         if self.statistics.width and self.metric.rank:
             what = f"select.metric.covariance is {self.metric.covariance!r} with overlapping windows"
-            raise SpecError(what, 'windows take covariance "diag"; a low rank takes Statistics(), of blocks or cells')
+            raise SpecError(
+                what, 'windows take a metric with covariance="diag"; a low rank takes Statistics(), of blocks or cells'
+            )
 
 
 @dataclass(frozen=True)

@@ -20,19 +20,32 @@ from benchmarks.works import WORKS, Size, Work, linear_spec, sparse_spec, whole_
 from splagen import pipeline
 from splagen.codegen.partition import Partition
 from splagen.kinds import oracle
+from splagen.library import taylor
 from splagen.spec import Residual, Select, SPLASpec, to_toml, windows
 from splagen.verification import random_inputs
 from tests.codegen.torch_attention import TorchAttention
 
 K = 1024
-TOKEN = SPLASpec(head_dim=16, group_size=2, select=Select(block_size=16, budget=3, sinks=2, local=2), linear=None)
+TOKEN = SPLASpec(
+    head_dim=16,
+    group_size=2,
+    select=Select(block_size=16, budget=3, sinks=2, local=2, metric=taylor(covariance="diag")),
+    linear=None,
+)
 TILE = SPLASpec(
     head_dim=16,
     causal=False,
-    select=Select(block_size=16, budget=3, sinks=1, local=0, granularity="tile", tile=16),
+    select=Select(
+        block_size=16, budget=3, sinks=1, local=0, granularity="tile", tile=16, metric=taylor(covariance="diag")
+    ),
     linear=Residual(),
 )
-NARROW = replace(TILE, select=Select(block_size=32, budget=2, sinks=2, local=1, granularity="tile", tile=16))
+NARROW = replace(
+    TILE,
+    select=Select(
+        block_size=32, budget=2, sinks=2, local=1, granularity="tile", tile=16, metric=taylor(covariance="diag")
+    ),
+)
 SHAPE = (1, 2, 235)
 
 
@@ -82,7 +95,9 @@ def test_overlap_counts_the_union_of_neighbours() -> None:
 
 
 def test_random_choices_of_neighbours_are_as_alike_as_asked() -> None:
-    spec = SPLASpec(head_dim=16, group_size=1, select=Select(block_size=16, budget=4), linear=None)
+    spec = SPLASpec(
+        head_dim=16, group_size=1, select=Select(block_size=16, budget=4, metric=taylor(covariance="diag")), linear=None
+    )
     unions = [
         given.overlap(given.random_selection(spec, 2048, 1, "cpu", alike=alike))["16"] for alike in (0.0, 0.5, 1.0)
     ]

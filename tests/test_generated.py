@@ -16,16 +16,22 @@ from splagen.spec import Residual, Select, SPLASpec, Statistics, to_toml
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 
-PLAIN = SPLASpec(head_dim=64, group_size=4, select=Select(budget=4), linear=None, name="block_sparse")
+DIAGONAL = lib.taylor(covariance="diag")
+PLAIN = SPLASpec(head_dim=64, group_size=4, select=Select(budget=4, metric=DIAGONAL), linear=None, name="block_sparse")
 SPECS = {
     "block_sparse": PLAIN,
-    "sparse_linear": SPLASpec(head_dim=128, group_size=16, name="sparse_linear"),
+    "sparse_linear": SPLASpec(head_dim=128, group_size=16, select=Select(metric=DIAGONAL), name="sparse_linear"),
     "tile": SPLASpec(
         head_dim=96,
         value_dim=64,
         group_size=2,
         causal=False,
-        select=Select(granularity="tile", tile=64, statistics=Statistics(cell=16), metric=lib.cumulant(clamp=8.0)),
+        select=Select(
+            granularity="tile",
+            tile=64,
+            statistics=Statistics(cell=16),
+            metric=lib.cumulant(covariance="diag", clamp=8.0),
+        ),
         linear=Residual(lib.elu1, temperature=True, normaliser=True),
         combine="gate",
         name="tile",

@@ -158,8 +158,14 @@ def test_refused(make, says):
 
 def test_the_rank_of_a_covariance():
     assert [taylor(covariance=f"rank{r}").rank for r in range(1, 9)] == [*range(1, 9)]
-    assert taylor().rank == taylor(order=1).rank == 0
-    assert metric_expression(taylor(covariance="rank2")) == metric_expression(taylor())
+    assert taylor(covariance="diag").rank == taylor(order=1).rank == 0
+    assert metric_expression(taylor(covariance="rank2")) == metric_expression(taylor(covariance="diag"))
+
+
+def test_two_factors_are_the_default_of_order_2():
+    assert Metric() == taylor() == taylor(covariance="rank2")
+    assert cumulant() == cumulant(covariance="rank2")
+    assert taylor(order=1).covariance == cumulant(order=1).covariance == "none"
 
 
 def test_metric_closed_forms():

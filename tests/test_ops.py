@@ -20,7 +20,7 @@ from splagen.spec import Residual, Select, SPLASpec, to_toml
 from splagen.verification import random_inputs, relative_error
 from tests.interpreter_sort import patch
 
-TOKEN = Select(block_size=16, budget=1, sinks=0, local=0)
+TOKEN = Select(block_size=16, budget=1, sinks=0, local=0, metric=lib.taylor(covariance="diag"))
 SPECS = {
     "dense": SPLASpec(head_dim=16, group_size=2, select=None, linear=None),
     "sparse": SPLASpec(head_dim=16, group_size=2, select=TOKEN, linear=None),
@@ -30,14 +30,16 @@ SPECS = {
     "gate normaliser": SPLASpec(
         head_dim=24,
         group_size=2,
-        select=Select(block_size=16, budget=1, sinks=0, local=0, granularity="tile", tile=16),
+        select=Select(
+            block_size=16, budget=1, sinks=0, local=0, granularity="tile", tile=16, metric=lib.taylor(covariance="diag")
+        ),
         linear=Residual(lib.elu1, normaliser=True),
         combine="gate",
     ),
     "own rows": SPLASpec(
         head_dim=16,
         group_size=2,
-        select=Select(block_size=16, budget=1, sinks=0, local=0, own_rows=True),
+        select=Select(block_size=16, budget=1, sinks=0, local=0, own_rows=True, metric=lib.taylor(covariance="diag")),
         linear=Residual(own_rows=True),
         combine="add",
     ),

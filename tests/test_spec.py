@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -23,6 +24,8 @@ from splagen.spec import (
     windows,
 )
 from tests.strategies import specs
+
+DIAGONAL = Select(metric=library.taylor(covariance="diag"))
 
 
 @given(specs())
@@ -53,11 +56,12 @@ def test_digest_does_not_depend_on_the_hash_seed(tmp_path):
 
 def test_digest_of_the_default_spec():
     # Written down once: every platform and version must find the same.
-    assert digest(SPLASpec()) == "713f91839e7fc3e4e9300c30918045c1861eba00e9aecc4cae16739a977f748c"
+    assert digest(SPLASpec()) == "34e12794039dd5c3ec5e82a2c35c48032891ebf35f17f5258ffcbcce7676e9be"
+    assert digest(SPLASpec(select=DIAGONAL)) == "713f91839e7fc3e4e9300c30918045c1861eba00e9aecc4cae16739a977f748c"
 
 
 def test_younger_options_of_a_feature_map_are_absent_from_older_text():
-    spec = SPLASpec(linear=Residual(lambda x: library.relu(x) ** 2))
+    spec = SPLASpec(select=DIAGONAL, linear=Residual(lambda x: library.relu(x) ** 2))
     for text in (to_toml(spec), canonical(spec)):
         assert "expression" in text
         assert "l2norm" not in text
@@ -71,6 +75,24 @@ def test_a_file_may_name_its_kind():
     for kind in ('"splat"', "1"):
         with pytest.raises(SpecError, match="kind"):
             from_toml(f"kind = {kind}")
+
+
+def test_a_select_without_a_metric_takes_what_its_statistics_have():
+    assert Select().metric == library.taylor(covariance="rank2")
+    assert Select(statistics=Statistics(cell=16)) == Select(metric=library.taylor(), statistics=Statistics(cell=16))
+    assert Select(statistics=windows()) == Select(metric=library.taylor(covariance="diag"), statistics=windows())
+    assert replace(DIAGONAL, statistics=windows(), metric=None) == Select(statistics=windows())
+    for table, statistics in (
+        ("", Statistics()),
+        ("cell = 16", Statistics(cell=16)),
+        ('cell = 16\nwidth = 32\nstride = 16\npool = "max"', windows()),
+    ):
+        spec = SPLASpec(select=Select(statistics=statistics))
+        assert from_toml(f"[select.statistics]\n{table}") == spec == from_toml(to_toml(spec))
+        assert (
+            f'[select.metric]\norder = 2\nform = "taylor"\ncovariance = "{spec.select.metric.covariance}"'
+            in to_toml(spec)
+        )
 
 
 def test_defaults_are_filled_in():
@@ -120,6 +142,8 @@ BAD = [
     ("select.tile", lambda: Select(granularity="tile")),
     ("select.metric", lambda: Select(metric="taylor")),
     ("select.metric.covariance", lambda: Select(metric=library.taylor(covariance="rank4"), statistics=windows())),
+    ("select.metric.covariance", lambda: Select(metric=library.taylor(), statistics=windows())),
+    ("select.metric.covariance", lambda: replace(Select(), statistics=windows())),
     ("select.statistics", lambda: Select(statistics=None)),
     ("select.statistics.width", lambda: Select(block_size=16, statistics=windows())),
     ("select.statistics.cell", lambda: Statistics(cell=32)),
@@ -185,7 +209,7 @@ def test_readme_spec():
         head_dim=128,
         group_size=16,
         causal=True,
-        select=Select(block_size=64, budget=13, sinks=1, local=1, metric=library.taylor(order=2, covariance="diag")),
+        select=Select(block_size=64, budget=13, sinks=1, local=1, metric=library.taylor(order=2, covariance="rank2")),
         linear=Residual(feature_map=lambda x: library.relu(x)),
         combine="rms",
     )

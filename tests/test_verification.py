@@ -9,11 +9,17 @@ import torch
 
 from splagen.errors import WrongResult
 from splagen.kinds import oracle
+from splagen.library import taylor
 from splagen.pipeline import generate
 from splagen.spec import Residual, Select, SPLASpec, to_toml
 from splagen.verification import loss_scale, random_inputs, relative_error, selection_error, verify
 
-SPEC = SPLASpec(head_dim=16, group_size=2, select=Select(block_size=16, budget=2), linear=Residual())
+SPEC = SPLASpec(
+    head_dim=16,
+    group_size=2,
+    select=Select(block_size=16, budget=2, metric=taylor(covariance="diag")),
+    linear=Residual(),
+)
 SHAPE = (1, 2, 100)
 
 

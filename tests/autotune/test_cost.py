@@ -37,6 +37,7 @@ from splagen.codegen.tile_code import Walk
 from splagen.errors import InputError, ScheduleError
 from splagen.expression import symbol
 from splagen.ir.program import TopK
+from splagen.library import Metric, taylor
 from splagen.spec import Residual, Select, Spec, SPLASpec, read_spec, windows
 from splagen.sse_spec import Router, SSESpec
 
@@ -130,12 +131,14 @@ def test_selected_blocks() -> None:
     assert moved == length * kv_heads * (keys + indices) + queries * rows + 2 * 2 * d * group * kv_heads
 
 
-def test_scores_of_cells() -> None:
-    """Two products, with means and variances, for every block that ends before the query or with it."""
+@pytest.mark.parametrize(("metric", "products"), [(None, 3), (taylor(covariance="diag"), 2), (taylor(order=1), 1)])
+def test_scores_of_cells(metric: Metric | None, products: int) -> None:
+    """Products with means and each factor, or variances, for every block that ends before the query or with it."""
     d, block, heads, length = 64, 32, 6, 4096
-    spec = SPLASpec(head_dim=d, group_size=3, select=Select(block_size=block, budget=4), linear=None)
+    select = Select(block_size=block, budget=4, metric=metric)  # type: ignore[arg-type]
+    spec = SPLASpec(head_dim=d, group_size=3, select=select, linear=None)
     _, flops, _ = values(made(spec)["score_lse"], spec, (1, heads, length))
-    assert flops == 2 * 2 * d * heads * sum((query + 1) // block for query in range(length))
+    assert flops == products * 2 * d * heads * sum((query + 1) // block for query in range(length))
 
 
 def test_linear_states() -> None:

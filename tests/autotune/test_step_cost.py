@@ -17,10 +17,11 @@ from splagen.ir.reference import evaluate as value
 from splagen.pipeline import generate_decoding
 from splagen.spec import Residual, Select, SPLASpec, Statistics, windows
 
-SELECT = Select(block_size=32, budget=3, sinks=1, local=1)
+SELECT = Select(block_size=32, budget=3, sinks=1, local=1, metric=lib.taylor(covariance="diag"))
 SMALL = SPLASpec(head_dim=32, group_size=2, select=SELECT)
 SPECS = {
-    "default": SMALL,
+    "default": replace(SMALL, select=Select(block_size=32, budget=3)),
+    "diagonal": SMALL,
     "no sinks, two local": replace(SMALL, select=replace(SELECT, sinks=0, local=2)),
     "cells": replace(SMALL, select=replace(SELECT, statistics=Statistics(16))),
     "windows": replace(SMALL, select=replace(SELECT, statistics=windows())),

@@ -24,16 +24,20 @@ from splagen.codegen.kernel import Kernel, Splitting
 from splagen.codegen.schedule import Schedule
 from splagen.errors import ScheduleError
 from splagen.kinds import oracle
+from splagen.library import taylor
 from splagen.paged_cache import SPLACache
 from splagen.spec import Residual, Select, SPLASpec, to_toml
 from tests.autotune.test_tuner import FakeBench
 
 H200, MI300 = DEVICES["NVIDIA H200"], DEVICES["AMD Instinct MI300X"]
 EFFORT = Effort("tiny", candidates=12, exhaustive=6, seeds=1, repetitions=1)
-SPEC = SPLASpec(head_dim=16, group_size=2, select=Select(block_size=16, budget=1, sinks=0, local=0))
+SELECT = Select(block_size=16, budget=1, sinks=0, local=0, metric=taylor(covariance="diag"))
+SPEC = SPLASpec(head_dim=16, group_size=2, select=SELECT)
 SPECS = {
     "small": SPEC,
-    "real": SPLASpec(head_dim=128, group_size=16, select=Select(block_size=64, budget=61)),
+    "real": SPLASpec(
+        head_dim=128, group_size=16, select=Select(block_size=64, budget=61, metric=taylor(covariance="diag"))
+    ),
     "wide, long lists": SPLASpec(head_dim=256, group_size=1, select=Select(block_size=128, budget=200)),
     "no selection": SPLASpec(head_dim=64, select=None, linear=None),
     "normaliser": replace(SPEC, linear=Residual(normaliser=True), combine="add"),

@@ -19,6 +19,7 @@ from splagen.autotune.tuner import Target, tune
 from splagen.codegen.kernel import Kernel
 from splagen.codegen.schedule import Agreement, Divides, Schedule, check_constraints
 from splagen.errors import TuningError, WrongResult
+from splagen.library import taylor
 from splagen.spec import Select, Spec, SPLASpec
 from splagen.sse_spec import Router, SSESpec
 
@@ -26,7 +27,9 @@ H200 = DEVICES["NVIDIA H200"]
 EFFORT = Effort("tiny", candidates=6, exhaustive=6, seeds=1, repetitions=1)
 SPECS: dict[str, Spec] = {
     "sse": SSESpec(head_dim=16, backbone="vector", router=Router(2)),
-    "spla": SPLASpec(head_dim=16, group_size=2, select=Select(block_size=16, budget=2)),
+    "spla": SPLASpec(
+        head_dim=16, group_size=2, select=Select(block_size=16, budget=2, metric=taylor(covariance="diag"))
+    ),
 }
 SHAPE = (1, 2, 100)
 

@@ -22,6 +22,7 @@ from splagen.codegen.index_kernels import index_kernels
 from splagen.codegen.unions import visits_union
 from splagen.errors import GeneratedFileError
 from splagen.kinds import kind_of, oracle
+from splagen.library import taylor
 from splagen.paged_cache import SPLACache
 from splagen.spec import Select, Spec, SPLASpec, to_toml
 from splagen.sse_spec import Router, SSESpec
@@ -32,7 +33,9 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 LAUNCH = Path(__file__).with_name("absent_gpu.py")
 DENSE = SPLASpec(head_dim=16, select=None, linear=None, name="dense")
 SPECS: dict[str, Spec] = {
-    "spla": SPLASpec(head_dim=16, group_size=2, select=Select(block_size=16, budget=2)),
+    "spla": SPLASpec(
+        head_dim=16, group_size=2, select=Select(block_size=16, budget=2, metric=taylor(covariance="diag"))
+    ),
     "sse": SSESpec(head_dim=16, group_size=2, backbone="scalar", router=Router(partitions=3, writers=2)),
     "sse_by_head": SSESpec(
         head_dim=16, backbone="delta", shared=False, router=Router(partitions=2, writers=1, scope="head")
@@ -120,7 +123,7 @@ def test_no_kernel_is_compiled_at_its_first_launch(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("page_type", ["input", pytest.param("e4m3", marks=pytest.mark.slow)])
 def test_no_kernel_of_a_decoding_step_is_compiled_at_its_first_launch(page_type: str, tmp_path: Path) -> None:
     """16 divides the rows of two heads of 24 columns, not those of one: strides of queries and of keys differ."""
-    spec = SPLASpec(head_dim=24, group_size=2, select=Select(block_size=16, budget=2))
+    spec = SPLASpec(head_dim=24, group_size=2, select=Select(block_size=16, budget=2, metric=taylor(covariance="diag")))
     library = pipeline.generate_decoding(spec, tmp_path, page_type=page_type)
     source, part = library.path, pipeline.decode_kernels(spec, page_type)
     rows, kept = keep_module(source, part, targets=["sm_90"], progress=False)
@@ -165,7 +168,7 @@ def test_on_the_gpu_a_build_of_decoding_is_right_without_a_compiler(
 ) -> None:
     import triton.compiler
 
-    spec = SPLASpec(head_dim=64, group_size=2, select=Select(block_size=32, budget=3))
+    spec = SPLASpec(head_dim=64, group_size=2, select=Select(block_size=32, budget=3, metric=taylor(covariance="diag")))
     source = pipeline.generate_decoding(spec, tmp_path).path
     rows, kept = keep_module(source, pipeline.decode_kernels(spec), targets=["sm_90"], progress=False)
     raise_if_failed(rows)

@@ -53,7 +53,8 @@ def test_kernels_of_a_decoding_step_compile_for_every_target(tmp_path: Path) -> 
     raise_if_failed(found)
     assert len(found) == 6 * len(TARGETS)
     spilled = {r.kernel: r.spilled for r in found if r.arch == "sm_90" and r.spilled}
-    assert all(kernel == "attend" and n < 64 for kernel, n in spilled.items()), spilled  # outside of its loop
+    few = {"attend": 64, "append": 32}  # outside of its loop; where a cell completes
+    assert all(n < few.get(kernel, 0) for kernel, n in spilled.items()), spilled
     assert {r.kernel for r in found if r.register_a} == {"attend"}
 
 

@@ -34,7 +34,7 @@ from tests.kernels.embedding import embedded, fill_empty_with_nan
 patch()
 
 LIMIT = 50
-SELECT = Select(block_size=16, budget=1, sinks=0, local=0)
+SELECT = Select(block_size=16, budget=1, sinks=0, local=0, metric=lib.taylor(covariance="diag"))
 
 
 def spec_of(**changes: Any) -> SPLASpec:

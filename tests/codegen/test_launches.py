@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 
 from splagen import pipeline
+from splagen.library import taylor
 from splagen.spec import Select, Spec, SPLASpec
 from splagen.sse_spec import Router, SSESpec
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SPECS: dict[str, Spec] = {
-    "spla": SPLASpec(head_dim=16, group_size=2, select=Select(block_size=16, budget=2)),
+    "spla": SPLASpec(
+        head_dim=16, group_size=2, select=Select(block_size=16, budget=2, metric=taylor(covariance="diag"))
+    ),
     "sse": SSESpec(head_dim=16, group_size=2, backbone="scalar", router=Router(partitions=3, writers=2)),
     "delta": SSESpec(head_dim=16, backbone="delta", router=Router(partitions=2)),
 }

@@ -31,9 +31,9 @@ patch()
 LAUNCHERS = ("statistics", "score_lse", "score_topk")
 METRICS = {
     "order 1": library.taylor(order=1),
-    "Taylor": library.taylor(),
-    "cumulant": library.cumulant(clamp=1.5),
-    "rank 2": library.taylor(covariance="rank2"),
+    "Taylor": library.taylor(covariance="diag"),
+    "cumulant": library.cumulant(covariance="diag", clamp=1.5),
+    "rank 2": library.taylor(),
     "cumulant of rank 5": library.cumulant(covariance="rank5", clamp=1.5),
 }
 STATISTICS = {"block": Statistics(), "cells": Statistics(cell=16), "windows": windows()}

@@ -18,10 +18,11 @@ from splagen.layout import Blocked
 from splagen.spec import Residual, Select, SPLASpec, Statistics, windows
 from tests.ir.blocked import blocked, evaluated, output, plain_rows, random_rows
 
-SELECT = Select(block_size=16, budget=1, sinks=1, local=1)
+SELECT = Select(block_size=16, budget=1, sinks=1, local=1, metric=lib.taylor(covariance="diag"))
 SMALL = SPLASpec(head_dim=16, group_size=2, select=SELECT)
 SPECS = {
-    "default": SMALL,
+    "default": replace(SMALL, select=Select(block_size=16, budget=1)),
+    "diagonal": SMALL,
     "no sinks, no local": replace(SMALL, select=replace(SELECT, sinks=0, local=0)),
     "budget covers all": replace(SMALL, select=replace(SELECT, budget=9)),
     "normaliser": replace(SMALL, linear=Residual(normaliser=True), combine="add"),

@@ -81,8 +81,9 @@ def direct_scores(spec: SPLASpec, rows: Rows) -> Array:
 
 METRICS = {
     "order 1": library.taylor(order=1),
-    "Taylor": library.taylor(),
-    "cumulant": library.cumulant(clamp=1.5),
+    "Taylor": library.taylor(covariance="diag"),
+    "rank 2": library.taylor(),
+    "cumulant": library.cumulant(covariance="diag", clamp=1.5),
     "rank 3": library.taylor(covariance="rank3"),
     "cumulant of rank 8": library.cumulant(covariance="rank8", clamp=1.5),
 }

@@ -26,7 +26,8 @@ class Case:
 
 CELLS = Statistics(cell=16)
 USER = lib.feature_map(lambda x: lib.where(x > 0, x**2 + x, -x / 2), signs=2, non_negative=True)
-SELECT = Select(block_size=16, budget=1, sinks=1, local=1)
+DIAGONAL = lib.taylor(covariance="diag")
+SELECT = Select(block_size=16, budget=1, sinks=1, local=1, metric=DIAGONAL)
 
 
 def select(**changes: Any) -> Select:
@@ -62,7 +63,7 @@ SMALL = (
     small("sparse all", (1, 2, 70), linear=None, select=select(budget=9)),
     small("sparse order 1", (1, 2, 110), linear=None, select=select(metric=lib.taylor(order=1))),
     # the residual: feature maps, temperature, normaliser, combine
-    small("default", (1, 2, 107), (1, 2, 1), fp16=True, select=select(budget=2)),
+    small("default", (1, 2, 107), (1, 2, 1), fp16=True, select=Select(block_size=16, budget=2)),
     small("identity add", (1, 2, 90), linear=Residual(lib.identity), combine="add"),
     small("relu add value 40", (1, 2, 90), value_dim=40, linear=Residual(lib.relu), combine="add"),
     small("relu2", (1, 2, 90), linear=Residual(lib.relu2), select=select(sinks=0, local=0)),
@@ -77,7 +78,7 @@ SMALL = (
     small(
         "everything at once", (1, 3, 110), head_dim=24, value_dim=40, group_size=3, scale=0.3,
         score=lib.softcap(10.0),
-        select=select(block_size=32, sinks=0, statistics=CELLS, metric=lib.cumulant(clamp=2.0)),
+        select=select(block_size=32, sinks=0, statistics=CELLS, metric=lib.cumulant(covariance="diag", clamp=2.0)),
         linear=Residual(temperature=True, normaliser=True), combine="rms_residual",
     ),
     small("softcap residual", (1, 2, 90), score=lib.softcap(5.0)),
@@ -105,7 +106,7 @@ SMALL = (
     small("block 128 cells", (1, 1, 400), group_size=1,
           select=select(block_size=128, sinks=0, local=0, statistics=CELLS, tile=64)),
     small("order 1", (1, 2, 110), select=select(metric=lib.taylor(order=1))),
-    small("cumulant", (1, 2, 110), select=select(metric=lib.cumulant(clamp=3.0))),
+    small("cumulant", (1, 2, 110), select=select(metric=lib.cumulant(covariance="diag", clamp=3.0))),
     small("rank 2", (1, 2, 110), fp16=True, linear=None, select=select(metric=lib.taylor(covariance="rank2"))),
     small("rank 4 tile 16 non-causal", (1, 2, 110), causal=False, linear=None,
           select=select(tile=16, metric=lib.taylor(covariance="rank4"))),
@@ -144,7 +145,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 def real(name: str, lengths: tuple[int, ...], *dtypes: torch.dtype, batch: int = 1, kv: int = 1, **axes: Any) -> Case:
     """A case for a GPU; the residual is on, and sizes are those of a model unless told."""
-    given = {"head_dim": 64, "group_size": 4, "select": Select(budget=4), "linear": Residual()} | axes
+    given = {"head_dim": 64, "group_size": 4, "select": chosen(), "linear": Residual()} | axes
     spec = SPLASpec(**given)
     shapes = tuple((batch if n < 2000 else 1, kv * spec.group_size, n) for n in lengths)
     return Case(name, spec, shapes, dtypes)
@@ -153,13 +154,13 @@ def real(name: str, lengths: tuple[int, ...], *dtypes: torch.dtype, batch: int =
 def chosen(**changes: Any) -> Select:
     if "tile" in changes:
         changes["granularity"] = "tile"
-    return replace(Select(budget=4), **changes)
+    return replace(Select(budget=4, metric=DIAGONAL), **changes)
 
 
 # Compiling takes most of the time of these: about 15 kernels for each dtype of a case.
 GPU = (
-    real("default", (1000, 64), BF16, FP16, FP32, head_dim=128, batch=2, kv=2),
-    real("default odd", (4095, 63, 1), BF16, head_dim=128, group_size=16),
+    real("default", (1000, 64), BF16, FP16, FP32, head_dim=128, batch=2, kv=2, select=Select(budget=4)),
+    real("default odd", (4095, 63, 1), BF16, head_dim=128, group_size=16, select=Select(budget=4)),
     real("dense", (1000, 63), BF16, FP16, FP32, batch=2, **DENSE),
     real("dense softcap non-causal", (1000, 15), BF16, FP32, causal=False, score=lib.softcap(30.0), **DENSE),
     real("dense window", (4095, 65), BF16, head_dim=128, score=lib.sliding_window(256), **DENSE),
@@ -176,7 +177,7 @@ GPU = (
     real("tile 32 windows user map", (1000, 15), BF16, group_size=5, linear=Residual(USER),
          select=chosen(tile=32, statistics=windows())),
     real("block 16 cumulant", (1000, 63), FP16, group_size=6,
-         select=chosen(block_size=16, budget=16, metric=lib.cumulant(clamp=8.0))),
+         select=chosen(block_size=16, budget=16, metric=lib.cumulant(covariance="diag", clamp=8.0))),
     real("rank 2", (1000, 4095), BF16, FP32, select=chosen(metric=lib.taylor(covariance="rank2"))),
     real("rank 4 head 128", (4095,), BF16, FP16, head_dim=128, group_size=16,
          select=chosen(metric=lib.taylor(covariance="rank4"))),
@@ -208,12 +209,12 @@ GPU = (
 
 # sizes of a model, for tests of single kernels and of Schedules on a GPU
 REAL_SPECS = {
-    "token": SPLASpec(head_dim=128, group_size=4, select=Select(budget=4)),
+    "token": SPLASpec(head_dim=128, group_size=4, select=chosen()),
     "tile": SPLASpec(
         head_dim=64,
         group_size=4,
         causal=False,
-        select=Select(granularity="tile", tile=64, budget=4),
+        select=chosen(tile=64),
         linear=Residual(normaliser=True),
         combine="add",
     ),

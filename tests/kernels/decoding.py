@@ -15,15 +15,16 @@ from splagen.pipeline import generate_decoding
 from splagen.spec import Residual, Select, SPLASpec, windows
 from splagen.verification import TOLERANCE, relative_error
 from tests.ir.blocked import blocked, plain_rows
-from tests.kernels.cases import CELLS, USER
+from tests.kernels.cases import CELLS, DIAGONAL, USER
 
 ROWS = ("q", "k", "v", "q_m", "k_m", "q_r", "k_r")
 BY_TOKEN = (*ROWS, "gate_s", "gate_r")
 
-SELECT = Select(block_size=16, budget=1, sinks=1, local=1)
+SELECT = Select(block_size=16, budget=1, sinks=1, local=1, metric=DIAGONAL)
 SMALL = SPLASpec(head_dim=16, group_size=2, select=SELECT)
 SPECS = {
-    "default": SMALL,
+    "default": replace(SMALL, select=Select(block_size=16, budget=1)),
+    "diagonal": SMALL,
     "no sinks, no local": replace(SMALL, select=replace(SELECT, sinks=0, local=0)),
     "normaliser": replace(SMALL, linear=Residual(normaliser=True), combine="add"),
     "temperature, gate": replace(SMALL, linear=Residual(lib.softmax, temperature=True), combine="gate"),
@@ -32,7 +33,7 @@ SPECS = {
     "cells": replace(SMALL, select=replace(SELECT, block_size=32, sinks=0, local=0, statistics=CELLS)),
     "windows": replace(SMALL, select=replace(SELECT, block_size=32, sinks=0, local=0, statistics=windows())),
     "order 1": replace(SMALL, select=replace(SELECT, metric=lib.taylor(order=1))),
-    "cumulant": replace(SMALL, select=replace(SELECT, metric=lib.cumulant(clamp=2.0))),
+    "cumulant": replace(SMALL, select=replace(SELECT, metric=lib.cumulant(covariance="diag", clamp=2.0))),
     "rank 4": replace(SMALL, select=replace(SELECT, metric=lib.taylor(covariance="rank4"))),
     "rank 3, cells, head 24": replace(
         SMALL,
@@ -48,9 +49,10 @@ SPECS = {
 }
 LIMIT = {dtype: limits[0] for dtype, limits in TOLERANCE.items()}
 
-REAL = SPLASpec(head_dim=128, group_size=4, select=Select(block_size=64, budget=4))
+REAL = SPLASpec(head_dim=128, group_size=4, select=Select(block_size=64, budget=4, metric=DIAGONAL))
 GPU = {
-    "default": REAL,
+    "default": replace(REAL, select=Select(block_size=64, budget=4)),
+    "diagonal": REAL,
     "group 16": replace(REAL, group_size=16),
     "cells, value 64": replace(REAL, value_dim=64, select=replace(REAL.select, statistics=CELLS)),  # type: ignore[type-var]
     "rank 4": replace(REAL, select=replace(REAL.select, metric=lib.taylor(covariance="rank4"))),  # type: ignore[type-var]

@@ -9,7 +9,7 @@ from splagen.kinds import oracle
 from splagen.pipeline import generate
 from splagen.spec import Select, SPLASpec, to_toml
 from splagen.verification import Report, compare, random_inputs
-from tests.kernels.cases import GPU, SMALL, USER, Case, Shape
+from tests.kernels.cases import DIAGONAL, GPU, SMALL, USER, Case, Shape
 from tests.kernels.embedding import embedded, fill_empty_with_nan
 
 pytestmark = pytest.mark.usefixtures("fast_sort")
@@ -95,7 +95,7 @@ def test_every_axis_has_a_case() -> None:
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_residual_is_exactly_0_where_nothing_is_left(causal: bool, device: torch.device, tmp_path: Path) -> None:
     """Sums cancel to something near 0 there; the gate makes it 0, and its gradient too."""
-    select = Select(block_size=16, budget=4, sinks=1, local=1)
+    select = Select(block_size=16, budget=4, sinks=1, local=1, metric=DIAGONAL)
     spec = SPLASpec(head_dim=16, group_size=1, causal=causal, select=select, combine="add")
     library = generate(spec, tmp_path)
     truth = oracle(to_toml(spec))

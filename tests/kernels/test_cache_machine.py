@@ -9,13 +9,14 @@ import torch
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from splagen.library import taylor
 from splagen.pipeline import generate_decoding
 from splagen.spec import Select, SPLASpec, windows
 from tests.kernels.cache_machine import CacheMachine
 
 pytestmark = pytest.mark.usefixtures("fast_sort")
 
-SELECT = Select(block_size=16, budget=1, sinks=0, local=0)
+SELECT = Select(block_size=16, budget=1, sinks=0, local=0, metric=taylor(covariance="diag"))
 SMALL = SPLASpec(head_dim=16, group_size=1, select=SELECT)
 SPECS = {
     "default": SMALL,

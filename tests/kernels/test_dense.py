@@ -22,7 +22,9 @@ pytestmark = pytest.mark.gpu
 
 BF16, FP16 = torch.bfloat16, torch.float16
 LIMIT = 1025
-SPEC = SPLASpec(head_dim=64, group_size=4, select=Select(budget=4), dense_below=LIMIT)
+SPEC = SPLASpec(
+    head_dim=64, group_size=4, select=Select(budget=4, metric=lib.taylor(covariance="diag")), dense_below=LIMIT
+)
 ROWS = replace(SPEC, linear=None, combine="none")  # nothing behind the attention
 
 SPECS = {
@@ -34,7 +36,9 @@ SPECS = {
     "gate, not causal": replace(SPEC, combine="gate", causal=False),
     "add": replace(SPEC, combine="add"),
     "no residual": ROWS,
-    "tiles, not causal": replace(SPEC, causal=False, select=Select(budget=4, granularity="tile", tile=64)),
+    "tiles, not causal": replace(
+        SPEC, causal=False, select=Select(budget=4, granularity="tile", tile=64, metric=lib.taylor(covariance="diag"))
+    ),
     "head 16": replace(ROWS, head_dim=16, value_dim=16),
     "head 80": replace(SPEC, head_dim=80, value_dim=80, group_size=3),
     "head 96, value 64": replace(SPEC, head_dim=96, value_dim=64),

@@ -22,7 +22,12 @@ from tests.kernels.decoding import chosen_blocks, errors, inputs, last_row, rela
 
 pytestmark = pytest.mark.usefixtures("fast_sort")
 
-SMALL = SPLASpec(head_dim=16, group_size=2, select=Select(block_size=16, budget=1, sinks=0, local=0))
+SMALL = SPLASpec(
+    head_dim=16,
+    group_size=2,
+    select=Select(block_size=16, budget=1, sinks=0, local=0, metric=lib.taylor(covariance="diag")),
+)
+DEFAULT = replace(SMALL, select=Select(block_size=16, budget=1, sinks=0, local=0))
 TEMPERED = replace(SMALL, linear=Residual(lib.softmax, temperature=True), combine="gate", value_dim=24)
 REAL = SPLASpec(head_dim=128, group_size=4, select=Select(block_size=64, budget=3))
 
@@ -75,7 +80,7 @@ def test_rounding_is_that_of_torch(rounding: Any, device: torch.device) -> None:
 )
 def test_a_step_is_the_definition_at_rounded_keys_and_values(name: str, tmp_path: Path, device: torch.device) -> None:
     """To float32: what is rounded is what lies in the pages, of the new token too, and statistics in the choice."""
-    spec = SMALL if name == "default" else TEMPERED
+    spec = DEFAULT if name == "default" else TEMPERED
     cache = cache_of(spec, tmp_path, device, scales={"k": 0.5, "v": 0.25})
     cache.allocate(96)
     rows = inputs(spec, 1, 80, 1, torch.float32, device)
@@ -100,6 +105,7 @@ def test_a_step_is_the_definition_at_rounded_keys_and_values(name: str, tmp_path
 def test_statistics_have_scales_that_go_with_those_of_keys(tmp_path: Path, device: torch.device) -> None:
     degrees = decoding(SMALL, "e4m3").degrees
     assert degrees == {"k_pages": 1, "v_pages": 0, "mean_pages": 1, "variance_pages": 2}
+    assert decoding(DEFAULT, "e4m3").degrees["factor_pages"] == 1  # a covariance is the sum of their squares
     cache = cache_of(SMALL, tmp_path, device, kv_heads=2, scales={"k": torch.tensor([4.0, 0.5])})
     found = {n: x.tolist() for n, x in cache.scales.items()}
     assert found == {"k_scale": [4, 0.5], "v_scale": [1, 1], "mean_scale": [4, 0.5], "variance_scale": [16, 0.25]}
@@ -144,7 +150,9 @@ LOST = {"bfloat16": 2.1e-3, "one scale, 1": 3.5e-2, "a scale for each page": 3.5
 
 def test_what_eight_bits_lose_and_what_scales_of_pages_would_gain() -> None:
     """A scale for each page, from all of its tokens, gains nothing: e4m3 rounds alike over 15 powers of two."""
-    spec = SPLASpec(head_dim=64, group_size=4, select=Select(block_size=64, budget=8))
+    spec = SPLASpec(
+        head_dim=64, group_size=4, select=Select(block_size=64, budget=8, metric=lib.taylor(covariance="diag"))
+    )
     rows = inputs(spec, 1, 2048, 2, torch.float32, "cpu")
     small = rows | {"v": rows["v"] / 50}
 

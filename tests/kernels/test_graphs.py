@@ -9,11 +9,14 @@ from torch import Tensor
 
 from splagen import pipeline
 from splagen.kinds import oracle
+from splagen.library import taylor
 from splagen.spec import Select, SPLASpec, to_toml
 from splagen.verification import random_inputs
 
 SPECS = {
-    "residual": SPLASpec(head_dim=64, group_size=4, select=Select(block_size=64, budget=3)),
+    "residual": SPLASpec(
+        head_dim=64, group_size=4, select=Select(block_size=64, budget=3, metric=taylor(covariance="diag"))
+    ),
     "no selection": SPLASpec(head_dim=64, group_size=2, select=None, linear=None),
 }
 STRATEGIES = [(name, i) for name, spec in SPECS.items() for i in range(3 if spec.select else 1)]

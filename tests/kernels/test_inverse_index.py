@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 
 from splagen import pipeline
+from splagen.library import taylor
 from splagen.spec import Select, SPLASpec
 
 BUDGET, BLOCK = 3, 16
-CHOOSING = SPLASpec(head_dim=16, group_size=1, select=Select(block_size=BLOCK, budget=BUDGET), linear=None)
+CHOOSING = SPLASpec(
+    head_dim=16,
+    group_size=1,
+    select=Select(block_size=BLOCK, budget=BUDGET, metric=taylor(covariance="diag")),
+    linear=None,
+)
 SIZES = [(1, 1, 1), (1, 2, 16), (2, 3, 17), (1, 1, 100), (1, 2, 130 * BLOCK + 5), (2, 200, 180 * BLOCK)]
 
 

@@ -28,8 +28,15 @@ from tests.kernels.embedding import fill_empty_with_nan
 
 pytestmark = pytest.mark.usefixtures("fast_sort")
 
-TOKEN = Select(block_size=16, budget=1, sinks=1, local=1)
-TILE = Select(budget=2, block_size=16, granularity="tile", tile=32, statistics=Statistics(cell=16))
+TOKEN = Select(block_size=16, budget=1, sinks=1, local=1, metric=lib.taylor(covariance="diag"))
+TILE = Select(
+    budget=2,
+    block_size=16,
+    granularity="tile",
+    tile=32,
+    statistics=Statistics(cell=16),
+    metric=lib.taylor(covariance="diag"),
+)
 WINDOWS = Select(32, budget=1, sinks=0, local=0, granularity="tile", tile=16, statistics=windows())
 DENSE = SPLASpec(head_dim=24, group_size=2, select=None, linear=None, score=lib.softcap(5.0))
 BOTH = Residual(temperature=True, normaliser=True)

@@ -25,22 +25,22 @@ from splagen.packed_ops import ROWS, PackedOracle
 from splagen.packed_verification import verify
 from splagen.spec import Residual, Select, SPLASpec, to_toml
 from splagen.verification import random_inputs
-from tests.kernels.cases import SMALL
+from tests.kernels.cases import DIAGONAL, SMALL
 from tests.kernels.repeatable import repeatable
 
 BLOCK = 16
 SPARSE = SPLASpec(head_dim=16, group_size=2, select=Select(block_size=BLOCK, budget=1), linear=None)
-SPLA = SPLASpec(head_dim=16, group_size=1, select=Select(block_size=BLOCK, budget=1))
+SPLA = SPLASpec(head_dim=16, group_size=1, select=Select(block_size=BLOCK, budget=1, metric=DIAGONAL))
 DENSE = SPLASpec(head_dim=16, group_size=1, select=None, linear=None)
 TILES = SPLASpec(
     head_dim=16,
     group_size=1,
     causal=False,
-    select=Select(block_size=BLOCK, budget=1, granularity="tile", tile=32),
+    select=Select(block_size=BLOCK, budget=1, granularity="tile", tile=32, metric=DIAGONAL),
     linear=Residual(lib.elu1, temperature=True, normaliser=True),
     combine="gate",
 )
-REAL = SPLASpec(head_dim=64, group_size=4, select=Select(budget=4))
+REAL = SPLASpec(head_dim=64, group_size=4, select=Select(budget=4, metric=DIAGONAL))
 REAL_LENGTHS = (1000, 0, 1, 63, 65, 4095, 64)
 LENGTHS = (20, 0, 1, 66, BLOCK)  # empty, one token, below the budget, off the grid of blocks, on it
 BEFORE, BEHIND = 3, 2  # tokens of no sequence
@@ -449,7 +449,7 @@ def test_the_gpu_gives_a_sequence_the_bits_that_it_gets_alone(
             head_dim=64,
             group_size=1,
             causal=False,
-            select=Select(granularity="tile", tile=64, budget=4),
+            select=Select(granularity="tile", tile=64, budget=4, metric=DIAGONAL),
             linear=Residual(temperature=True, normaliser=True),
             combine="gate",
         ),

@@ -12,7 +12,7 @@ from splagen.kinds import oracle
 from splagen.spec import Residual, Select, SPLASpec, to_toml
 from splagen.verification import Shape, compare, random_inputs
 
-TOKEN = Select(block_size=16, budget=2, sinks=1, local=1)
+TOKEN = Select(block_size=16, budget=2, sinks=1, local=1, metric=lib.taylor(covariance="diag"))
 CASES: dict[str, tuple[SPLASpec, Shape]] = {
     "residual, four heads": (SPLASpec(head_dim=16, group_size=4, select=TOKEN), (2, 8, 150)),
     "one head": (SPLASpec(head_dim=24, value_dim=40, group_size=1, select=TOKEN, linear=None), (1, 2, 131)),
@@ -24,7 +24,15 @@ CASES: dict[str, tuple[SPLASpec, Shape]] = {
         SPLASpec(
             head_dim=16,
             group_size=2,
-            select=Select(block_size=16, budget=1, sinks=0, local=0, granularity="tile", tile=32),
+            select=Select(
+                block_size=16,
+                budget=1,
+                sinks=0,
+                local=0,
+                granularity="tile",
+                tile=32,
+                metric=lib.taylor(covariance="diag"),
+            ),
             linear=Residual(lib.elu1, normaliser=True),
             combine="gate",
         ),
@@ -35,7 +43,11 @@ CASES: dict[str, tuple[SPLASpec, Shape]] = {
         (1, 6, 150),
     ),
     "fewer blocks than the budget": (
-        SPLASpec(head_dim=16, group_size=2, select=Select(block_size=16, budget=9, sinks=0, local=0)),
+        SPLASpec(
+            head_dim=16,
+            group_size=2,
+            select=Select(block_size=16, budget=9, sinks=0, local=0, metric=lib.taylor(covariance="diag")),
+        ),
         (1, 2, 60),
     ),
 }
@@ -81,7 +93,11 @@ def test_parts_by_key_merge_to_the_oracle(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("group", "head_dim"), [(1, 64), (4, 128), (16, 128), (3, 80)])
 def test_parts_by_key_on_the_gpu(group: int, head_dim: int, dtype: torch.dtype, tmp_path: Path) -> None:
-    spec = SPLASpec(head_dim=head_dim, group_size=group, select=Select(block_size=64, budget=5))
+    spec = SPLASpec(
+        head_dim=head_dim,
+        group_size=group,
+        select=Select(block_size=64, budget=5, metric=lib.taylor(covariance="diag")),
+    )
     check(spec, (2, 2 * group, 1000), dtype, torch.device("cuda"), tmp_path)
 
 

@@ -18,9 +18,11 @@ from splagen.kinds import oracle
 from splagen.paged_cache import SPLACache
 from splagen.pipeline import generate_decoding, generate_packed, generate_prefill
 from splagen.spec import Select, SPLASpec, to_toml
+from tests.kernels.cases import DIAGONAL
 from tests.kernels.decoding import BY_TOKEN, GPU, LIMIT, REAL, SMALL, SPECS, cache_of, follow, inputs, relative, some
 
-FAR = replace(SMALL, group_size=1, select=Select(block_size=16, budget=1, sinks=0, local=0))
+FAR = replace(SMALL, group_size=1, select=Select(block_size=16, budget=1, sinks=0, local=0, metric=DIAGONAL))
+DEFAULT = replace(FAR, select=Select(block_size=16, budget=1, sinks=0, local=0))
 
 pytestmark = pytest.mark.usefixtures("fast_sort")
 
@@ -101,10 +103,10 @@ CHUNKS = [(20, 13), (0, 20), (13, 0)]  # inside blocks; a sequence that takes no
 def test_chunks_leave_what_single_steps_leave(
     tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for schedules in generate_decoding(FAR, tmp_path).module.SCHEDULES["sm_90"].values():
+    for schedules in generate_decoding(DEFAULT, tmp_path).module.SCHEDULES["sm_90"].values():
         few = {"score": 2, "attend": 2, "chunk": 512}  # programs are slow in the interpreter
         monkeypatch.setitem(schedules, "splitting", few)
-    check(FAR, tmp_path, CHUNKS, device)
+    check(DEFAULT, tmp_path, CHUNKS, device)
 
 
 @pytest.mark.slow

@@ -18,11 +18,15 @@ from splagen.verification import random_inputs
 from tests.kernels.repeatable import repeatable
 
 SPECS = {
-    "residual": SPLASpec(head_dim=16, group_size=2, select=Select(block_size=16, budget=2)),
+    "residual": SPLASpec(
+        head_dim=16, group_size=2, select=Select(block_size=16, budget=2, metric=lib.taylor(covariance="diag"))
+    ),
     "gate and temperature": SPLASpec(
         head_dim=24,
         group_size=1,
-        select=Select(block_size=16, budget=2, sinks=0, local=0, granularity="tile", tile=32),
+        select=Select(
+            block_size=16, budget=2, sinks=0, local=0, granularity="tile", tile=32, metric=lib.taylor(covariance="diag")
+        ),
         linear=Residual(lib.elu1, normaliser=True, temperature=True),
         combine="gate",
     ),

@@ -13,6 +13,7 @@ from splagen.codegen.kernel import Kernel
 from splagen.codegen.schedule import Schedule, check_schedule
 from splagen.errors import ScheduleError
 from splagen.kinds import oracle
+from splagen.library import taylor
 from splagen.pipeline import generate
 from splagen.spec import Residual, Select, SPLASpec, to_toml
 from splagen.verification import Report, compare, random_inputs
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("fast_sort")
 TINY = SPLASpec(
     head_dim=24,
     group_size=2,
-    select=Select(block_size=32, budget=2, granularity="tile", tile=16),
+    select=Select(block_size=32, budget=2, granularity="tile", tile=16, metric=taylor(covariance="diag")),
     linear=Residual(temperature=True),
 )
 REAL = {name: (spec, (1, 8, 1000)) for name, spec in REAL_SPECS.items()}

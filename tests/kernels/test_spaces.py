@@ -13,6 +13,7 @@ from splagen.codegen.partition import Partition
 from splagen.codegen.schedule import Agreement, Divides, check_constraints
 from splagen.codegen.sequence_partition import SequencePartition
 from splagen.kinds import kind_of, oracle
+from splagen.library import taylor
 from splagen.pipeline import generate, kernels
 from splagen.spec import Residual, Select, Spec, SPLASpec, to_toml, windows
 from splagen.sse_spec import Router, SSESpec
@@ -25,7 +26,7 @@ ATTENTION = {
     "tiles": SPLASpec(
         head_dim=24,
         group_size=2,
-        select=Select(block_size=32, budget=2, granularity="tile", tile=16),
+        select=Select(block_size=32, budget=2, granularity="tile", tile=16, metric=taylor(covariance="diag")),
         linear=Residual(temperature=True),
     ),
     "windows": SPLASpec(head_dim=16, value_dim=40, group_size=3, select=Select(budget=1, statistics=windows())),

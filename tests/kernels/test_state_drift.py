@@ -13,6 +13,7 @@ from torch import Tensor
 from splagen.codegen.decode_states import State
 from splagen.ir.decoding import state_pairs, step_program
 from splagen.ir.reference import evaluate
+from splagen.library import taylor
 from splagen.paged_cache import SPLACache
 from splagen.pipeline import generate_decoding
 from splagen.spec import Select, SPLASpec
@@ -22,7 +23,11 @@ from tests.kernels.decoding import BY_TOKEN, inputs, relative, some, tokens
 pytestmark = pytest.mark.usefixtures("fast_sort")
 
 ROUNDING = 2.0**-24
-SPEC = SPLASpec(head_dim=16, group_size=1, select=Select(block_size=16, budget=1, sinks=0, local=0))
+SPEC = SPLASpec(
+    head_dim=16,
+    group_size=1,
+    select=Select(block_size=16, budget=1, sinks=0, local=0, metric=taylor(covariance="diag")),
+)
 
 
 def drift(cache: SPLACache, rows: dict[str, Tensor], settled: int) -> float:
@@ -88,7 +93,12 @@ def test_100_000_steps_drift_less_than_one_in_ten_thousand(
     dtype: torch.dtype, tmp_path: Path, device: torch.device
 ) -> None:
     steps = 100_000
-    spec = replace(SPEC, head_dim=64, group_size=4, select=Select(block_size=64, budget=4, sinks=0, local=0))
+    spec = replace(
+        SPEC,
+        head_dim=64,
+        group_size=4,
+        select=Select(block_size=64, budget=4, sinks=0, local=0, metric=taylor(covariance="diag")),
+    )
     library = generate_decoding(spec, tmp_path)
     cache = SPLACache(library, sequences=1, kv_heads=1, tokens=steps, dtype=dtype, device=device)
     rows = inputs(spec, 1, steps, 1, dtype, device)

@@ -5,12 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from splagen.library import taylor
 from splagen.pipeline import generate
 from splagen.spec import Residual, Select, SPLASpec
 from splagen.verification import relative_error
 
 BLOCK, BLOCK_M = 16, 16
-SPEC = SPLASpec(head_dim=16, group_size=2, select=Select(BLOCK, budget=2, sinks=0), linear=Residual())
+SPEC = SPLASpec(
+    head_dim=16,
+    group_size=2,
+    select=Select(BLOCK, budget=2, sinks=0, metric=taylor(covariance="diag")),
+    linear=Residual(),
+)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

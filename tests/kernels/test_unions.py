@@ -23,13 +23,19 @@ from tests.kernels.test_parts import TOKEN
 pytestmark = pytest.mark.usefixtures("fast_sort")
 
 NAME, DQ = "block_sparse_union", "block_sparse_dq_union"
-TILES = Select(block_size=32, budget=2, sinks=1, local=0, granularity="tile", tile=16)
+TILES = Select(
+    block_size=32, budget=2, sinks=1, local=0, granularity="tile", tile=16, metric=lib.taylor(covariance="diag")
+)
 # spec, shape, BLOCK_M
 CASES: dict[str, tuple[SPLASpec, Shape, int]] = {
     name: (spec, shape, 32) for name, (spec, shape) in BY_KEY.items() if name != "tiles longer than blocks"
 } | {
     "as many lists as a mask has bits": (
-        SPLASpec(head_dim=16, group_size=1, select=Select(block_size=64, budget=2, sinks=0, local=0)),
+        SPLASpec(
+            head_dim=16,
+            group_size=1,
+            select=Select(block_size=64, budget=2, sinks=0, local=0, metric=lib.taylor(covariance="diag")),
+        ),
         (1, 1, 300),
         64,
     ),
@@ -89,14 +95,20 @@ def test_unions_give_what_the_oracle_gives(case: str, tmp_path: Path, monkeypatc
 def test_unions_on_the_gpu(
     group: int, head_dim: int, block_m: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = SPLASpec(head_dim=head_dim, group_size=group, select=Select(block_size=64, budget=5))
+    spec = SPLASpec(
+        head_dim=head_dim,
+        group_size=group,
+        select=Select(block_size=64, budget=5, metric=lib.taylor(covariance="diag")),
+    )
     block_m = block_m if dtype != torch.float32 else min(block_m, 32)
     check(spec, (2, 2 * group, 1000), block_m, dtype, torch.device("cuda"), tmp_path, monkeypatch)
 
 
 @pytest.mark.gpu
 def test_two_runs_by_union_give_the_same_bits(tmp_path: Path) -> None:
-    spec = SPLASpec(head_dim=128, group_size=4, select=Select(block_size=64, budget=5))
+    spec = SPLASpec(
+        head_dim=128, group_size=4, select=Select(block_size=64, budget=5, metric=lib.taylor(covariance="diag"))
+    )
     module, truth = pipeline.generate(spec, tmp_path).module, oracle(to_toml(spec))
     part = truth.partition
     inputs = random_inputs(truth, (2, 8, 4000), torch.bfloat16, torch.device("cuda"), 0)
@@ -123,7 +135,11 @@ def test_programs_have_no_more_lists_than_they_make_room_for() -> None:
 
 
 def test_rows_of_more_lists_than_a_mask_has_bits_are_refused() -> None:
-    part = pipeline.kernels(SPLASpec(head_dim=16, group_size=1, select=Select(block_size=128, budget=2)))
+    part = pipeline.kernels(
+        SPLASpec(
+            head_dim=16, group_size=1, select=Select(block_size=128, budget=2, metric=lib.taylor(covariance="diag"))
+        )
+    )
     assert isinstance(part, Partition)
     kernel = next(k for k in part.kernels if visits_union(k))
     schedule = {"BLOCK_M": MOST_LISTS, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
@@ -133,7 +149,7 @@ def test_rows_of_more_lists_than_a_mask_has_bits_are_refused() -> None:
 
 
 def test_tiles_as_long_as_blocks_have_one_list_and_no_union() -> None:
-    tile = Select(block_size=32, budget=2, granularity="tile", tile=32)
+    tile = Select(block_size=32, budget=2, granularity="tile", tile=32, metric=lib.taylor(covariance="diag"))
     for select, expected in ((tile, 2), (replace(tile, tile=16), 3)):
         part = pipeline.kernels(SPLASpec(head_dim=16, group_size=2, select=select))
         assert isinstance(part, Partition)
