@@ -2,8 +2,9 @@
 
 python -m benchmarks.bounds WORK [--variant NAME] [--kv-heads N] [--length N] [--kernels NAME ...] [--out DIR]
 
-WORK is one of `benchmarks.run`, by default its first variant, or spla_step.  ncu, on the PATH, runs this module again with `--once`, and each kernel
-several times with other counters; the card's clocks are left alone.  Times under it are not those of other records.
+WORK is one of `benchmarks.run`, by default its first variant, or spla_step.  ncu, on the PATH, runs this module again
+with `--once`, and each kernel several times with other counters; the card's clocks are left alone.  Times under it are
+not those of other records.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     variants = WORKS[given.work].specs if given.work in WORKS else ()
     if given.variant is not None and given.variant not in variants:
-        parser.error(f"{given.work} has no variant {given.variant!r}: one of {', '.join(map(repr, variants)) or 'none'}")
+        known = ", ".join(map(repr, variants)) or "none"
+        parser.error(f"{given.work} has no variant {given.variant!r}, but {known}")
     if given.once:
         once(given.work, given.kv_heads, given.length, given.variant)
         return

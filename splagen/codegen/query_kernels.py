@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 from splagen.codegen.base_two import LN_2, LOG2_E
-from splagen.codegen.geometry import BlockRows, array_of, features_of
+from splagen.codegen.geometry import BlockRows, Rows, array_of, features_of
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.region import slice_back
 from splagen.codegen.row_code import RowCode
@@ -28,6 +28,7 @@ from splagen.codegen.unions import PICKED, SPAN, UNION, union_walk
 from splagen.ir.program import Equation, Lse, Reduce, Var
 
 FULL = 32  # query rows that share a list of blocks: a tile of so many fills its registers
+WHOLE = 64  # query rows of a product of four warps: their registers hold the keys' offsets too
 HELD = 384  # columns of sums and operands of a row that a full tile can hold
 Chosen: TypeAlias = Literal["list", "union", "parts"]  # how a program meets the blocks that its rows chose
 
@@ -41,6 +42,7 @@ class QuerySide:
         self.available = available
         self.rows = RowCode(self.program, self.geometry, "query", "BLOCK_M", available)
         self.arrays: dict[str, Array] = {}
+        self.key_rows: type[Rows] = Rows
         self.scratch: tuple[Array, ...] = ()
         self.covers: dict[Equation, None] = {}
 
@@ -50,24 +52,42 @@ class QuerySide:
 
     def loops(self, chosen: Chosen) -> list[tuple[TileCode, dict[str, object]]]:
         """Tile code and holes of each loop; what is merged from parts has none."""
+        geometry = self.geometry
+        if (geometry.chunk if chosen == "parts" else geometry.tile) * geometry.group >= WHOLE:
+            self.key_rows = BlockRows
         setup, count, block = self.walk.forced("J", {"T": "tile", "L": "L"}, "nJ", "i")
         code = TileCode(self.walk, self.walk.forced_facts, to_keys=False)
-        found = [(code, _walk("blocks seen by position", setup, count, block))]
+        found = [(code, self._walk("blocks seen by position", setup, count, block))]
         if not self.walk.chosen or chosen == "parts":
             return found
         self.use([INDICES, COUNTS])
         if chosen == "union":
             self.scratch = (UNION,)
             code = TileCode(self.walk, self.walk.eligible_facts, to_keys=False, read={self.walk.chosen: PICKED})
-            union = union_walk(self.geometry, self.walk.budget)
-            return [*found, (code, _walk("blocks that any of the rows chose", *union))]
+            union = union_walk(geometry, self.walk.budget)
+            return [*found, (code, self._walk("blocks that any of the rows chose", *union))]
         setup = [
             "at = ((b * Hkv + h) * ((L + TILE - 1) // TILE) + tile)",
             "chosen = tl.load(block_counts_ptr + at)",
         ]
         block = "tl.load(block_indices_ptr + at * BUDGET + i).to(tl.int64)"
         code = TileCode(self.walk, self.walk.chosen_facts, to_keys=False)
-        return [*found, (code, _walk("blocks chosen", setup, "chosen", block))]
+        return [*found, (code, self._walk("blocks chosen", setup, "chosen", block))]
+
+    def _walk(
+        self, title: str, setup: Sequence[str], count: str, block: str, visit: Sequence[str] = ()
+    ) -> dict[str, object]:
+        first = "j * BLOCK + (step - i * PARTS) * BLOCK_N"
+        lines = [f"kpos = {first} + tl.arange(0, BLOCK_N)  # [BLOCK_N]"]
+        if self.key_rows is BlockRows:
+            lines = [
+                f"first_key, key = tl.cast({first}, tl.int64), tl.arange(0, BLOCK_N)",
+                "kpos = first_key.to(tl.int32) + key  # [BLOCK_N]",
+            ]
+        lines = [*visit, *lines]
+        return {
+            "title": title, "setup": "\n".join(setup), "count": count, "block": block, "visit": "\n".join(lines)
+        }  # fmt: skip
 
     def key_loads(self, tile_code: TileCode, keys: Sequence[Var]) -> list[str]:
         """Lines that load the key rows of a tile."""
@@ -77,7 +97,7 @@ class QuerySide:
         for v in keys:
             array = self.available[v]
             self.use([array])
-            side = BlockRows(self.geometry, "key", False)
+            side = self.key_rows(self.geometry, "key", False)
             lines.append(f"{v.name} = {side.load(array, mask=not known)}  # [BLOCK_N, {array.width[0]}]")
         return lines
 
@@ -150,10 +170,6 @@ class QuerySide:
         made = tuple(a for _, a in outputs)
         inputs = tuple(self.arrays.values())
         return Kernel(name, template, covers, inputs, made, holes, grid, scratch=self.scratch)
-
-
-def _walk(title: str, setup: Sequence[str], count: str, block: str, visit: Sequence[str] = ()) -> dict[str, object]:
-    return {"title": title, "setup": "\n".join(setup), "count": count, "block": block, "visit": "\n".join(visit)}
 
 
 def forward_kernels(
