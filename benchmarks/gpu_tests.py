@@ -21,9 +21,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-n", str(args.workers), f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-n", str(args.workers), "--dist", "worksteal"]
         start = time.perf_counter()
-        status = subprocess.run([*command, "--tb=short"], cwd=ROOT, check=False).returncode
+        status = subprocess.run([*command, f"--junitxml={report}", "--tb=short"], cwd=ROOT, check=False).returncode
         seconds = time.perf_counter() - start
         cases = list(ElementTree.parse(report).getroot().iter("testcase"))
     kinds = {"failed": ("failure", "error"), "skipped": ("skipped",)}

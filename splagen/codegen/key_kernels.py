@@ -138,7 +138,8 @@ class _KeyKernel:
             self.sums[v] = Array(f"{v.name}_parts", "segments", features, (width,), "float32", True)
             stores += self.key_rows.columns(features)
             column = "".join(features)
-            stores.append(f"tl.store({v.name}_parts_ptr + at[:, None] * {width} + {column}[None, :], {v.name})")
+            total = v.name if self.group.to_rows else f"tl.where(key_ok[:, None], {v.name}, 0.0)"
+            stores.append(f"tl.store({v.name}_parts_ptr + at[:, None] * {width} + {column}[None, :], {total})")
         order = {eq.out: i for i, eq in enumerate(program.equations)}
         holes = {
             "forced": {"setup": "\n".join(setup), "count": count},
@@ -173,10 +174,12 @@ class _KeyKernel:
 
         `ahead` are lines before it: they begin what `tile_source` has one visit before it is needed.
         """
-        code = TileCode(self.walk, facts, to_keys=True)
         active = [s for s in self.group.to_keys if s.in_loop(facts)]
         if not active and not to_rows:
             return []
+        if not self.group.to_rows:  # what a key beyond the sequence gets is its own, and is made 0 in the end
+            facts = {**facts, **{eq.out: True for eq in self.program.equations if eq.out.name == "valid"}}
+        code = TileCode(self.walk, facts, to_keys=True)
         tile = code.body(code.wanted([*active, *to_rows]))
         rows = RowCode(self.program, self.geometry, "query", "BLOCK_M", self.available, in_loop=True)
         rows.defined_columns = self.key_rows.defined_columns
