@@ -101,7 +101,7 @@ def test_parts_by_key_on_the_gpu(group: int, head_dim: int, dtype: torch.dtype, 
     check(spec, (2, 2 * group, 1000), dtype, torch.device("cuda"), tmp_path)
 
 
-@pytest.mark.parametrize("case", ["residual, four heads", "temperature", "tiles longer than blocks", "not causal"])
+@pytest.mark.parametrize("case", ["temperature", "tiles longer than blocks", "not causal"])
 def test_parts_that_do_not_fit_go_by_heads(case: str, tmp_path: Path) -> None:
     spec, shape = CASES[case]
     check(spec, shape, torch.float32, torch.device("cpu"), tmp_path, rounds=2)
