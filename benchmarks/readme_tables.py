@@ -152,19 +152,15 @@ def selection_recall(root: Path) -> str:
     parts = []
     for source in dict.fromkeys(row["source"] for row in rows):
         found: dict[str, dict[str, Any]] = {}
+        unions: dict[str, float] = {}
         for row in (r for r in rows if r["source"] == source and (r["block"] == 64 or r["budget"] == 8)):
             of_metric = found.setdefault(row["metric"], {"metric": row["metric"]})
             of_metric[f"{row['budget']} blocks of {row['block']}"] = f"{row['of_best']:.3f}"
             if (row["block"], row["budget"]) == (64, 8):
-                of_metric["union of 8 blocks of 64"] = row["union"]
-        ordered = ["metric", *sorted((c for c in found["order 1"] if c != "metric"), key=_by_block)]
-        parts.append(f"{source}:\n\n{table([*found.values()], ordered)}")
+                unions[row["metric"]] = row["union"]
+        listed = [of_metric | {"union of 8 blocks of 64": unions[name]} for name, of_metric in found.items()]
+        parts.append(f"{source}:\n\n{table(listed)}")
     return "\n\n".join([*parts, _source([path], [record], root)])
-
-
-def _by_block(column: str) -> tuple[bool, int, int]:
-    budget, block = (int(x) for x in re.findall(r"\d+", column))
-    return column.startswith("union"), block, budget
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] = ()) -> str:

@@ -481,3 +481,14 @@ def test_a_gpu_is_busy_for_no_longer_than_a_step(corpus: text.Corpus, device: to
     figures = speed.step_figures("dense", replace(TINY, shape=SMALL), corpus, device, 10)
     assert 0 < figures["gpu_ms"] < figures["step_ms"]
     assert figures["peak_gib"] > 0
+
+
+def test_the_digest_of_a_training_covers_what_it_goes_through() -> None:
+    folder = Path(run.__file__).parent
+    reached, left = set[str](), {"run"}
+    while left:
+        reached.add(name := left.pop())
+        for line in (folder / f"{name}.py").read_text(encoding="utf-8").splitlines():
+            if found := re.match(r"\s*from examples\.fidelity(?:\.(\w+))? import (.+)", line):
+                left |= ({found[1]} if found[1] else {*found[2].split(", ")}) - reached
+    assert sorted(reached) == [*run.OF_A_TRAINING]

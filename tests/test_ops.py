@@ -387,6 +387,12 @@ def turned() -> list[Tensor]:
     return [q, k.transpose(1, 3).contiguous().transpose(1, 3), v]
 
 
+def far_apart() -> list[Tensor]:
+    """Two positions of k in memory that nobody touches."""
+    q, k, v = rows((1, 2, 4, 16), (1, 2, 2, 16), (1, 2, 2, 16))
+    return [q, torch.empty_strided(k.shape, (2**25, 2**24, 16, 1)), v]
+
+
 BAD: dict[str, tuple[Callable[[], list[Any]], str, str]] = {
     # name: (arguments, what the message names, what it asks for)
     "q of three dimensions": (lambda: rows(q=(20, 4, 16)), "q has shape (20, 4, 16)", "[B, L, Hq, 16]"),
@@ -418,6 +424,7 @@ BAD: dict[str, tuple[Callable[[], list[Any]], str, str]] = {
     "complex": (lambda: [x.to(torch.complex64) for x in rows()], "complex64", "bfloat16"),
     "device": (lambda: [rows()[0], rows()[1].to("meta"), rows()[2]], "k is on meta", "move it"),
     "strided last dimension": (turned, "the last dimension of k", ".contiguous()"),
+    "positions far apart": (far_apart, "positions of k lie 16777216 elements apart", ".contiguous()"),
     "too many heads": (
         lambda: [torch.zeros(1, 1, 1, 16).expand(n, 1, h, 16) for n, h in ((16384, 4), (16384, 2), (16384, 2))],
         "B * Hq = 65536",

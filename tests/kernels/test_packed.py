@@ -27,6 +27,7 @@ from splagen.spec import Residual, Select, SPLASpec, to_toml
 from splagen.verification import random_inputs
 from tests.kernels.cases import DIAGONAL, SMALL
 from tests.kernels.repeatable import repeatable
+from tests.kernels.shares import allow_a_share
 
 BLOCK = 16
 SPARSE = SPLASpec(head_dim=16, group_size=2, select=Select(block_size=BLOCK, budget=1), linear=None)
@@ -346,11 +347,9 @@ def test_parts_that_do_not_fit_go_by_heads(tmp_path: Path, monkeypatch: pytest.M
     inputs = random_inputs(oracle(to_toml(SPARSE)), (1, 4, 70), torch.float32, "cpu", 0)
     bounds = torch.tensor([1, 20, 69], dtype=torch.int32)
     whole = found.run_packed(inputs, bounds, 49)
-    weigh, merges = found.packed.part_bytes, []
-    merge = found.packed.launch_block_sparse_merge
+    merge, merges = found.packed.launch_block_sparse_merge, []
     monkeypatch.setattr(found.packed, "launch_block_sparse_merge", lambda *x: (merges.append(x), merge(*x))[1])
-    monkeypatch.setattr(found.packed, "part_bytes", lambda n, each: weigh(n, each) if n.Hkv == 1 else 1 << 70)
-    monkeypatch.setattr(found.packed, "most_parts", lambda device: 1 << 69)
+    allow_a_share(found.packed, 2)
     shares = found.run_packed(inputs, bounds, 49)
     assert len(merges) == 2
     for one, other in zip(whole, shares, strict=True):

@@ -1,7 +1,6 @@
 """Chosen blocks visited by key: what each gives to a row is merged to the same results and gradients."""
 
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from splagen import pipeline
 from splagen.kinds import oracle
 from splagen.spec import Residual, Select, SPLASpec, to_toml
 from splagen.verification import Shape, compare, random_inputs
+from tests.kernels.shares import allow_a_share
 
 TOKEN = Select(block_size=16, budget=2, sinks=1, local=1, metric=lib.taylor(covariance="diag"))
 CASES: dict[str, tuple[SPLASpec, Shape]] = {
@@ -54,14 +54,6 @@ CASES: dict[str, tuple[SPLASpec, Shape]] = {
 
 
 BY_KEY = {"forward_strategy": {"strategy": 1}, "backward_strategy": {"strategy": 1}}
-
-
-def allow_a_share(module: ModuleType, rounds: int) -> None:
-    """Memory for the parts of a share of the KV heads."""
-    whole = module.part_bytes
-    sizes: list[int] = []
-    module.part_bytes = lambda n, each: (sizes.append(whole(n, each)), sizes[-1])[1]
-    module.most_parts = lambda device: -(-max(sizes) // rounds)
 
 
 def check(
