@@ -26,17 +26,21 @@ SLEEP_CYCLES = 20_000_000  # about 10 ms
 
 
 def host_us(run: Callable[[], object], calls: int = 10, rounds: int = 11) -> float:
-    """Microseconds that the host takes for a call, launches included, while the GPU sleeps: the median of rounds."""
+    """Microseconds that the host takes for a call, launches included, while the GPU sleeps: the median of all calls.
+
+    The first calls behind a pause take twice as long, until the host's caches hold what they need: a mean would be
+    theirs.
+    """
     samples = []
-    for _ in range(rounds + 1):
+    for _ in range(rounds):
         torch.cuda.synchronize()
         torch.cuda._sleep(SLEEP_CYCLES)
-        begun = time.perf_counter()
         for _ in range(calls):
+            begun = time.perf_counter()
             run()
-        samples.append((time.perf_counter() - begun) / calls * 1e6)
+            samples.append(time.perf_counter() - begun)
     torch.cuda.synchronize()
-    return statistics.median(samples[1:])
+    return 1e6 * statistics.median(samples)
 
 
 @triton.jit

@@ -89,6 +89,9 @@ class _KeyKernel:
     def __init__(self, walk: Walk, available: Mapping[Var, Array], group: Group) -> None:
         self.walk, self.available, self.group = walk, available, group
         self.program, self.geometry = walk.program, walk.geometry
+        # What a key beyond the sequence gets is its own: it may be made 0 behind the loop.  Behind a softmax the mask
+        # within it costs less, measured.
+        self.masked_behind = not group.to_rows and not _softmax(walk, group)
         self.key_rows = RowCode(self.program, self.geometry, "key", "BLOCK_N", available)
         self.arrays: dict[str, Array] = {"work": WORK}
         self.covers: dict[Equation, None] = {}
@@ -138,7 +141,7 @@ class _KeyKernel:
             self.sums[v] = Array(f"{v.name}_parts", "segments", features, (width,), "float32", True)
             stores += self.key_rows.columns(features)
             column = "".join(features)
-            total = v.name if self.group.to_rows else f"tl.where(key_ok[:, None], {v.name}, 0.0)"
+            total = f"tl.where(key_ok[:, None], {v.name}, 0.0)" if self.masked_behind else v.name
             stores.append(f"tl.store({v.name}_parts_ptr + at[:, None] * {width} + {column}[None, :], {total})")
         order = {eq.out: i for i, eq in enumerate(program.equations)}
         holes = {
@@ -177,7 +180,7 @@ class _KeyKernel:
         active = [s for s in self.group.to_keys if s.in_loop(facts)]
         if not active and not to_rows:
             return []
-        if not self.group.to_rows:  # what a key beyond the sequence gets is its own, and is made 0 in the end
+        if self.masked_behind:
             facts = {**facts, **{eq.out: True for eq in self.program.equations if eq.out.name == "valid"}}
         code = TileCode(self.walk, facts, to_keys=True)
         tile = code.body(code.wanted([*active, *to_rows]))

@@ -190,11 +190,14 @@ def _key_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) ->
     accumulators = _accumulators(kernel)
     keys, queries = _width(kernel, "key_rows"), _width(kernel, "query_rows")
     wide, whole = accumulators > 256, _gives_parts(kernel)
-    block_m, block_n, stages = (16, 16, 1) if size == 4 else (32, 64, 2 if whole else 1)
-    if wide and size == 2:
-        block_m, stages = 64 if whole else 32, 2
-    if whole and size == 2 and geometry.tile * geometry.group > 1:  # rows of few tiles: their numbers lie close
-        block_m = 64
+    rows = geometry.tile * geometry.group
+    block_m, block_n, stages = (16, 16, 1) if size == 4 else (32, 64, 2 if whole else 3)
+    if whole and size == 2 and (wide or rows > 1):  # rows of few tiles: their numbers lie close
+        block_m, stages = 64, 2
+    elif not whole and size == 2 and _reads_numbers(kernel) and rows >= 64:
+        block_m, stages = 64, 2
+    elif not whole and size == 2 and (wide or _reads_numbers(kernel)):  # few registers beside the sums, loads far ahead
+        block_m, stages = 16, 4
     block_n = geometry.block if whole else min(geometry.block, block_n)
     while not whole and block_n > 16 and block_n * accumulators > 24576:
         block_n //= 2
@@ -241,7 +244,7 @@ def _score_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) 
             warps, stages = 4, 2
         if rows > 256:  # operands stay in registers
             block_m, block_c, warps, stages = min(block_m, 64), 32, 8 if factors and size == 2 else 4, 2
-        if sum(cells) > 512:
+        if factors or sum(cells) > 512:
             block_c = min(block_c, 32)
         least = 16
     else:
@@ -251,7 +254,8 @@ def _score_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) 
             block_m //= 2
         least = max(16, 2 * geometry.cells)
         most = 128 if len(cells) == 1 and rows <= 128 else 64 if rows <= 256 else 32
-        block_c, warps, stages = max(least, min(block_j * geometry.cells, most)), 8 if factors and size == 2 else 4, 2
+        block_c = max(least, min(block_j * geometry.cells, most))
+        warps, stages = (8, 3) if factors and size == 2 and block_m == 128 else (4, 2)
     if size == 4:  # products without tensor cores
         most = 32 if rows <= 256 and not factors else 16
         block_m, block_c = min(block_m, most), max(least, min(block_c, most))
