@@ -183,6 +183,10 @@ class Attention:
                 return pairs * self.tiles * self.budget * g.tile * g.group
             case "block_sparse_dkv" | "block_sparse_parts", "key_rows":
                 return pairs * self.segments * g.block
+            case "block_sparse_dkv", "segments" if kernel.holes["whole"]:  # at best a block is one segment
+                return sp.S.Zero
+            case "merge_segments", "segments" | "key_rows" if kernel.holes["finished"]:
+                return sp.S.Zero
             case "merge_segments", "work":
                 return pairs * self.blocks
             case "score_lse" | "score_topk", "cell_rows":

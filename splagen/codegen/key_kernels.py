@@ -5,8 +5,9 @@ They can also give what each chosen block adds to the gradients of query rows: t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from splagen.codegen.geometry import Rows, features_of
 from splagen.codegen.kernel import Array, Kernel
@@ -31,6 +32,7 @@ from splagen.codegen.tile_code import (
 )
 from splagen.ir.program import Equation, Var
 
+Outputs: TypeAlias = Sequence[tuple[Var, Array]]
 PART = "part = (bh * nT * BUDGET + entry) * ROWS + row"  # the i-th chosen block of a query row
 
 
@@ -43,37 +45,52 @@ class KeyGradients:
     parts: dict[Var, Array]
 
 
-def dkv_kernels(walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var]) -> KeyGradients:
+def one_forms_all(walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var], rows: Sequence[Var] = ()) -> bool:
+    """Whether one kernel forms all sums of key rows: where a segment has all of a block, it knows the gradients."""
+    return len(_groups(walk, available, wanted, rows)) == 1
+
+
+def dkv_kernels(
+    walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var], finished: Outputs = ()
+) -> KeyGradients:
     """Gradients of key rows from tiles, as partial sums per segment of the inverse index.
 
     Sums that read no query row in common have kernels of their own: the accumulators of all do not fit registers.
+    `finished` are stored by the kernel itself where a block has one segment; see `one_forms_all`.
     """
-    return _kernels("dkv", walk, available, wanted, [])
+    return _kernels("dkv", walk, available, wanted, [], finished)
 
 
 def dqkv_kernels(
-    walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var], rows: Sequence[Var]
+    walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var], rows: Sequence[Var], finished: Outputs = ()
 ) -> KeyGradients:
     """As `dkv_kernels`, with what each chosen block adds to the sums that `rows`, gradients of query rows, take."""
-    return _kernels("dqkv", walk, available, wanted, rows)
+    return _kernels("dqkv", walk, available, wanted, rows, finished)
 
 
-def _kernels(
-    suffix: str, walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var], rows: Sequence[Var]
-) -> KeyGradients:
+def _groups(walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var], rows: Sequence[Var]) -> list[Group]:
     to_keys, to_rows = (
         sums_of_tiles(walk.program, slice_back(walk.program, asked, [*walk.program.inputs, *available]), to_keys=side)
         for asked, side in ((wanted, True), (rows, False))
     )
     code = TileCode(walk, walk.chosen_facts if walk.chosen else walk.forced_facts, to_keys=True)
-    groups = apart(code, to_keys, to_rows)
-    groups.sort(key=lambda g: not _softmax(walk, g))
+    return sorted(apart(code, to_keys, to_rows), key=lambda g: not _softmax(walk, g))
+
+
+def _kernels(
+    suffix: str,
+    walk: Walk,
+    available: Mapping[Var, Array],
+    wanted: Sequence[Var],
+    rows: Sequence[Var],
+    finished: Outputs,
+) -> KeyGradients:
     found = KeyGradients([], {}, {})
-    for group in groups:
+    for group in _groups(walk, available, wanted, rows):
         name = ("block_sparse_" if _softmax(walk, group) else "linear_") + suffix
         name += f"_{len(found.kernels)}" if any(k.name == name for k in found.kernels) else ""
         made = _KeyKernel(walk, available, group)
-        found.kernels.append(made.kernel(name, wanted))
+        found.kernels.append(made.kernel(name, wanted, finished))
         found.sums.update(made.sums)
         found.parts.update(made.parts)
     return found
@@ -100,7 +117,7 @@ class _KeyKernel:
         self.loads: list[str] = []
         self.keys_used: dict[Var, None] = {}
 
-    def kernel(self, name: str, wanted: Sequence[Var]) -> Kernel:
+    def kernel(self, name: str, wanted: Sequence[Var], finished: Outputs) -> Kernel:
         """The finished kernel."""
         walk, program, geometry = self.walk, self.program, self.geometry
         setup, count, forced_tile = walk.forced("T", {"J": "j", "L": "L"}, "nT", "i")
@@ -139,10 +156,11 @@ class _KeyKernel:
             features = features_of(v)
             width = geometry.width(features, pad=True) if features else 1
             self.sums[v] = Array(f"{v.name}_parts", "segments", features, (width,), "float32", True)
-            stores += self.key_rows.columns(features)
             column = "".join(features)
             total = f"tl.where(key_ok[:, None], {v.name}, 0.0)" if self.masked_behind else v.name
             stores.append(f"tl.store({v.name}_parts_ptr + at[:, None] * {width} + {column}[None, :], {total})")
+        columns = [line for v in totals for line in self.key_rows.columns(features_of(v))]
+        whole = self._whole(finished, totals)
         order = {eq.out: i for i, eq in enumerate(program.equations)}
         holes = {
             "forced": {"setup": "\n".join(setup), "count": count},
@@ -150,6 +168,8 @@ class _KeyKernel:
             "loads": "\n".join(self.loads),
             "accumulators": [{"name": v.name, "shape": f"(BLOCK_N, {self.sums[v].width[0]})"} for v in totals],
             "loops": loops,
+            "columns": "\n".join(columns),
+            "whole": "\n".join(whole),
             "stores": "\n".join(stores),
         }
         return Kernel(
@@ -157,11 +177,20 @@ class _KeyKernel:
             "block_sparse_dkv",
             tuple(sorted(self.covers, key=lambda eq: order[eq.out])),
             tuple(self.arrays.values()),
-            (*self.sums.values(), *self.parts.values()),
+            (*self.sums.values(), *self.parts.values(), *(a for _, a in finished)),
             holes,
             "(work.segments, B * Hkv, BLOCK // BLOCK_N)",
             ("L", "Hkv", "SEGMENTS", "SEGMENT"),
         )
+
+    def _whole(self, finished: Outputs, totals: Iterable[Var]) -> list[str]:
+        """Lines for a segment that has all of its block: the key rows' remaining equations, as in the merge."""
+        if not finished:
+            return []
+        piece = self.key_rows.compute([v for v, _ in finished], {v: v.name for v in totals})
+        self.arrays.update({a.name: a for a in piece.arrays})
+        self.covers.update(dict.fromkeys(piece.equations))
+        return [*piece.lines, *(line for v, a in finished for line in self.key_rows.store(a, piece.names[v]))]
 
     def _loop(
         self,
@@ -222,9 +251,14 @@ def merge_kernel(
     walk: Walk,
     available: Mapping[Var, Array],
     parts: Mapping[Var, Array],
-    outputs: Sequence[tuple[Var, Array]],
+    outputs: Outputs,
+    *,
+    finished: bool = False,
 ) -> Kernel:
-    """Sum the segments of every key block in order, then the key rows' remaining equations."""
+    """Sum the segments of every key block in order, then the key rows' remaining equations.
+
+    `finished`: in place, but for blocks of one segment, which the kernels before have stored.
+    """
     program, geometry = walk.program, walk.geometry
     rows = RowCode(program, geometry, "key", "BLOCK_N", available)
     columns: list[str] = []
@@ -243,14 +277,20 @@ def merge_kernel(
         }
         for v, a in parts.items()
     ]
-    holes = {"columns": "\n".join(columns), "accumulators": accumulators, "epilogue": "\n".join(epilogue)}
-    inputs = {a.name: a for a in (WORK, *parts.values(), *piece.arrays)}
+    holes = {
+        "columns": "\n".join(columns),
+        "finished": finished,
+        "accumulators": accumulators,
+        "epilogue": "\n".join(epilogue),
+    }
+    results = tuple(a for _, a in outputs)
+    inputs = {a.name: a for a in (WORK, *parts.values(), *piece.arrays, *(results if finished else ()))}
     return Kernel(
         "merge_segments",
         "merge_segments",
         (*(program.definitions[v] for v in parts), *piece.equations),
         tuple(inputs.values()),
-        tuple(a for _, a in outputs),
+        () if finished else results,
         holes,
         "(nJ * (BLOCK // BLOCK_N), B * Hkv)",
         ("L", "Hkv", "SEGMENTS"),
