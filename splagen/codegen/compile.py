@@ -18,8 +18,7 @@ from types import TracebackType
 from typing import Any, TypeAlias
 
 from splagen.codegen.decoding import Decoding
-from splagen.codegen.index_kernels import SCHEDULE as INDEX_SCHEDULE
-from splagen.codegen.index_kernels import index_kernels
+from splagen.codegen.index_kernels import index_kernels, schedule_of
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.packed_partition import PackedPartition
 from splagen.codegen.partition import Partition
@@ -150,12 +149,14 @@ def _wanted(
         for k in launched(part, schedules[arch][d])
     ]
     index = _index(part)
-    return chosen + [(k, arch, d, dict(INDEX_SCHEDULE)) for k in index for arch in targets for d in dtypes]
+    return chosen + [(k, arch, d, schedule_of(k)) for k in index for arch in targets for d in dtypes]
 
 
 def _index(part: Module) -> Sequence[Kernel]:
     """The kernels that make the inverse index."""
-    return part.index if isinstance(part, (PackedPartition, PrefillPartition)) else index_kernels(part.kernels)
+    if isinstance(part, (PackedPartition, PrefillPartition)):
+        return part.index
+    return index_kernels(part.program, part.kernels) if isinstance(part, Partition) else ()
 
 
 def launched(part: Module, schedules: Mapping[str, Schedule]) -> list[Kernel]:

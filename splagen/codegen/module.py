@@ -12,7 +12,7 @@ from splagen.codegen.affine import Interval
 from splagen.codegen.dense import Dense
 from splagen.codegen.geometry import Geometry, is_parameter
 from splagen.codegen.head_rounds import bytes_by_strategy, heads_are_alike, parts_text, rounds_text
-from splagen.codegen.index_kernels import SCHEDULE, index_kernels
+from splagen.codegen.index_kernels import LEAST, chunks, index_kernels, schedule_of
 from splagen.codegen.kernel import Array, Choice, Kernel
 from splagen.codegen.launchers import launcher_text
 from splagen.codegen.module_holes import (
@@ -52,6 +52,7 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
     kernels = sources(part.kernels, lambda k: _launcher(k, constants))
     host_lines, host_total = _host_count(walk)
     schedules = default_schedules(part.all_kernels, geometry, part.strategies)
+    index = index_kernels(program, part.kernels)
     beside = [kernel_text(k) for k in part.dense.kernels] if part.dense else []
     op = f"{name}_{digest}_{content_of(kernels, schedules, *beside)}"
     registration = render(
@@ -83,8 +84,10 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
                     "constants": constants,
                     "host_count": host_lines,
                     "host_total": host_total,
-                    "kernels": [kernel_text(k) for k in index_kernels(part.kernels)],
-                    "schedule": SCHEDULE,
+                    "kernels": [kernel_text(k) for k in index],
+                    "schedules": {k.name: schedule_of(k) for k in index},
+                    "chunks": chunks(walk),
+                    "least": LEAST,
                 },
             ),
             "inputs": ", ".join(inputs),

@@ -4,33 +4,35 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from splagen.codegen.index_kernels import INDEX
+from splagen.codegen.index_kernels import chunks, counting, cut, listing
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.packing import BOUNDS, LENGTHS, Packing
-from splagen.codegen.tile_code import INDICES, Walk
+from splagen.codegen.tile_code import Walk
 
-_SEEN = Array("seen", "index", dtype="int32")  # by key block
 _LENGTHS = Array(LENGTHS, "index", dtype="int32")  # [sequences]
-_KEYS = Array("keys", "index", dtype="int32")  # where block_indices has a block: its number among those of all heads
 
 
 def packed_index_kernels(walk: Walk, packing: Packing) -> tuple[Kernel, ...]:
-    """In launch order: lengths of segments, keys of chosen blocks where there are any, the index."""
-    lengths = _segment_lengths(walk, packing)
-    return (lengths, *([_block_keys(packing)] if walk.chosen else []), _index(packing))
+    """In launch order: lengths of segments, tallies of chosen blocks where there are any, the index, its lists."""
+    lengths, index = _segment_lengths(walk, packing), _packed(cut(walk), walk, packing, _LENGTHS)
+    if not walk.chosen:
+        return lengths, index
+    tiles, first = packing.own_tiles(), packing.first_tile()
+    counts = [_packed(k, walk, packing) for k in counting(walk, tiles)]
+    return (lengths, *counts, index, _packed(listing(walk, tiles, first), walk, packing))
 
 
 def _segment_lengths(walk: Walk, packing: Packing) -> Kernel:
     """A segment of a sequence takes what blocks take on average, as in a batch of its length."""
     setup, count, _ = walk.forced("T", {"J": "j", "L": "L"}, "nT", "i")
-    kernel = Kernel(
+    return Kernel(
         name="segment_lengths",
         template="segment_lengths",
         covers=(),
         inputs=(BOUNDS,),
-        outputs=(_SEEN, _LENGTHS),
+        outputs=(_LENGTHS,),
         holes={
-            "doc": "How many tiles see each block by position, and how many a segment of a sequence has at the most.",
+            "doc": "How many tiles a segment of a sequence has at the most.",
             "budget": packing.budget,
             "setup": "\n".join(setup),
             "count": count,
@@ -38,49 +40,26 @@ def _segment_lengths(walk: Walk, packing: Packing) -> Kernel:
         grid="",  # packed_index.jinja launches these kernels
         scalars=("LONGEST", "Hkv"),
         tunable=("WIDTH",),
+        batch="\n".join(packing.place("tl.program_id(1)")),
     )
-    seen = f"seen_ptr += {packing.blocks.before()}"
-    return replace(kernel, batch="\n".join([*packing.place("tl.program_id(1)"), seen]))
 
 
-def _block_keys(packing: Packing) -> Kernel:
-    before = packing.before_entries()
-    kernel = Kernel(
-        name="block_keys",
-        template="block_keys",
-        covers=(),
-        inputs=(*packing.bounds, INDICES),
-        outputs=(_KEYS,),
-        holes={
-            "doc": "Chosen blocks by number, all sequences and heads in one row; no block (-1) stands before a head's.",
-            "ends": packing.ends.before(1),
-            "tiles": packing.own_tiles(),
-        },
-        grid="",
-        scalars=("LONGEST", "Hkv"),
-        tunable=("WIDTH",),
-    )
-    lines = [*packing.place("tl.program_id(1) // Hkv"), f"block_indices_ptr += {before}", f"keys_ptr += {before}"]
-    return replace(kernel, batch="\n".join(lines))
-
-
-def _index(packing: Packing) -> Kernel:
-    geometry = packing.geometry
+def _packed(kernel: Kernel, walk: Walk, packing: Packing, *more: Array) -> Kernel:
+    """The kernel, of the sequence and head that a program has."""
+    before = {
+        "block_indices": packing.before_entries(),
+        "tally": packing.blocks.before(chunks(walk)),
+        "totals": packing.blocks.before(1),
+        **packing.before_index(),
+    }
     lines = [
         *packing.place("tl.program_id(1) // Hkv"),
+        *(f"{a.name}_ptr += {before[a.name]}" for a in kernel.arrays),
         "head = (tl.program_id(1) % Hkv).to(tl.int64)",
-        f"nJ = (L + {geometry.block - 1}) // {geometry.block}",
-        f"N = {packing.own_tiles()} * {packing.budget}",
-        f"first = {packing.number_of_entry()} + head * N",
-        f"seen_ptr += {packing.blocks.before()}",
-        f"begins_ptr += {packing.ends.before(1)} + 1  # the first key of a head is that of no block",
-        *packing.move_index(""),
-        "found = tl.load(begins_ptr + head * (nJ + 1) - 1)",
     ]
     return replace(
-        INDEX,
-        inputs=(*INDEX.inputs, _LENGTHS, *packing.bounds),
-        holes={**INDEX.holes, "sorted": "found", "first": "first"},
+        kernel,
+        inputs=(*kernel.inputs, *more, *packing.bounds),
         scalars=("LONGEST", "Hkv"),
         batch="\n".join(lines).replace(f"work_{LENGTHS}_ptr", f"{LENGTHS}_ptr"),
     )

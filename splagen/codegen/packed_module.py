@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from splagen.codegen.geometry import Geometry
 from splagen.codegen.head_rounds import heads_are_alike, parts_text, rounds_text
-from splagen.codegen.index_kernels import SCHEDULE
+from splagen.codegen.index_kernels import LEAST, chunks, schedule_of
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.module import FUNCTIONS, backward_calls, constants_of, forward_calls, launcher
 from splagen.codegen.module_holes import content_of, equations_text, head, op_holes, parameters, schedule_text, sources
@@ -67,7 +67,9 @@ def packed_index_text(walk: Walk, packing: Packing, kernels: tuple[Kernel, ...])
             "tiles": packing.tiles_text(),
             "bounds": ", ".join(a.name for a in packing.bounds),
             "kernels": [kernel_text(k) for k in kernels],
-            "schedule": SCHEDULE,
+            "schedules": {k.name: schedule_of(k) for k in kernels},
+            "chunks": chunks(walk),
+            "least": LEAST,
             "chosen": bool(walk.chosen),
             "budget": walk.budget,
         },

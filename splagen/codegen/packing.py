@@ -130,9 +130,13 @@ class Packing:
 
     def move_index(self, prefix: str) -> list[str]:
         """Lines that move the pointers to the tensors of the inverse index, which `prefix` begins."""
+        return [f"{prefix}{part}_ptr += {before}" for part, before in self.before_index().items()]
+
+    def before_index(self) -> dict[str, str]:
+        """Source, by tensor of the inverse index, of the elements of sequences before."""
         rooms = {"offsets": self.ends, "blocks": self.segments, "firsts": self.ends}
-        lines = [f"{prefix}{part}_ptr += {room.before(1)}" for part, room in rooms.items()]
-        return [f"{prefix}entries_ptr += {self.before_entries()}", *lines] if self.budget else lines
+        before = {part: room.before(1) for part, room in rooms.items()}
+        return {"entries": self.before_entries(), **before} if self.budget else before
 
     def first_row(self) -> str:
         """Source of the row of position 0 among rows of queries."""
@@ -146,9 +150,9 @@ class Packing:
         """Source of the chosen blocks of sequences before, of all heads."""
         return self.tiles.before(self.budget)
 
-    def number_of_entry(self) -> str:
-        """Source of the number, among all chosen blocks, of that of tile 0 of the sequence's first head."""
-        return f"{self.tiles.before(1)} * {self.budget}"
+    def first_tile(self) -> str:
+        """Source of the first tile that is there."""
+        return "0"
 
     def own_tiles(self) -> str:
         """Source of the tiles of the sequence, of a head."""

@@ -73,14 +73,15 @@ class PrefillPacking(Packing):
         """Those of all packed sequences; readers of the inverse index count its entries from tile 0 of each head."""
         lines = super().moves(kernel)
         if self.budget and any(a.layout == "work" for a in kernel.inputs):
-            lines.append(f"work_entries_ptr -= {_HEAD} * {self._first_tile()} * {self.budget}")
+            lines.append(f"work_entries_ptr -= {_HEAD} * {self.first_tile()} * {self.budget}")
         return lines
 
     def _move_union(self, a: Array, kernel: Kernel) -> list[str]:
         """Programs number their room by their place in the whole grid: so it lies."""
         return []
 
-    def _first_tile(self) -> str:
+    def first_tile(self) -> str:
+        """Source of the first tile that is there."""
         return f"(query_origin // {self.geometry.tile})"
 
     def first_row(self) -> str:
@@ -90,20 +91,16 @@ class PrefillPacking(Packing):
     def before_tiles(self, size: int) -> str:
         """Source of the element at which tile 0 of the sequence's first head would lie, were all heads' there."""
         before = f"query_row // {self.geometry.tile} * Hkv"
-        found = f"({before} - ({_HEAD} + 1) * {self._first_tile()})"
+        found = f"({before} - ({_HEAD} + 1) * {self.first_tile()})"
         return f"{found} * {size}" if size > 1 else found
 
     def before_entries(self) -> str:
         """Source of the chosen blocks of sequences before, of all heads."""
         return f"query_row // {self.geometry.tile} * Hkv * {self.budget}"
 
-    def number_of_entry(self) -> str:
-        """Source of the number that the chosen block of tile 0 of the sequence's first head would have."""
-        return f"{self.before_entries()} - {self._first_tile()} * {self.budget}"
-
     def own_tiles(self) -> str:
         """Source of the tiles of the sequence that are there, of a head."""
-        return f"((L + TILE - 1) // TILE - {self._first_tile()})"
+        return f"((L + TILE - 1) // TILE - {self.first_tile()})"
 
     # -- the host -----------------------------------------------------------------------------------------
 

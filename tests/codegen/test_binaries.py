@@ -19,6 +19,7 @@ from splagen.codegen.binaries import Build, module_text, write_build
 from splagen.codegen.binary_loader import MachineCode
 from splagen.codegen.compile import keep_module, raise_if_failed
 from splagen.codegen.index_kernels import index_kernels
+from splagen.codegen.partition import Partition
 from splagen.codegen.unions import visits_union
 from splagen.errors import GeneratedFileError
 from splagen.kinds import kind_of, oracle
@@ -99,9 +100,10 @@ def rewrite(build: Build, **fields: Any) -> None:
 
 def names(spec: Spec) -> list[str]:
     """Kernels that the default Schedules launch: by row or by key, never by union."""
-    kernels = pipeline.kernels(spec).kernels
-    chosen = [k for k in kernels if not visits_union(k)]
-    return [f"{k.name}_kernel" for k in (*chosen, *index_kernels(kernels))]
+    part = pipeline.kernels(spec)
+    chosen = [k for k in part.kernels if not visits_union(k)]
+    index = index_kernels(part.program, part.kernels) if isinstance(part, Partition) else ()
+    return [f"{k.name}_kernel" for k in (*chosen, *index)]
 
 
 # -- a build that fits -----------------------------------------------------------------------------------

@@ -229,7 +229,7 @@ def test_the_kernels_beside_it_are_compiled_and_have_schedules_for_every_gpu() -
     part = kernels(SPECS["rms"])
     assert {k.name for k in part.all_kernels} - {k.name for k in part.kernels} == {"dense_rows", "dense_cotangents"}
     written = re.findall(r"^def (\w+)_kernel\(", source(SPECS["rms"]), re.MULTILINE)
-    assert sorted(written) == sorted(k.name for k in (*part.all_kernels, *index_kernels(part.kernels)))
+    assert sorted(written) == sorted(k.name for k in (*part.all_kernels, *index_kernels(part.program, part.kernels)))
     dense = part.dense  # type: ignore[union-attr]
     assert dense is not None
     made = default_schedules(dense.kernels, Geometry.of(dense.rows))

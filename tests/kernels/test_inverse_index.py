@@ -1,13 +1,18 @@
-"""The inverse index against lists made one block at a time."""
+"""The inverse index against lists made one block at a time: of a batch, of packed sequences, of their last queries."""
 
+import itertools
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from splagen import pipeline
+from splagen.codegen.index_kernels import LEAST
 from splagen.library import taylor
 from splagen.spec import Select, SPLASpec
 
@@ -18,7 +23,25 @@ CHOOSING = SPLASpec(
     select=Select(block_size=BLOCK, budget=BUDGET, metric=taylor(covariance="diag")),
     linear=None,
 )
+TILES = SPLASpec(
+    head_dim=16,
+    group_size=1,
+    causal=False,
+    select=Select(block_size=BLOCK, budget=40, granularity="tile", tile=16, metric=taylor(covariance="diag")),
+    linear=None,
+)
+POSITION = SPLASpec(head_dim=16, select=None, linear=None)
 SIZES = [(1, 1, 1), (1, 2, 16), (2, 3, 17), (1, 1, 100), (1, 2, 130 * BLOCK + 5), (2, 200, 180 * BLOCK)]
+SIZES_OF_TILES = [(1, 1, 1), (1, 2, 1003), (1, 1, 16 * LEAST * 64 + 9)]
+
+
+def expected(tiles: Tensor, seen: Tensor, segment: int) -> tuple[list[list[int]], Tensor, list[int]]:
+    """The list of each block, the first segment of each block, the block of each segment."""
+    flat = tiles.reshape(-1)
+    lists = [(flat == j).nonzero()[:, 0].tolist() for j in range(len(seen))]
+    pieces = [-(-(int(seen[j]) + len(x)) // segment) for j, x in enumerate(lists)]
+    owners = [j for j, count in enumerate(pieces) for _ in range(count)]
+    return lists, torch.tensor([0, *pieces]).cumsum(0), owners
 
 
 def check(module: ModuleType, B: int, Hkv: int, L: int, chosen: Tensor | None, device: torch.device) -> None:
@@ -28,44 +51,105 @@ def check(module: ModuleType, B: int, Hkv: int, L: int, chosen: Tensor | None, d
     assert all(x.dtype == torch.int32 and x.is_contiguous() for x in work[:4])
     entries, offsets, blocks, firsts = (x.cpu() for x in work[:4])
     for head in range(0, B * Hkv, 1 + B * Hkv // 7):
-        lists: list[Tensor] = [torch.empty(0)] * n.nJ
-        if chosen is not None:
-            flat = chosen.reshape(B * Hkv, -1)[head].cpu()
-            lists = [(flat == j).nonzero()[:, 0] for j in range(n.nJ)]
-        pieces = [-(-(int(seen[j]) + len(x)) // work.segment) for j, x in enumerate(lists)]
-        starts = torch.tensor([0, *pieces]).cumsum(0)
+        tiles = torch.empty(0) if chosen is None else chosen.reshape(B * Hkv, -1)[head].cpu()
+        lists, starts, owners = expected(tiles, seen, work.segment)
         assert firsts[head].tolist() == starts.tolist()
-        owners = torch.repeat_interleave(torch.arange(n.nJ), torch.tensor(pieces))
         assert len(owners) <= work.segments == blocks.shape[1]
-        unused = torch.full((work.segments - len(owners),), n.nJ)
-        assert blocks[head].tolist() == torch.cat([owners, unused]).tolist()
-        for j, x in enumerate(lists):
-            assert entries[head, offsets[head, j] : offsets[head, j + 1]].tolist() == x.tolist()
+        assert blocks[head].tolist() == owners + [n.nJ] * (work.segments - len(owners))
+        assert offsets[head].diff().tolist() == [len(x) for x in lists]
+        first = int(offsets[head, 0])
+        assert entries[head, first : first + sum(map(len, lists))].tolist() == [*itertools.chain(*lists)]
 
 
-def run(size: tuple[int, int, int], device: torch.device, folder: Path) -> None:
+def lists(shape: tuple[int, ...], blocks: int, seed: int = 0) -> Tensor:
+    """Of each tile some of the blocks, none twice and in any order, between places without one."""
+    draw = torch.Generator().manual_seed(seed)
+    *tiles, budget = shape
+    order = torch.rand(*tiles, max(blocks, budget), generator=draw).argsort(-1)[..., :budget]
+    kept = (order < blocks) & (torch.rand(shape, generator=draw) < 0.8)
+    return torch.where(kept, order, -1).to(torch.int32)
+
+
+def run(spec: SPLASpec, size: tuple[int, int, int], device: torch.device, folder: Path) -> None:
+    """Random lists, lists without a block, and one block that all have chosen."""
     B, Hkv, L = size
-    module = pipeline.generate(CHOOSING, folder).module
-    nT, nJ = L, -(-L // BLOCK)
-    draw = torch.Generator().manual_seed(0)
-    chosen = torch.randint(-1, nJ, (B, Hkv, nT, BUDGET), dtype=torch.int32, generator=draw).to(device)
+    module = pipeline.generate(spec, folder).module
+    n = module.sizes_of(torch.empty(B, L, Hkv, 16))
+    chosen = lists((B, Hkv, n.nT, module.BUDGET.value), n.nJ).to(device)
     check(module, B, Hkv, L, chosen, device)
-    check(module, B, Hkv, L, torch.full_like(chosen, -1), device)
-    check(module, B, Hkv, L, chosen.clamp(max=0), device)
+    none = torch.full_like(chosen, -1)
+    check(module, B, Hkv, L, none, device)
+    none[..., 1] = n.nJ - 1
+    check(module, B, Hkv, L, none, device)
 
 
 @pytest.mark.parametrize("size", SIZES[:-1])
 def test_lists_of_chosen_blocks(size: tuple[int, int, int], tmp_path: Path) -> None:
-    run(size, torch.device("cpu"), tmp_path)
+    run(CHOOSING, size, torch.device("cpu"), tmp_path)
+
+
+@pytest.mark.parametrize("size", SIZES_OF_TILES[:-1])
+def test_lists_of_blocks_that_tiles_chose(size: tuple[int, int, int], tmp_path: Path) -> None:
+    run(TILES, size, torch.device("cpu"), tmp_path)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("size", SIZES)
-def test_lists_of_chosen_blocks_on_the_gpu(size: tuple[int, int, int], tmp_path: Path) -> None:
-    run(size, torch.device("cuda"), tmp_path)
+@pytest.mark.parametrize(
+    ("spec", "size"), [*((CHOOSING, s) for s in SIZES), *((TILES, s) for s in SIZES_OF_TILES)], ids=str
+)
+def test_lists_of_chosen_blocks_on_the_gpu(spec: SPLASpec, size: tuple[int, int, int], tmp_path: Path) -> None:
+    run(spec, size, torch.device("cuda"), tmp_path)
 
 
 @pytest.mark.parametrize("length", [1, 100])
 def test_blocks_that_are_seen_by_position_alone(length: int, tmp_path: Path) -> None:
-    module = pipeline.generate(SPLASpec(head_dim=16, select=None, linear=None), tmp_path).module
+    module = pipeline.generate(POSITION, tmp_path).module
     check(module, 2, 3, length, None, torch.device("cpu"))
+
+
+@settings(max_examples=10)
+@example(lengths=[LEAST * 64 + 1], Hkv=1, before=0, seed=0)
+@example(lengths=[0, 0, 1, 16, 8 * LEAST], Hkv=2, before=5, seed=0)
+@given(
+    lengths=st.lists(st.integers(0, 300), min_size=1, max_size=4).filter(any),
+    Hkv=st.integers(1, 3),
+    before=st.integers(0, 20),
+    seed=st.integers(0, 99),
+)
+def test_packed_sequences_have_the_index_that_each_has_alone(
+    lengths: list[int], Hkv: int, before: int, seed: int
+) -> None:
+    """Every number of a sequence's part, wherever it begins; what lies between is nobody's."""
+    with tempfile.TemporaryDirectory() as folder:
+        alone = pipeline.generate(CHOOSING, folder).module
+        packed = pipeline.generate_packed(CHOOSING, folder).module
+    bounds = torch.tensor([before, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    tokens = int(bounds[-1])
+    n = packed.sizes_of(torch.empty(1, tokens, Hkv, 16), bounds, max(lengths) + seed % 20)
+    chosen = torch.full(((tokens + len(lengths)) * Hkv * BUDGET,), -7, dtype=torch.int32)
+    given_to = []
+    for s, length in enumerate(lengths):
+        own = lists((Hkv, length, BUDGET), -(-length // BLOCK), seed + s)
+        at = (int(bounds[s]) + s) * Hkv * BUDGET
+        chosen[at : at + own.numel()] = own.reshape(-1)
+        given_to.append(own)
+    work = packed.inverse_index(n, bounds, chosen)
+    for s, (length, own) in enumerate(zip(lengths, given_to, strict=True)):
+        if length == 0:
+            continue
+        first, nJ = int(bounds[s]), -(-length // BLOCK)
+        wanted = alone.inverse_index(alone.sizes_of(torch.empty(1, length, Hkv, 16)), own[None])
+        assert int(work.lengths[s]) == wanted.segment
+        ends = (first // BLOCK + 2 * s) * Hkv
+        offsets, firsts = (x[ends : ends + Hkv * (nJ + 1)].view(Hkv, -1) for x in (work.offsets, work.firsts))
+        assert torch.equal(offsets, wanted.offsets)
+        assert torch.equal(firsts, wanted.firsts)
+        at = (first // BLOCK + s) * Hkv * 2
+        blocks = work.blocks[at : at + Hkv * 2 * nJ].view(Hkv, -1)
+        least = min(blocks.shape[1], wanted.segments)
+        assert torch.equal(blocks[:, :least], wanted.blocks[:, :least])
+        assert (blocks[:, least:] == nJ).all()
+        at = (first + s) * Hkv * BUDGET
+        entries = work.entries[at : at + own.numel()].view(Hkv, -1)
+        for h in range(Hkv):
+            assert torch.equal(entries[h, : offsets[h, -1]], wanted.entries[h, : offsets[h, -1]])
