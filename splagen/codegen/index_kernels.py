@@ -1,13 +1,14 @@
 """The kernels of the inverse index: a counting sort of the chosen blocks, and the cut of all work into segments.
 
-Tiles are cut into chunks.  A program walks the tiles of its chunks in order and counts, in a tally of its own, how many
-have chosen each block; prefix sums of the tallies say where the tiles of each chunk begin in the list of each block; a
-second walk writes them there.  They cover no equation, and there is nothing to tune in them.
+Tiles are cut into chunks.  A program walks the tiles of its chunk in order and counts, in a tally of its own, how many
+have chosen each block: to each choice it is the rank of its tile among them.  Prefix sums of the tallies say where the
+tiles of each chunk begin in the list of each block, and so where every choice belongs.  The kernels cover no equation,
+and there is nothing to tune in them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.tile_code import INDICES, Walk
@@ -15,20 +16,14 @@ from splagen.ir.program import Program
 
 SCHEDULE = {"WIDTH": 128, "num_warps": 8, "num_stages": 1}
 LEAST = 16  # tiles of a chunk: a walk is not worth its program for fewer
-_LANES = 32  # of a program that walks: its barrier is then that of one warp
+TILES = "(L + TILE - 1) // TILE"
 
 TALLY = Array("tally", "index", dtype="int32")  # [heads, chunks, nJ]
+RANKS = Array("ranks", "index", dtype="int32")  # [heads, nT, budget]: tiles of the chunk that chose it before
 TOTALS = Array("totals", "index", dtype="int32")  # [heads, nJ]: how many tiles chose each block
 OFFSETS, BLOCKS, FIRSTS, ENTRIES = (
     Array(name, "index", dtype="int32") for name in ("offsets", "blocks", "firsts", "entries")
 )
-_ZEROS = """\
-for start in range(0, nJ, PLACES):
-    j = start + place
-    tl.store(tally + j, 0, mask=(j < nJ) & (chunk * steps < nT))
-tl.debug_barrier()"""
-_ADD = "tl.store(tally + j, earlier + 1, mask=j >= 0)"
-_BATCH = "head = tl.program_id(1).to(tl.int64)"
 
 
 def index_kernels(program: Program, kernels: Sequence[Kernel]) -> tuple[Kernel, ...]:
@@ -37,108 +32,95 @@ def index_kernels(program: Program, kernels: Sequence[Kernel]) -> tuple[Kernel, 
     if not {"work", "indices"} <= layouts:
         return ()
     walk = Walk.of(program)
-    return (*counting(walk), cut(walk), listing(walk))
+    return tally(walk), starts(walk), cut(walk), entries(walk)
 
 
 def chunks(walk: Walk) -> int:
-    """Into how many chunks the tiles of a head are cut at the most: their tallies are no larger than half its list."""
+    """Into how many chunks the tiles of a head are cut at the most: enough of them, and tallies that are small."""
     geometry = walk.geometry
-    return max(64, geometry.block * walk.budget // (2 * geometry.tile))
+    return min(max(geometry.block * walk.budget // (2 * geometry.tile), 64), 1024)
 
 
 def schedule_of(kernel: Kernel) -> dict[str, int]:
-    """How a kernel of the inverse index runs."""
+    """How a kernel of the inverse index runs; one warp walks, so that its barriers are its own."""
+    places = kernel.holes.get("places", 1)
+    assert isinstance(places, int)
     match kernel.template:
-        case "index_walk":
-            return {"ROWS": max(1, _LANES // _places(kernel)), "num_warps": 1, "num_stages": 1}
+        case "index_tally":
+            return {"ROWS": max(1, 32 // places), "num_warps": 1, "num_stages": 1}
         case "index_starts":
-            return {"WIDTH": 32, "DEPTH": 128, "num_warps": 8, "num_stages": 1}
+            return {"WIDTH": 64, "DEPTH": 64, "num_warps": 8, "num_stages": 1}
+        case "index":
+            return {"WIDTH": 128, "DEPTH": 1024, "num_warps": 4, "num_stages": 1}
+        case "index_entries":
+            return {"WIDTH": max(32, 1024 // places), "num_warps": 4, "num_stages": 1}
     return dict(SCHEDULE)
 
 
-def counting(walk: Walk, tiles: str = "(L + TILE - 1) // TILE") -> tuple[Kernel, Kernel]:
-    """How many tiles of each chunk, then of the chunks before it, chose each block; `tiles` is source of a head's."""
-    starts = Kernel(
-        name="index_starts",
-        template="index_starts",
-        covers=(),
-        inputs=(),
-        outputs=(TALLY, TOTALS),
-        holes={
-            "doc": "How many tiles of the chunks before chose each block, in place of those of each chunk.",
-            "tiles": tiles,
-            **_chunked(walk),
-        },
-        grid="",  # inverse_index.jinja launches these kernels
-        scalars=("L",),
-        tunable=("WIDTH", "DEPTH"),
-        batch=_BATCH,
-    )
-    doc = "How many tiles of each chunk chose each block."
-    return _walking("index_tally", walk, tiles, (INDICES,), TALLY, before=_ZEROS, visit=_ADD, doc=doc), starts
+def tally(walk: Walk, tiles: str = TILES) -> Kernel:
+    """The walk; `tiles` is source of the tiles of a head."""
+    doc = "How many tiles of each chunk chose each block, and for each choice how many did before."
+    holes = {"doc": doc, "places": _places(walk), **_chunked(walk, tiles)}
+    return _kernel("index_tally", (INDICES,), (TALLY, RANKS), holes, ("ROWS",))
 
 
-def listing(walk: Walk, tiles: str = "(L + TILE - 1) // TILE", first: str = "0") -> Kernel:
-    """The list of each block; `first` is source of the first tile that is there."""
-    entry = "tile * BUDGET + place" if first == "0" else f"({first} + tile) * BUDGET + place"
-    visit = [
-        "begin = tl.load(offsets_ptr + head * (nJ + 1) + j, mask=j >= 0, other=0)",
-        f"entry = ({entry}).to(tl.int32)",
-        "tl.store(entries_ptr + head * nT * BUDGET + begin + earlier, entry, mask=j >= 0)",
-        _ADD,
-    ]
-    doc = "The places at which each block was chosen, in order."
-    inputs = (INDICES, OFFSETS, TALLY)
-    return _walking("index_entries", walk, tiles, inputs, ENTRIES, before="", visit="\n".join(visit), doc=doc)
+def starts(walk: Walk, tiles: str = TILES) -> Kernel:
+    """Prefix sums of the tallies, in place."""
+    doc = "How many tiles of the chunks before chose each block, in place of those of each chunk."
+    return _kernel("index_starts", (), (TALLY, TOTALS), {"doc": doc, **_chunked(walk, tiles)}, ("WIDTH", "DEPTH"))
 
 
 def cut(walk: Walk) -> Kernel:
     """Where the list of each block begins, and the segments of all work."""
     setup, count, _ = walk.forced("T", {"J": "j", "L": "L"}, "nT", "i")
     totals = "tl.load(totals_ptr + head * nJ + j, mask=j < nJ, other=0)"
-    return Kernel(
-        name="index",
-        template="index",
-        covers=(),
-        inputs=(TOTALS,) if walk.chosen else (),
-        outputs=(OFFSETS, BLOCKS, FIRSTS),
-        holes={
-            "doc": "Where the list of each block begins, and the cut of all work into segments.",
-            "listed": totals if walk.chosen else "tl.zeros((WIDTH,), tl.int32)",
-            "setup": "\n".join(setup),
-            "count": count,
-        },
-        grid="",
-        scalars=("L", "SEGMENTS", "SEGMENT"),
-        tunable=("WIDTH",),
-        batch=_BATCH,
-    )
+    holes = {
+        "doc": "Where the list of each block begins, and the cut of all work into segments.",
+        "listed": totals if walk.chosen else "j * 0",
+        "setup": "\n".join(setup),
+        "count": count,
+    }
+    inputs, scalars = (TOTALS,) if walk.chosen else (), ("L", "SEGMENTS", "SEGMENT")
+    return _kernel("index", inputs, (OFFSETS, BLOCKS, FIRSTS), holes, ("WIDTH", "DEPTH"), scalars)
 
 
-def _walking(
-    name: str, walk: Walk, tiles: str, inputs: tuple[Array, ...], output: Array, *, before: str, visit: str, doc: str
+def entries(walk: Walk, tiles: str = TILES, first: str = "0") -> Kernel:
+    """The list of each block; `first` is source of the first tile that is there."""
+    holes = {
+        "doc": "The places at which each block was chosen, in order.",
+        "places": _places(walk),
+        "entry": "listed" if first == "0" else f"({first} * BUDGET + listed).to(tl.int32)",
+        **_chunked(walk, tiles),
+    }
+    return _kernel("index_entries", (INDICES, RANKS, TALLY, OFFSETS), (ENTRIES,), holes, ("WIDTH",))
+
+
+def _kernel(
+    name: str,
+    inputs: tuple[Array, ...],
+    outputs: tuple[Array, ...],
+    holes: Mapping[str, object],
+    tunable: tuple[str, ...],
+    scalars: tuple[str, ...] = ("L",),
 ) -> Kernel:
-    places = 1 << (walk.budget - 1).bit_length()
     return Kernel(
         name=name,
-        template="index_walk",
+        template=name,
         covers=(),
         inputs=inputs,
-        outputs=(output,),
-        holes={"doc": doc, "places": places, "tiles": tiles, "before": before, "visit": visit, **_chunked(walk)},
-        grid="",
-        scalars=("L",),
-        tunable=("ROWS",),
-        batch=_BATCH,
+        outputs=outputs,
+        holes=holes,
+        grid="",  # inverse_index.jinja launches these kernels
+        scalars=scalars,
+        tunable=tunable,
+        batch="head = tl.program_id(1).to(tl.int64)",
     )
 
 
-def _chunked(walk: Walk) -> dict[str, object]:
+def _places(walk: Walk) -> int:
+    return 1 << (walk.budget - 1).bit_length()
+
+
+def _chunked(walk: Walk, tiles: str) -> dict[str, object]:
     most = chunks(walk)
-    return {"chunks": most, "steps": f"tl.maximum((nT + {most - 1}) // {most}, {LEAST})"}
-
-
-def _places(kernel: Kernel) -> int:
-    places = kernel.holes["places"]
-    assert isinstance(places, int)
-    return places
+    return {"tiles": tiles, "chunks": most, "steps": f"tl.maximum((nT + {most - 1}) // {most}, {LEAST})"}

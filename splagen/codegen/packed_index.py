@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from splagen.codegen.index_kernels import chunks, counting, cut, listing
+from splagen.codegen.index_kernels import chunks, cut, entries, starts, tally
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.packing import BOUNDS, LENGTHS, Packing
 from splagen.codegen.tile_code import Walk
@@ -18,8 +18,8 @@ def packed_index_kernels(walk: Walk, packing: Packing) -> tuple[Kernel, ...]:
     if not walk.chosen:
         return lengths, index
     tiles, first = packing.own_tiles(), packing.first_tile()
-    counts = [_packed(k, walk, packing) for k in counting(walk, tiles)]
-    return (lengths, *counts, index, _packed(listing(walk, tiles, first), walk, packing))
+    counts, places = (tally(walk, tiles), starts(walk, tiles)), entries(walk, tiles, first)
+    return (lengths, *(_packed(k, walk, packing) for k in counts), index, _packed(places, walk, packing))
 
 
 def _segment_lengths(walk: Walk, packing: Packing) -> Kernel:
@@ -48,6 +48,7 @@ def _packed(kernel: Kernel, walk: Walk, packing: Packing, *more: Array) -> Kerne
     """The kernel, of the sequence and head that a program has."""
     before = {
         "block_indices": packing.before_entries(),
+        "ranks": packing.before_entries(),
         "tally": packing.blocks.before(chunks(walk)),
         "totals": packing.blocks.before(1),
         **packing.before_index(),

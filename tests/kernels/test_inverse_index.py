@@ -107,6 +107,45 @@ def test_blocks_that_are_seen_by_position_alone(length: int, tmp_path: Path) -> 
     check(module, 2, 3, length, None, torch.device("cpu"))
 
 
+def check_packed(
+    folder: str | Path, lengths: list[int], Hkv: int, before: int, seed: int, device: torch.device
+) -> None:
+    """Every number of a sequence's part, wherever it begins; what lies between is nobody's."""
+    alone = pipeline.generate(CHOOSING, folder).module
+    packed = pipeline.generate_packed(CHOOSING, folder).module
+    bounds = torch.tensor([before, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    firsts = bounds.tolist()
+    n = packed.sizes_of(torch.empty(1, firsts[-1], Hkv, 16, device=device), bounds, max(lengths) + seed % 20)
+    chosen = torch.full(((firsts[-1] + len(lengths)) * Hkv * BUDGET,), -7, dtype=torch.int32)
+    own = [lists((Hkv, length, BUDGET), -(-length // BLOCK), seed + s) for s, length in enumerate(lengths)]
+    for s, x in enumerate(own):
+        at = (firsts[s] + s) * Hkv * BUDGET
+        chosen[at : at + x.numel()] = x.reshape(-1)
+    work = packed.inverse_index(n, bounds.to(device), chosen.to(device))
+
+    def part(name: str, first: int, each: int) -> Tensor:
+        """What the heads of a sequence have of a tensor, from number `first` of a head on."""
+        found: Tensor = getattr(work, name)[first * Hkv : (first + each) * Hkv]
+        return found.view(Hkv, each)
+
+    for s, (length, x) in enumerate(zip(lengths, own, strict=True)):
+        if length == 0:
+            continue
+        block, nJ = firsts[s] // BLOCK, -(-length // BLOCK)
+        sizes = alone.sizes_of(torch.empty(1, length, Hkv, 16, device=device))
+        wanted = alone.inverse_index(sizes, x[None].to(device))
+        assert int(work.lengths[s]) == wanted.segment
+        for name in ("offsets", "firsts"):
+            assert torch.equal(part(name, block + 2 * s, nJ + 1), getattr(wanted, name))
+        blocks = part("blocks", 2 * (block + s), 2 * nJ)
+        least = min(2 * nJ, wanted.segments)
+        assert torch.equal(blocks[:, :least], wanted.blocks[:, :least])
+        assert (blocks[:, least:] == nJ).all()
+        entries = part("entries", (firsts[s] + s) * BUDGET, length * BUDGET)
+        for h, count in enumerate(wanted.offsets[:, -1].tolist()):
+            assert torch.equal(entries[h, :count], wanted.entries[h, :count])
+
+
 @settings(max_examples=10)
 @example(lengths=[LEAST * 64 + 1], Hkv=1, before=0, seed=0)
 @example(lengths=[0, 0, 1, 16, 8 * LEAST], Hkv=2, before=5, seed=0)
@@ -119,37 +158,10 @@ def test_blocks_that_are_seen_by_position_alone(length: int, tmp_path: Path) -> 
 def test_packed_sequences_have_the_index_that_each_has_alone(
     lengths: list[int], Hkv: int, before: int, seed: int
 ) -> None:
-    """Every number of a sequence's part, wherever it begins; what lies between is nobody's."""
     with tempfile.TemporaryDirectory() as folder:
-        alone = pipeline.generate(CHOOSING, folder).module
-        packed = pipeline.generate_packed(CHOOSING, folder).module
-    bounds = torch.tensor([before, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    tokens = int(bounds[-1])
-    n = packed.sizes_of(torch.empty(1, tokens, Hkv, 16), bounds, max(lengths) + seed % 20)
-    chosen = torch.full(((tokens + len(lengths)) * Hkv * BUDGET,), -7, dtype=torch.int32)
-    given_to = []
-    for s, length in enumerate(lengths):
-        own = lists((Hkv, length, BUDGET), -(-length // BLOCK), seed + s)
-        at = (int(bounds[s]) + s) * Hkv * BUDGET
-        chosen[at : at + own.numel()] = own.reshape(-1)
-        given_to.append(own)
-    work = packed.inverse_index(n, bounds, chosen)
-    for s, (length, own) in enumerate(zip(lengths, given_to, strict=True)):
-        if length == 0:
-            continue
-        first, nJ = int(bounds[s]), -(-length // BLOCK)
-        wanted = alone.inverse_index(alone.sizes_of(torch.empty(1, length, Hkv, 16)), own[None])
-        assert int(work.lengths[s]) == wanted.segment
-        ends = (first // BLOCK + 2 * s) * Hkv
-        offsets, firsts = (x[ends : ends + Hkv * (nJ + 1)].view(Hkv, -1) for x in (work.offsets, work.firsts))
-        assert torch.equal(offsets, wanted.offsets)
-        assert torch.equal(firsts, wanted.firsts)
-        at = (first // BLOCK + s) * Hkv * 2
-        blocks = work.blocks[at : at + Hkv * 2 * nJ].view(Hkv, -1)
-        least = min(blocks.shape[1], wanted.segments)
-        assert torch.equal(blocks[:, :least], wanted.blocks[:, :least])
-        assert (blocks[:, least:] == nJ).all()
-        at = (first + s) * Hkv * BUDGET
-        entries = work.entries[at : at + own.numel()].view(Hkv, -1)
-        for h in range(Hkv):
-            assert torch.equal(entries[h, : offsets[h, -1]], wanted.entries[h, : offsets[h, -1]])
+        check_packed(folder, lengths, Hkv, before, seed, torch.device("cpu"))
+
+
+@pytest.mark.gpu
+def test_packed_sequences_have_the_index_that_each_has_alone_on_the_gpu(tmp_path: Path) -> None:
+    check_packed(tmp_path, [1000, 0, 1, 63, 4095, 16, 20_000], 3, 7, 0, torch.device("cuda"))

@@ -308,7 +308,7 @@ def test_the_specs_have_every_kernel_family() -> None:
         "launches",
         "repetition",
         "inverse_index",
-        *("index", "index_walk", "index_starts"),
+        *("index", "index_tally", "index_starts", "index_entries"),
         *("packed_module", "packed_index", "segment_lengths", "prefill_module", "prefill_places"),
         *("carried_state", "as_paged", "key_visits"),
         *FUNCTIONS,
