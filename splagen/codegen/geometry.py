@@ -196,9 +196,9 @@ class Rows:
         return f"tl.load({address}{options})"
 
     def load_both(self, first: Array, second: Array, count: str) -> str:
-        """Source that loads a number per row of each of two arrays: vectors of `count` rows."""
+        """Source that loads a number per row of each of two arrays: vectors of `count` rows, 0 where there is none."""
         addresses = ", ".join(f"{a.name}_ptr + {self._place(a)}" for a in (first, second))
-        return f"load_both({addresses}, {self.mask}, {first.missing}, {second.missing}, {count})"
+        return f"load_both({addresses}, {self.mask}, {count})"
 
     def store(self, array: Array, value: str, column: str | None = None) -> str:
         """Line that stores a matrix or vector to these rows."""

@@ -6,10 +6,13 @@ They can also give what each chosen block adds to the gradients of query rows: t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import TypeAlias
 
-from splagen.codegen.geometry import Rows, features_of
+import sympy as sp
+
+from splagen.codegen.geometry import Rows, features_of, is_query_row, is_tile_value
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.region import slice_back
 from splagen.codegen.row_code import RowCode
@@ -30,7 +33,7 @@ from splagen.codegen.tile_code import (
     store_part,
     sums_of_tiles,
 )
-from splagen.ir.program import Equation, Var
+from splagen.ir.program import Equation, Map, Var, placeholder
 
 Outputs: TypeAlias = Sequence[tuple[Var, Array]]
 PART = "part = (bh * nT * BUDGET + entry) * ROWS + row"  # the i-th chosen block of a query row
@@ -100,15 +103,31 @@ def _softmax(walk: Walk, group: Group) -> bool:
     return any(follows_softmax(walk.program, s) for s in group.to_keys)
 
 
+def _is_finite_at_zero(equations: Iterable[Equation]) -> bool:
+    """Whether tile values stay finite where products and numbers of a row are 0, whatever is masked there."""
+    found: dict[Var, set[sp.Basic]] = {}
+    for eq in equations:
+        if eq.out.kind != "real":
+            continue
+        known = [v.kind == "bool" or v in found or is_query_row(v) or is_tile_value(v) for v in eq.args]
+        if not isinstance(eq.op, Map) or not all(known) or any(v.kind == "int" for v in eq.args):
+            return False
+        values = [{sp.true, sp.false} if v.kind == "bool" else found.get(v, {sp.S.Zero}) for v in eq.args]
+        places = [placeholder(i) for i in range(len(eq.args))]
+        found[eq.out] = {eq.op.expr.xreplace(dict(zip(places, given, strict=True))) for given in product(*values)}
+        if not all(x.is_number and x.is_finite for x in found[eq.out]):
+            return False
+    return True
+
+
 class _KeyKernel:
     """Puts one of these kernels together."""
 
     def __init__(self, walk: Walk, available: Mapping[Var, Array], group: Group) -> None:
         self.walk, self.available, self.group = walk, available, group
         self.program, self.geometry = walk.program, walk.geometry
-        # What a key beyond the sequence gets is its own: it may be made 0 behind the loop.  Behind a softmax the mask
-        # within it costs less, measured.
-        self.masked_behind = not group.to_rows and not _softmax(walk, group)
+        # what a key beyond the sequence gets is its own, and may be made 0 behind the loop
+        self.masked_behind = not group.to_rows
         self.key_rows = RowCode(self.program, self.geometry, "key", "BLOCK_N", available)
         self.arrays: dict[str, Array] = {"work": WORK}
         self.covers: dict[Equation, None] = {}
@@ -148,7 +167,7 @@ class _KeyKernel:
             array = self.available[v]
             self.arrays[array.name] = array
             self.loads.append(f"{v.name} = {key_side.load(array)}  # [BLOCK_N, {array.width[0]}]")
-        stores = ["at = (bh * SEGMENTS + segment) * BLOCK + tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)"]
+        stores = ["sums = (bh * SEGMENTS + segment) * BLOCK + tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)"]
         totals = accumulators(self.group.to_keys)
         backward = slice_back(program, wanted, [*program.inputs, *self.available])
         self.covers.update(dict.fromkeys(eq for eq in backward if eq.out in totals))
@@ -158,7 +177,7 @@ class _KeyKernel:
             self.sums[v] = Array(f"{v.name}_parts", "segments", features, (width,), "float32", True)
             column = "".join(features)
             total = f"tl.where(key_ok[:, None], {v.name}, 0.0)" if self.masked_behind else v.name
-            stores.append(f"tl.store({v.name}_parts_ptr + at[:, None] * {width} + {column}[None, :], {total})")
+            stores.append(f"tl.store({v.name}_parts_ptr + sums[:, None] * {width} + {column}[None, :], {total})")
         columns = [line for v in totals for line in self.key_rows.columns(features_of(v))]
         whole = self._whole(finished, totals)
         order = {eq.out: i for i, eq in enumerate(program.equations)}
@@ -169,6 +188,7 @@ class _KeyKernel:
             "accumulators": [{"name": v.name, "shape": f"(BLOCK_N, {self.sums[v].width[0]})"} for v in totals],
             "loops": loops,
             "columns": "\n".join(columns),
+            "anew": _softmax(walk, self.group),
             "whole": "\n".join(whole),
             "stores": "\n".join(stores),
         }
@@ -213,14 +233,18 @@ class _KeyKernel:
             facts = {**facts, **{eq.out: True for eq in self.program.equations if eq.out.name == "valid"}}
         code = TileCode(self.walk, facts, to_keys=True)
         tile = code.body(code.wanted([*active, *to_rows]))
-        rows = RowCode(self.program, self.geometry, "query", "BLOCK_M", self.available, in_loop=True)
+        available, numbers = dict(self.available), row_scalars([tile], active)
+        if all(s.operand for s in active) and {*numbers} <= available.keys() and _is_finite_at_zero(tile.equations):
+            # rows beyond the sequence are rows of 0: they add nothing, and no number of theirs has to see to it
+            available |= {v: replace(available[v], missing="0.0") for v in numbers}
+        rows = RowCode(self.program, self.geometry, "query", "BLOCK_M", available, in_loop=True)
         rows.defined_columns = self.key_rows.defined_columns
         used = operands(tile.products, active, of_queries=True)
         self.keys_used.update(dict.fromkeys(operands(tile.products, to_rows, of_queries=False)))
         self.loads += self.key_rows.columns_of([*used, *self.keys_used, *(s.into for s in to_rows)])
         piece = rows.operands([*used, *row_scalars([tile], [*active, *to_rows])])
         share = self._share(code, tile.names, to_rows) if to_rows else []
-        self.arrays.update({a.name: a for a in piece.arrays})
+        self.arrays.update({a.name: a for v, a in self.available.items() if available[v] in piece.arrays})
         formed = (*piece.equations, *tile.products, *tile.equations, *(s.equation for s in (*active, *to_rows)))
         self.covers.update(dict.fromkeys(formed))
         products = [code.product_line(eq) for eq in tile.products]

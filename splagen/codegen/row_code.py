@@ -97,6 +97,8 @@ class RowCode:
         for one, other in pairs:
             both = rows.load_both(self.available[one], self.available[other], self.tile_rows)
             lines.append(f"{one.name}, {other.name} = {both}")
+            missing = [(v.name, self.available[v].missing) for v in (one, other)]
+            lines += [f"{name} = tl.where({rows.mask}, {name}, {x})" for name, x in missing if x != "0.0"]
         return lines
 
     def _lifted(self, source: str, v: Var, rows: Rows, *, exact: bool) -> str:

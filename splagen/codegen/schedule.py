@@ -190,11 +190,11 @@ def _key_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) ->
     accumulators = _accumulators(kernel)
     keys, queries = _width(kernel, "key_rows"), _width(kernel, "query_rows")
     wide, whole = accumulators > 256, _gives_parts(kernel)
-    rows, softmax = geometry.tile * geometry.group, _reads_numbers(kernel)
+    rows = geometry.tile * geometry.group
     block_m, block_n, stages = (16, 16, 1) if size == 4 else (32, 64, 2 if whole else 3)
-    if size == 2 and ((wide or rows > 1) if whole else (softmax and rows >= 64)):  # rows of few tiles lie close
-        block_m, stages = 64, 2
-    elif size == 2 and not whole and (wide or softmax):  # few registers beside the sums, loads far ahead
+    if size == 2 and whole and (wide or rows > 1):  # rows of few tiles: their numbers lie close
+        block_m = 64
+    elif size == 2 and not whole and (wide or (rows < 64 and _reads_numbers(kernel))):  # few registers beside the sums
         block_m, stages = 16, 4
     block_n = geometry.block if whole else min(geometry.block, block_n)
     while not whole and block_n > 16 and block_n * accumulators > 24576:

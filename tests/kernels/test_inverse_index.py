@@ -101,6 +101,16 @@ def test_lists_of_chosen_blocks_on_the_gpu(spec: SPLASpec, size: tuple[int, int,
     run(spec, size, torch.device("cuda"), tmp_path)
 
 
+def test_segments_are_longer_where_there_are_many_blocks(tmp_path: Path) -> None:
+    """A block of average length is one segment, and of uneven ones no more than what there is room for."""
+    module = pipeline.generate(CHOOSING, tmp_path).module
+    few, many = module.segments_of(1000, 100, 1), module.segments_of(1000, 100, module.MANY // 100 + 1)
+    assert (few[0], many[0]) == (10, 20)
+    for segment, room in (few, many):
+        worst = [segment + 1] * (1000 // (segment + 1))  # each needs one more than it fills
+        assert sum(-(-x // segment) for x in worst) <= room
+
+
 @pytest.mark.parametrize("length", [1, 100])
 def test_blocks_that_are_seen_by_position_alone(length: int, tmp_path: Path) -> None:
     module = pipeline.generate(POSITION, tmp_path).module
