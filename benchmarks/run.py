@@ -8,6 +8,7 @@ benchmarks/results/WORK.json: runs of different works may share a folder, and a 
     python -m benchmarks.run sparse selection --kv-heads 2
     python -m benchmarks.run sparse --alike 0.5 0.9 --strategies  # random blocks that neighbours choose alike too
     python -m benchmarks.run sparse --qk qk.pt    # chosen blocks of a model's q [1, L, Hq, D] and k [1, L, Hkv, D] too
+    python -m benchmarks.run sparse --qk qk.pt --lengths 8192 --kv-heads 2 --strategies --record sparse_text
     python -m benchmarks.run whole --strategies --out /tmp/strategies    # README's tables are of the default choices
 """
 
@@ -102,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=[], help="instead of a work's own")
     parser.add_argument("--kv-heads", type=int, nargs="+", default=[], help="only these, or others than a work's own")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--record", metavar="NAME", help="of one work's record, instead of the work's own")
     parser.add_argument("--repeats", type=int, help="default: as often as takes about a second and a half, 3 to 20")
     parser.add_argument("--strategies", action="store_true", help="time every strategy beside the module's own choice")
     parser.add_argument("--qk", type=Path, metavar="FILE.pt", help="q and k of a model, to choose blocks from")
@@ -120,6 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"unknown work {', '.join(sorted(unknown))}: one of {', '.join(WORKS)}")
     works = [WORKS[name] for name in given.works or WORKS]
+    if given.record and len(works) != 1:
+        parser.error(f"--record {given.record} is the name of one record: name one work, not {len(works)}")
     if given.list:
         print("\n".join(listing(work) for work in works))
         return 0
@@ -133,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for work in works:
         shown = 0
         for figures in run.figures(work, cases[work.name]):
-            write(work.name, figures, given.out)
+            write(given.record or work.name, figures, given.out)
             for row in figures["rows"][shown:]:
                 run.report(line_of(work.name, row))
                 lines += kernel_lines(row)

@@ -376,6 +376,9 @@ def test_works_are_listed_and_unknown_ones_refused(capsys: pytest.CaptureFixture
     assert all(f"{name}:" in shown for name in WORKS)
     with pytest.raises(SystemExit):
         run.main(["nonsense"])
+    with pytest.raises(SystemExit):
+        run.main(["sparse", "tile", "--record", "both"])
+    assert "name one work, not 2" in capsys.readouterr().err
 
 
 # -- the systems beside it -----------------------------------------------------------------------------------------
