@@ -38,29 +38,29 @@ def index_kernels(program: Program, kernels: Sequence[Kernel]) -> tuple[Kernel, 
 def chunks(walk: Walk) -> int:
     """Into how many chunks the tiles of a head are cut at the most: enough of them, and tallies that are small."""
     geometry = walk.geometry
-    return min(max(geometry.block * walk.budget // (2 * geometry.tile), 64), 1024)
+    return min(max(geometry.block * walk.budget // (2 * geometry.tile), 64), 512)
 
 
 def schedule_of(kernel: Kernel) -> dict[str, int]:
     """How a kernel of the inverse index runs; one warp walks, so that its barriers are its own."""
-    places = kernel.holes.get("places", 1)
-    assert isinstance(places, int)
     match kernel.template:
         case "index_tally":
+            places = kernel.holes["places"]
+            assert isinstance(places, int)
             return {"ROWS": max(1, 32 // places), "num_warps": 1, "num_stages": 1}
         case "index_starts":
             return {"WIDTH": 64, "DEPTH": 64, "num_warps": 8, "num_stages": 1}
         case "index":
             return {"WIDTH": 128, "DEPTH": 1024, "num_warps": 4, "num_stages": 1}
         case "index_entries":
-            return {"WIDTH": max(32, 1024 // places), "num_warps": 4, "num_stages": 1}
+            return {"WIDTH": 1024, "num_warps": 4, "num_stages": 1}
     return dict(SCHEDULE)
 
 
 def tally(walk: Walk, tiles: str = TILES) -> Kernel:
     """The walk; `tiles` is source of the tiles of a head."""
     doc = "How many tiles of each chunk chose each block, and for each choice how many did before."
-    holes = {"doc": doc, "places": _places(walk), **_chunked(walk, tiles)}
+    holes = {"doc": doc, "places": 1 << (walk.budget - 1).bit_length(), **_chunked(walk, tiles)}
     return _kernel("index_tally", (INDICES,), (TALLY, RANKS), holes, ("ROWS",))
 
 
@@ -88,7 +88,6 @@ def entries(walk: Walk, tiles: str = TILES, first: str = "0") -> Kernel:
     """The list of each block; `first` is source of the first tile that is there."""
     holes = {
         "doc": "The places at which each block was chosen, in order.",
-        "places": _places(walk),
         "entry": "listed" if first == "0" else f"({first} * BUDGET + listed).to(tl.int32)",
         **_chunked(walk, tiles),
     }
@@ -115,10 +114,6 @@ def _kernel(
         tunable=tunable,
         batch="head = tl.program_id(1).to(tl.int64)",
     )
-
-
-def _places(walk: Walk) -> int:
-    return 1 << (walk.budget - 1).bit_length()
 
 
 def _chunked(walk: Walk, tiles: str) -> dict[str, object]:
