@@ -346,7 +346,7 @@ def test_decode_stands_for_the_step_in_every_command_that_generates(tmp_path: Pa
     assert "_settled" in run("show", SMALL, "--decode").stdout
     assert "def settle_kernel(" in run("show", SMALL, "--decode", "--kernel", "settle").stdout
     cost = document(run("show", SMALL, "--decode", "--after", "cost", "--shape", "4,2,4096", "--json"))
-    assert [k["launched_in"] for k in cost["kernels"]] == [["step"]] * 6
+    assert [k["launched_in"] for k in cost["kernels"]] == [["step"]] * 5
     moved = sum(k["bytes"] for k in cost["kernels"])
     assert 0 < cost["floor"]["bytes"] < moved
     assert cost["total_ms"]["step"] == pytest.approx(sum(k["ms"] for k in cost["kernels"]))
@@ -355,7 +355,7 @@ def test_decode_stands_for_the_step_in_every_command_that_generates(tmp_path: Pa
 def test_pages_of_8_bits_have_a_module_of_their_own(tmp_path: Path) -> None:
     found = document(run("generate", SMALL, "--decode", "--page-type", "e4m3", "--out", tmp_path, "--json"))
     assert found["module"].startswith("small_decode_e4m3_")
-    assert "round_e4m3(" in run("show", SMALL, "--decode", "--page-type", "e4m3", "--kernel", "append").stdout
+    assert "round_e4m3(" in run("show", SMALL, "--decode", "--page-type", "e4m3", "--kernel", "score").stdout
     cost = ("show", SMALL, "--decode", "--after", "cost", "--shape", "8,2,65536", "--json")
     wide, narrow = (document(run(*cost, "--page-type", t))["floor"]["bytes"] for t in ("input", "e4m3"))
     assert 0.5 < narrow / wide < 0.6, "states and rows of tokens stay"
@@ -366,7 +366,7 @@ def test_pages_of_8_bits_have_a_module_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_compile_reports_the_kernels_of_a_step() -> None:
     found = document(run("compile", SMALL, "--decode", "--target", "sm_90", "--json"))
-    assert [r["kernel"] for r in found["rows"]] == ["append", "score", "select", "settle", "attend", "merge"]
+    assert [r["kernel"] for r in found["rows"]] == ["score", "select", "settle", "attend", "merge"]
     assert all(r["registers"] and r["spilled"] < 64 for r in found["rows"])
 
 

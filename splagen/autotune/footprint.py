@@ -48,8 +48,10 @@ def carried(kernel: Kernel, schedule: Schedule) -> int:
             return schedule["BLOCK_M"] * max((a.width[-1] for a in kernel.outputs if a.width), default=0)
         case "block_sparse_dkv":
             return schedule["BLOCK_N"] * _columns(a for a in kernel.outputs if a.layout == "segments")
-        case "decode_append":
+        case "decode_append" if kernel.holes["states"]:
             return schedule["BLOCK_E"] * _hole(kernel, "left_size")
+        case "decode_score":
+            return max(carried(k, schedule) for k in kernel.calls)
         case "decode_attend":
             return _hole(kernel, "heads") * _columns(kernel.outputs)
         case "block_states":

@@ -8,7 +8,7 @@ happens once per block counts for one token as one part in a block's tokens.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import sympy as sp
@@ -34,6 +34,7 @@ _BYTES = {"float32": 4, "int32": 4, "int64": 8, "e4m3": 1}
 def step_sizes(part: Decoding, sequences: int, kv_heads: int, tokens: int, splitting: Schedule) -> dict[str, int]:
     """The sizes of a step's formulas, for sequences of `tokens` tokens: splits are those that `scratch` allocates."""
     pairs, geometry = sequences * kv_heads, part.geometry
+    chunks = -(-tokens // (geometry.block * splitting["chunk"]))
     pieces = part.budget + 3 if part.budget else -(-tokens // geometry.block)
     return {
         "B": sequences,
@@ -41,7 +42,7 @@ def step_sizes(part: Decoding, sequences: int, kv_heads: int, tokens: int, split
         "L": tokens,
         "SCORE_SPLITS": max(1, min(splitting["score"] // pairs, -(-tokens // geometry.cell))) if part.budget else 1,
         "ATTEND_SPLITS": max(1, min(splitting["attend"] // pairs, pieces)),
-        "CHUNKS": -(-tokens // (geometry.block * splitting["chunk"])) if part.budget else 1,
+        "CHUNKS": min(chunks, max(8, math.isqrt(8 * chunks))) if part.budget else 1,
     }
 
 
@@ -92,8 +93,7 @@ class Step(Attention):
         moved = [self._size(a) * math.prod(a.width) * self._given(a) for a in given.values()]
         kept = {a.name for a in (*self.part.pages, *self.part.states)}
         for kernel in self.part.kernels:
-            arrays = {a.name: a for a in (*kernel.inputs, *kernel.outputs) if a.name in kept}
-            moved += [self._moved(kernel, a, sp.S.One) for a in arrays.values()]
+            moved += [self._moved(k, a, sp.S.One) for k, a in _arrays(kernel) if a.name in kept]
         return sp.expand(sp.Add(*moved))
 
     def cost(self, kernel: Kernel, schedule: Schedule) -> Cost:
@@ -108,9 +108,10 @@ class Step(Attention):
             "CHUNKS": CHUNKS,
         }
         count = programs(kernel.grid, sizes | dict(schedule))
-        arrays = {a.name: a for a in (*kernel.inputs, *kernel.outputs)}
-        moved = sp.Add(*(self._moved(kernel, a, count) for a in arrays.values()))
-        flops = self._flops(kernel)
+        moved = sp.Add(*(self._moved(k, a, count) for k, a in _arrays(kernel)))
+        called = [eq for k in kernel.calls for eq in k.covers]
+        flops = self._flops(replace(kernel, covers=tuple(eq for eq in kernel.covers if eq not in called)))
+        flops = flops + sp.Add(*(self.cost(k, schedule).flops for k in kernel.calls))
         if kernel.template == "decode_append":  # of all blocks, one becomes far once per block of tokens
             flops = flops / LENGTH
         if kernel.template == "decode_select":  # it reads the scores
@@ -158,7 +159,7 @@ class Step(Attention):
             case "decode_score" | "decode_attend", "token_rows":  # every split has all rows of its heads
                 return count * group
             case "decode_select", "sequences" if a.name in ("score_max", "score_sum"):
-                return CHUNKS * pairs * group * SCORE_SPLITS
+                return CHUNKS * pairs * group * (SCORE_SPLITS + 1)
             case "decode_select", "sequences" if a.name == "scores":
                 return pairs * group * self.far * self.geometry.cells
             case _, "table":
@@ -206,9 +207,18 @@ class Step(Attention):
             case "scores":
                 return heads * self.usable * self.geometry.cells
             case "score_max" | "score_sum":
-                return heads * SCORE_SPLITS
+                return heads * (SCORE_SPLITS + 1)
             case "candidates":
                 return pairs * CHUNKS * self.part.kept
             case "block_indices" | "block_places":
                 return pairs * self.part.budget
         raise AssertionError(a.name)
+
+
+def _arrays(kernel: Kernel) -> list[tuple[Kernel, Array]]:
+    """What a kernel moves, and what those that it calls do; pages that it reads and they write count twice."""
+    own = {a.name: a for a in (*kernel.inputs, *kernel.outputs)}
+    both = {a.name for a in kernel.inputs if a.layout in ("pages", "table")}
+    called = [(k, a) for k in kernel.calls for a in k.arrays]
+    names = {a.name for _, a in called} - both
+    return [(kernel, a) for a in own.values() if a.name not in names] + called

@@ -254,7 +254,8 @@ def _schedules(path: Path) -> dict[str, dict[str, dict[str, Schedule]]]:
 
 def _undescribed(path: Path, part: Module) -> list[Built]:
     """Kernels in the file that no Kernel describes would go unchecked: each is a failure."""
-    known = {f"{k.name}_kernel" for k in (*part.all_kernels, *_index(part))}
+    described = [*part.all_kernels, *_index(part)]
+    known = {f"{k.name}_kernel" for k in (*described, *(c for k in described for c in k.calls))}
     loose = [n for n in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE) if n not in known]
     return [
         Built(n.removesuffix("_kernel"), "", "", {}, error="not part of the partition: not compiled") for n in loose

@@ -124,7 +124,8 @@ class DecodeCode:
     ) -> Kernel:
         """Writes tokens, features of their queries, statistics of cells that they complete, and what became far.
 
-        `pages` are what the tokens bring, `numbers` what is kept of each of their keys beside them.
+        `pages` are what the tokens bring, `numbers` what is kept of each of their keys beside them.  With statistics it
+        is a part of `score`, whose other programs are splits of the cells that were complete before.
         """
         geometry = self.geometry
         new = NewRow(geometry, "key", False)
@@ -145,6 +146,7 @@ class DecodeCode:
         holes: dict[str, object] = {
             "heads": self.heads,
             "cells": geometry.cells,
+            "folds": f"tl.num_programs(2) - 1{' - SPLITS' if statistics else ''}",
             "columns": self.columns,
             "q_load": StepRows(geometry, "query", False).load(tokens[q]),
             "rows": "\n".join(lines),
@@ -159,7 +161,7 @@ class DecodeCode:
         arrays = [s.array(geometry) for s in self.states]
         columns = max((a.width[1] for a in arrays if len(a.width) > 1), default=1)
         # with few sequences and heads, slices of columns have programs of their own
-        folds = f"max(1, min({columns} // BLOCK_E, {MULTIPROCESSORS} // (B * Hkv)))"
+        folds = f" + max(1, min({columns} // BLOCK_E, {MULTIPROCESSORS} // (B * Hkv)))" if arrays else ""
         covers = [*kept.equations, *piece.equations, *(statistics.equations if statistics else ())]
         read = [*kept.arrays, *piece.arrays]
         if self.states:
@@ -192,9 +194,9 @@ class DecodeCode:
             tuple({a.name: a for a in inputs}.values()),
             (*made, *arrays),
             holes,
-            f"(TOKENS, B * Hkv, 1 + {folds})" if arrays else "(TOKENS, B * Hkv, 1)",
-            scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES"),
-            tunable=("BLOCK_N", "BLOCK_E"),
+            f"(TOKENS, B * Hkv, 1{folds})",
+            scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES", *(("SPLITS",) if statistics else ())),
+            tunable=("BLOCK_N", "BLOCK_E") if arrays else (),
             fixed=("PAGE",),
         )
 

@@ -95,7 +95,7 @@ def _shape(a: Array, part: Decoding) -> str:
         case "scores":
             return "rows, Hq, tokens // CELL"
         case "score_max" | "score_sum":
-            return "rows, Hq, score_splits"
+            return "rows, Hq, score_splits + 1"
         case "candidates":
             return f"rows, Hkv, chunks, {part.kept}"
         case "block_indices" | "block_places":

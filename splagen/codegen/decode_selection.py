@@ -6,6 +6,7 @@ program of its own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -99,10 +100,10 @@ def _degree(program: Program, v: Var, expr: sp.Expr) -> int:
 
 
 def _completed(usable: list[str]) -> list[str]:
-    """From the cells that a query may use to those that the query before might not: where the bounds ended for it."""
+    """From the cells that a query may use to those that none before the step might: where the bounds ended for it."""
     return [
-        "first_query = before - 1",
-        "last_query = before - 1",
+        "first_query = held - 1",
+        "last_query = held - 1",
         *usable,
         "low = tl.maximum(high, 0)",
         "first_query = before",
@@ -111,13 +112,18 @@ def _completed(usable: list[str]) -> list[str]:
     ]
 
 
-def selection_kernels(selection: Selection, available: Mapping[Var, Array]) -> list[Kernel]:
-    """`score`, `select` and `settle`; `available` has the rows of the token and the pages of statistics."""
+def selection_kernels(
+    selection: Selection, available: Mapping[Var, Array], append: Kernel, columns: str
+) -> list[Kernel]:
+    """`score`, some of whose programs are those of `append`, `select` and `settle`.
+
+    `available` has the rows of the token and the pages of statistics, `columns` the lines that define those of rows.
+    """
     code = SelectionCode(selection, dict(available), StepRows, PagedCells)
-    return [_score(code), _select(code), _settle(code)]
+    return [_score(code, append, columns), _select(code), _settle(code)]
 
 
-def _score(code: SelectionCode) -> Kernel:
+def _score(code: SelectionCode, append: Kernel, columns: str) -> Kernel:
     selection, geometry = code.selection, code.geometry
     exponent, weight = selection.mass()
     lines, names = code.scores()
@@ -129,7 +135,10 @@ def _score(code: SelectionCode) -> Kernel:
         "heads": query_heads(geometry, product=True),
         "cells": geometry.cells,
         "cell_size": geometry.cell,
-        "columns": "\n".join(geometry.columns(("d",))),
+        "columns": columns,
+        "append": append.call,
+        "folds": "tl.num_programs(2) - 1 - SPLITS",
+        "states": bool(append.holes["states"]),
         "rows": "\n".join(code.rows()),
         "bounds": "\n".join(selection.bounds(selection.usable, CELL, QUERY, ("first_query", "last_query"), "nC")),
         "loads": "\n".join(code.loads()),
@@ -138,17 +147,19 @@ def _score(code: SelectionCode) -> Kernel:
         "score": score,
     }
     covers = code.covers([selection.lse.out], [*code.program.inputs, *selection.statistics])
+    inputs = {a.name: a for a in (*append.inputs, *code.inputs())}
     return Kernel(
         "score",
         "decode_score",
-        covers,
-        (LENGTHS, PAGES, *code.inputs()),
-        (SCORES, SCORE_MAX, SCORE_SUM),
+        (*append.covers, *covers),
+        tuple(inputs.values()),
+        (*append.outputs, SCORES, SCORE_MAX, SCORE_SUM),
         holes,
-        "(TOKENS, B * Hkv, SPLITS)",
+        re.sub(r"\)$", " + SPLITS)", append.grid),
         scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES", "SPLITS"),
-        tunable=("BLOCK_C",),
+        tunable=("BLOCK_C", *append.tunable),
         fixed=("PAGE",),
+        calls=(append,),
     )
 
 

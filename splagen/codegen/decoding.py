@@ -113,9 +113,10 @@ def decoding(spec: SPLASpec, page_type: PageType = "input") -> Decoding:
     code = DecodeCode(walk, available, states)
     selection = Selection.of(program)
     statistics = statistics_code(selection, tokens, pages) if selection else None
-    kernels = [code.append(tokens, pages, numbers, features, statistics)]
+    append = code.append(tokens, pages, numbers, features, statistics)
+    kernels = [append]
     if selection and statistics:
-        kernels += selection_kernels(selection, {**tokens, **statistics.arrays})
+        kernels = selection_kernels(selection, {**tokens, **statistics.arrays}, scaled(append), code.columns)
     output = replace(array_of(code.output, geometry, internal=False), layout="token_rows", name="o")
     kernels += [code.attend(), code.merge(tokens, output)]
     _check_coverage(program, kernels)
@@ -183,24 +184,25 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
             large = arch in ("sm_90", "sm_100") and widest <= 128 and not wide and not geometry.rank
             block_e = min(max(columns, default=16), 64 if large else 32)
             warps = 8 if wide or geometry.rank else 4  # the keys of a cell stay in registers from factor to factor
-            if large:
-                return {"BLOCK_N": min(geometry.block, 64), "BLOCK_E": block_e, "num_warps": warps, "num_stages": 1}
-            return {"BLOCK_N": 16, "BLOCK_E": block_e, "num_warps": warps, "num_stages": 2}
+            folds = {"BLOCK_N": min(geometry.block, 64) if large else 16, "BLOCK_E": block_e}
+            tiles = folds if kernel.holes["states"] else {}
+            return {**tiles, "num_warps": warps, "num_stages": 1 if large else 2}
         case "decode_score":
             block_c = 64 if widest <= 128 and not wide and arch != "gfx942" else 32
-            stages = 2 if widest * (1 + wide) > 256 else 3
+            stages = 2
             read = sum(a.width[-1] for a in kernel.inputs if a.layout == "pages")
             while geometry.rank and DTYPES[dtype] * max(stages - 1, 1) * block_c * read > _half_shared(arch):
-                if block_c > 32 or (stages == 2 and block_c > 16):
+                if block_c > 16:
                     block_c //= 2
                 elif stages > 1:
                     stages -= 1
                 else:
                     break
-            return {"BLOCK_C": block_c, "num_warps": 4, "num_stages": stages}
+            folds = {"BLOCK_N": 16, "BLOCK_E": 16} if kernel.holes["states"] else {}
+            return {"BLOCK_C": block_c, **folds, "num_warps": 4, "num_stages": stages}
         case "decode_select":
             block_j = max(16, min(256, 1024 // geometry.cells))
-            return {"BLOCK_J": block_j, "BLOCK_S": 16, "num_warps": 4, "num_stages": 1}
+            return {"BLOCK_J": block_j, "BLOCK_S": 64, "num_warps": 4, "num_stages": 1}
         case "decode_settle":
             return {"BLOCK_K": max(256, 2 * int(str(kernel.holes["kept"]))), "num_warps": 4, "num_stages": 1}
         case "decode_attend":
@@ -218,8 +220,9 @@ def check_decode_schedule(kernel: Kernel, geometry: Geometry, schedule: Schedule
     check_fields(kernel, schedule)
     holes = kernel.holes
     divided = {"BLOCK_N": ("block", geometry.block)} if "BLOCK_N" in kernel.tunable else {}
-    if holes.get("right_size"):
-        divided["BLOCK_E"] = ("columns of a state", int(str(holes["right_size"])))
+    for k in (kernel, *kernel.calls):
+        if k.holes.get("right_size"):
+            divided["BLOCK_E"] = ("columns of a state", int(str(k.holes["right_size"])))
     for name, (what, size) in divided.items():
         if size % schedule[name]:
             raise ScheduleError(f"{name}={schedule[name]} of {kernel.name} does not divide the {size} of {what}")
@@ -233,10 +236,11 @@ def _half_shared(arch: str) -> int:
     return TARGETS[arch].shared_bytes // 2
 
 
-SPLITTING = {"score": 264, "attend": 264, "chunk": 512}
+SPLITTING = {"score": 396, "attend": 264, "chunk": 512}
 """Programs that score and attend have at the most over all sequences and KV heads; blocks that one select sorts.
 
-264 is 2 for each of 132 multiprocessors, as many as fit at a time: none waits for a second wave.
+264 is 2 for each of 132 multiprocessors, as many as fit at a time: none waits for a second wave.  Of score 4 fit: 3
+beside those that append and fold.  Of more than 8 chunks there are fewer, and longer ones: see `scratch`.
 """
 
 

@@ -118,7 +118,8 @@ class Kernel:
     programs use while they run.  `batch` is the line by which a program finds its sequence in a batch, and `number`
     counts the programs of a sequence from its first position: what changes where sequences are packed (packing.py).
     `narrow` are numbers of its Schedule that go by the sizes of a launch too, `fixed` those of its scalars that it is
-    compiled for: it divides by them.
+    compiled for: it divides by them.  `calls` are kernels that some of its programs are instead: their arrays,
+    equations, scalars and tunable numbers are among its own.
     """
 
     name: str
@@ -135,6 +136,14 @@ class Kernel:
     number: str = "tl.program_id(0)"
     narrow: tuple[Narrow, ...] = ()
     fixed: tuple[str, ...] = ()
+    calls: tuple[Kernel, ...] = ()
+
+    @property
+    def call(self) -> str:
+        """Source by which a program of a kernel that has its arguments becomes one of this."""
+        strides = [name for a in self.arrays for name in a.stride_names]
+        pointers = [name for a in self.arrays for name in a.pointers]
+        return f"{self.name}_kernel({', '.join([*pointers, *strides, *self.scalars, *self.tunable])})"
 
     @property
     def unspecialised(self) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ def _variables(template: str) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=512)
 def kernel_text(kernel: Kernel) -> str:
-    """Device code of one kernel."""
+    """Device code of one kernel, behind that of the kernels that it calls."""
     pointers = [name for a in kernel.arrays for name in a.pointers]
     strides = [name for a in kernel.arrays for name in a.stride_names]
     scalars = [f"{s}: tl.constexpr" if s in kernel.fixed else s for s in kernel.scalars]
@@ -74,7 +74,8 @@ def kernel_text(kernel: Kernel) -> str:
     }
     unspecialised = ", ".join(f'"{s}"' for s in kernel.unspecialised)
     body = re.sub(r"\n{3,}", "\n\n", render(kernel.template, holes))
-    return f"@triton.jit(do_not_specialize=[{unspecialised}])\n" + without_unused(body)
+    called = [f"{kernel_text(k)}\n\n" for k in kernel.calls]
+    return "".join([*called, f"@triton.jit(do_not_specialize=[{unspecialised}])\n", without_unused(body)])
 
 
 def without_unused(function: str) -> str:

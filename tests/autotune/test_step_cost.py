@@ -66,8 +66,15 @@ def test_splits_are_those_that_a_module_allocates(name: str, tmp_path: Path) -> 
             sizes = step_sizes(part, sequences, kv_heads, tokens, splitting)
             assert made["row_max_parts"].shape[2] == sizes["ATTEND_SPLITS"]
             if part.budget:
-                assert made["score_max"].shape[2] == sizes["SCORE_SPLITS"]
+                assert made["score_max"].shape[2] == sizes["SCORE_SPLITS"] + 1
                 assert made["candidates"].shape[2] == sizes["CHUNKS"]
+
+
+def test_of_many_chunks_each_is_longer() -> None:
+    """Eight chunks and lists of 512 blocks; four times as many blocks have twice as many, each twice as long."""
+    part = decoding(SPECS["default"])
+    sizes = [step_sizes(part, 1, 1, 512 * n * part.geometry.block, SPLITTING) for n in (1, 8, 32, 128)]
+    assert [s["CHUNKS"] for s in sizes] == [1, 8, 16, 32]
 
 
 def test_the_floor_is_what_a_step_reads_of_the_cache_and_little_else() -> None:
@@ -102,7 +109,8 @@ def test_scores_and_attention_cost_what_their_products_say() -> None:
     part = decoding(SMALL)
     sizes = run_sizes(SMALL, part, (1, 2, 4096))
     found = costs(SMALL, part, default_schedules(SMALL, part, "sm_90", "bf16"), "bf16")
-    assert evaluate(found["score"].flops, sizes, "score") == 2 * 2 * 32 * 2 * (4096 // 32)
+    folded = 2 * (2 * 32) * 32  # a token's row into states of 2 signs of features
+    assert evaluate(found["score"].flops, sizes, "score") == 2 * 2 * 32 * 2 * (4096 // 32) + folded
     softmax = 2 * 2 * 6 * 32 * (32 + 32)
     chosen = 2 * 2 * 3 * 32 * (2 * 32 + 32)  # the residual takes what is chosen off again: 2 signs of features
     states = 2 * 2 * (2 * 32) * 32

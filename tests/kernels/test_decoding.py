@@ -90,7 +90,7 @@ def test_sequences_of_different_lengths_in_splits(tmp_path: Path, device: torch.
     assert slots == [0, 1, 2]
     cache.free(2)
     cache.seqlens[1] = -1  # joins later
-    assert cache.scratch["score_max"].shape[2] == 2
+    assert cache.scratch["score_max"].shape[2] == 2 + 1
     assert cache.scratch["row_max_parts"].shape[2] == 3
     assert cache.scratch["candidates"].shape[2] == 2
     for t in range(60):

@@ -47,6 +47,21 @@ def test_more_steps_of_several_tokens(name: str, tmp_path: Path, device: torch.d
     assert follow(cache, rows, LONG, 40) < LIMIT[torch.float32]
 
 
+def test_cells_that_a_step_completes_are_a_split_of_their_own(tmp_path: Path, device: torch.device) -> None:
+    """Their scores come from the programs that append: those of the other cells would read what is not yet written."""
+    cache = cache_of(SMALL, tmp_path, device, sequences=1, kv_heads=1, step_tokens=8)
+    cache.allocate(64)
+    rows = inputs(SMALL, 1, 48, 1, torch.float32, device)
+    found = []
+    for start, count in ((0, 8), (8, 7), (15, 1), (16, 8), (24, 8)):
+        cache.step(*some(rows, [start], count))
+        peaks = cache.scratch["score_max"][:count, 0]  # [count, splits]
+        found.append((peaks[:, 0].isfinite().tolist(), peaks[:, 1:].isfinite().any(1).tolist()))
+    completed, before = zip(*found, strict=True)
+    assert list(completed) == [[False] * 8, [False] * 7, [True], [False] * 8, [False] * 7 + [True]]
+    assert list(before) == [[False] * 8, [False] * 7, [False], [True] * 8, [True] * 8]
+
+
 def test_a_fork_shares_no_page_that_its_origin_may_cut(tmp_path: Path, device: torch.device) -> None:
     """Tokens 14 to 17 are taken back on both sides of the fork, and each side writes others in their place."""
     cache = cache_of(replace(SMALL, group_size=1), tmp_path, device, kv_heads=1, page_size=16, step_tokens=8)
