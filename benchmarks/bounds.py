@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kv-heads", type=int)
     parser.add_argument("--length", type=int, help="default: the first of the work")
     parser.add_argument("--kernels", nargs="+", help="names, or regular expressions of them; default: all")
-    parser.add_argument("--most", type=int, default=24, help="launches")
+    parser.add_argument("--most", type=int, default=40, help="launches")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--once", action="store_true", help="what ncu runs")
     given = parser.parse_args(arguments)
