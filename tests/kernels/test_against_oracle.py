@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from splagen import library as lib
 from splagen.kinds import oracle
 from splagen.pipeline import generate
 from splagen.spec import Select, SPLASpec, to_toml
@@ -56,6 +57,15 @@ def test_the_gpu_agrees_with_the_oracle(
     case: Case, dtype: torch.dtype, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verify(case.spec, case.shapes, dtype, device, tmp_path, monkeypatch).raise_if_wrong()
+
+
+def test_scores_that_grow_beyond_the_sequence(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of 0 behind the last query add nothing to dk and dv only if their p is a number."""
+    growing = lib.score_function(lambda s, m, n: s + 2 * (m - n))  # of query 63, key 0: e**126
+    spec = SPLASpec(head_dim=16, group_size=2, causal=False, score=growing, select=None, linear=None)
+    verify(spec, ((1, 2, 50),), torch.float32, device, tmp_path, monkeypatch).raise_if_wrong()
 
 
 def test_every_axis_has_a_case() -> None:
