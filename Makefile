@@ -14,7 +14,7 @@ demo: $(VENV)/run.stamp
 	$(PY) -m examples.demo
 
 test: lint
-	$(PY) -m pytest -n $(JOBS)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check .

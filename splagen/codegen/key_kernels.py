@@ -233,13 +233,14 @@ class _KeyKernel:
             facts = {**facts, **{eq.out: True for eq in self.program.equations if eq.out.name == "valid"}}
         code = TileCode(self.walk, facts, to_keys=True)
         tile = code.body(code.wanted([*active, *to_rows]))
+        used = operands(tile.products, active, of_queries=True)
         available, numbers = dict(self.available), row_scalars([tile], active)
-        if all(s.operand for s in active) and {*numbers} <= available.keys() and _is_finite_at_zero(tile.equations):
+        loaded = {*used, *numbers} <= available.keys() and all(s.operand for s in active)
+        if loaded and _is_finite_at_zero(tile.equations):
             # rows beyond the sequence are rows of 0: they add nothing, and no number of theirs has to see to it
             available |= {v: replace(available[v], missing="0.0") for v in numbers}
         rows = RowCode(self.program, self.geometry, "query", "BLOCK_M", available, in_loop=True)
         rows.defined_columns = self.key_rows.defined_columns
-        used = operands(tile.products, active, of_queries=True)
         self.keys_used.update(dict.fromkeys(operands(tile.products, to_rows, of_queries=False)))
         self.loads += self.key_rows.columns_of([*used, *self.keys_used, *(s.into for s in to_rows)])
         piece = rows.operands([*used, *row_scalars([tile], [*active, *to_rows])])

@@ -295,7 +295,8 @@ def test_the_specs_have_every_kernel_family() -> None:
 
     routed = SSESpec(head_dim=16, router=Router(writers=2))  # the families of recurrences are in one spec
     sequence = {k.template for k in sequence_partition(routed).kernels}
-    steps = {k.template for k in decoding(SPLASpec(head_dim=16)).kernels}
+    step = decoding(SPLASpec(head_dim=16)).kernels
+    steps = {k.template for kernel in step for k in (kernel, *kernel.calls)}
     others = {
         "module",
         "decode_module",
