@@ -48,30 +48,14 @@ class KeyGradients:
     parts: dict[Var, Array]
 
 
-def one_forms_all(walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var], rows: Sequence[Var] = ()) -> bool:
-    """Whether one kernel forms all sums of key rows: where a segment has all of a block, it knows the gradients."""
-    return len(_groups(walk, available, wanted, rows)) == 1
+def key_groups(
+    walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var], rows: Sequence[Var] = ()
+) -> list[Group]:
+    """Sums of key rows, a kernel for each group; with what each chosen block adds to those that `rows` take.
 
-
-def dkv_kernels(
-    walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var], finished: Outputs = ()
-) -> KeyGradients:
-    """Gradients of key rows from tiles, as partial sums per segment of the inverse index.
-
-    Sums that read no query row in common have kernels of their own: the accumulators of all do not fit registers.
-    `finished` are stored by the kernel itself where a block has one segment; see `one_forms_all`.
+    Sums that read no query row in common are apart: the accumulators of all do not fit registers.  `rows` are
+    gradients of query rows.
     """
-    return _kernels("dkv", walk, available, wanted, [], finished)
-
-
-def dqkv_kernels(
-    walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var], rows: Sequence[Var], finished: Outputs = ()
-) -> KeyGradients:
-    """As `dkv_kernels`, with what each chosen block adds to the sums that `rows`, gradients of query rows, take."""
-    return _kernels("dqkv", walk, available, wanted, rows, finished)
-
-
-def _groups(walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var], rows: Sequence[Var]) -> list[Group]:
     to_keys, to_rows = (
         sums_of_tiles(walk.program, slice_back(walk.program, asked, [*walk.program.inputs, *available]), to_keys=side)
         for asked, side in ((wanted, True), (rows, False))
@@ -80,16 +64,20 @@ def _groups(walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var], r
     return sorted(apart(code, to_keys, to_rows), key=lambda g: not _softmax(walk, g))
 
 
-def _kernels(
-    suffix: str,
+def key_kernels(
     walk: Walk,
     available: Mapping[Var, Array],
+    groups: Sequence[Group],
     wanted: Sequence[Var],
-    rows: Sequence[Var],
-    finished: Outputs,
+    finished: Outputs = (),
 ) -> KeyGradients:
+    """Gradients of key rows from tiles, as partial sums per segment of the inverse index; parts of rows with them.
+
+    `finished` are stored by the kernel itself where a block has one segment: a single one has to form all sums.
+    """
+    suffix = "dqkv" if any(g.to_rows for g in groups) else "dkv"
     found = KeyGradients([], {}, {})
-    for group in _groups(walk, available, wanted, rows):
+    for group in groups:
         name = ("block_sparse_" if _softmax(walk, group) else "linear_") + suffix
         name += f"_{len(found.kernels)}" if any(k.name == name for k in found.kernels) else ""
         made = _KeyKernel(walk, available, group)

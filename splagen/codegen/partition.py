@@ -21,7 +21,7 @@ from splagen.codegen.geometry import (
     is_tile_value,
 )
 from splagen.codegen.kernel import Array, Choice, Kernel
-from splagen.codegen.key_kernels import dkv_kernels, dqkv_kernels, merge_kernel, one_forms_all
+from splagen.codegen.key_kernels import key_groups, key_kernels, merge_kernel
 from splagen.codegen.module_kernels import ProgramKernels
 from splagen.codegen.part_kernels import parts_kernels
 from splagen.codegen.query_kernels import dq_kernel, dq_kernels, forward_kernel, forward_kernels
@@ -247,14 +247,15 @@ class _Partitioner:
         later = dict([*available.items(), *rows])
         keys += self._late_parameters(later, "key")
         wanted, asked = [v for v, _ in keys], [v for v, _ in rows]
-        ways = ([], asked) if self.walk.chosen else ([],)
-        whole = all(one_forms_all(self.walk, available, wanted, way) for way in ways)
-        finished = keys if whole and all(a.layout == "key_rows" for _, a in keys) else []
-        by_key = dkv_kernels(self.walk, available, wanted, finished)
-        merging_keys = merge_kernel(self.walk, available, by_key.sums, keys, finished=bool(finished))
+        alone = key_groups(self.walk, available, wanted)
+        with_rows = key_groups(self.walk, available, wanted, asked) if self.walk.chosen else alone
+        whole = len(alone) == len(with_rows) == 1 and all(a.layout == "key_rows" for _, a in keys)
+        finished = keys if whole else []
+        by_key = key_kernels(self.walk, available, alone, wanted, finished)
+        merging_keys = merge_kernel(self.walk, available, by_key.sums, keys, finished=whole)
         kernels += [*by_row, *by_key.kernels, merging_keys]
         if self.walk.chosen:
-            both = dqkv_kernels(self.walk, available, wanted, asked, finished)
+            both = key_kernels(self.walk, available, with_rows, wanted, finished)
             merging = dq_kernel(self.walk, available, rows, both.parts)
             options: list[tuple[Kernel, ...]] = [(*by_row, *by_key.kernels), (*both.kernels, merging)]
             if has_unions(self.geometry):
