@@ -137,7 +137,7 @@ def _score(code: SelectionCode, append: Kernel, columns: str) -> Kernel:
         "cell_size": geometry.cell,
         "columns": columns,
         "append": append.call,
-        "folds": "tl.num_programs(2) - 1 - SPLITS",
+        "folds": append.holes["folds"],
         "states": bool(append.holes["states"]),
         "rows": "\n".join(code.rows()),
         "bounds": "\n".join(selection.bounds(selection.usable, CELL, QUERY, ("first_query", "last_query"), "nC")),
