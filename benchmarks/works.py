@@ -157,17 +157,21 @@ def infllm_spec(group: int) -> SPLASpec:
     return SPLASpec(head_dim=D, group_size=group, select=select, linear=None, name="infllm")
 
 
-def tile_spec(group: int, residual: bool = False) -> SPLASpec:
+def tile_spec(group: int, linear: Residual | None = None) -> SPLASpec:
     """Not causal: 64 neighbouring queries share 16 blocks, their own and 15 chosen ones."""
     metric = taylor(covariance="diag")
     select = Select(BLOCK, budget=15, sinks=0, local=0, granularity="tile", tile=64, metric=metric)
-    linear = Residual() if residual else None
     return SPLASpec(head_dim=D, group_size=group, causal=False, select=select, linear=linear, name="tile")
 
 
 def tile_residual_spec(group: int) -> SPLASpec:
     """The same with a hedgehog residual over the other blocks, both branches normalised."""
-    return tile_spec(group, residual=True)
+    return tile_spec(group, Residual(hedgehog))
+
+
+def tile_softmax_spec(group: int) -> SPLASpec:
+    """The same with as many features as the head has: the map that SLA has unless it is told another."""
+    return tile_spec(group, Residual(softmax))
 
 
 def linear_spec(group: int) -> SSESpec:
@@ -267,13 +271,14 @@ WORKS: dict[str, Work] = {
         Work(
             "tile",
             "tiles of 64 queries share 16 blocks, given; not causal, as many KV heads as query heads",
-            {"sparse": tile_spec, "residual": tile_residual_spec},
+            {"sparse": tile_spec, "residual": tile_residual_spec, "residual, softmax": tile_softmax_spec},
             "given",
             (Size(32, 1, (*DENSE, "FlexAttention, the chosen blocks")),),
             (32 * K,),
             targets={
                 ("sparse", 32 * K, 32): Target((1.55, 4.5), (1.3, 4)),
                 ("residual", 32 * K, 32): Target((3.5, 11), (2.6, 8)),
+                ("residual, softmax", 32 * K, 32): Target((3.5, 11), (2.6, 8)),
             },
         ),
         Work(

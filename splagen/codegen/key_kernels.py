@@ -218,7 +218,7 @@ class _KeyKernel:
         if not active and not to_rows:
             return []
         if self.masked_behind:
-            facts = {**facts, **{eq.out: True for eq in self.program.equations if eq.out.name == "valid"}}
+            facts = {**facts, **self.walk.whole_facts}
         code = TileCode(self.walk, facts, to_keys=True)
         tile = code.body(code.wanted([*active, *to_rows]))
         used = operands(tile.products, active, of_queries=True)

@@ -87,7 +87,7 @@ def _parts_kernel(
         "score": scores.source if scores else "",
         "scale": scores.scale if scores else "",
         "softmax": [{"name": s.into.name, "operand": s.operand.name} for s in softmax if s.operand],
-        "linear": [{"name": s.into.name, "shape": side.shape(s.into)} for s in linear],
+        "linear": [{"name": s.into.name, "shape": side.rows.tile_shape(s.into)} for s in linear],
         "sums": "\n".join(code.sum_line(s, tile.names) for s in linear),
         "stores": "\n".join(store_part(array, held[v]) for v, array in parts.items()),
     }

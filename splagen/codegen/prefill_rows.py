@@ -14,6 +14,7 @@ from splagen.codegen.kernel import BATCH, Array, Kernel
 from splagen.codegen.packing import BOUNDS
 from splagen.codegen.prefill_packing import ALIGNED, FIELDS, QUERIES
 from splagen.codegen.region import padded_extent
+from splagen.codegen.row_kernels import NO_SUMS
 from splagen.codegen.step_rows import PAGES, SEQLENS, SETTLED, PagedRows, scale_array
 
 SLOTS = Array("slots", "table", dtype="int64")  # [sequences]: their rows of the page table
@@ -195,7 +196,9 @@ def _by_query(
         "head": "query_head",
         "position": position,
         "row_ok": "row_ok",
-        "body": "\n".join(["head = query_head + tl.zeros((BLOCK_M,), tl.int64)", *lines]),
+        "of_head": "head = query_head + tl.zeros((BLOCK_M,), tl.int64)",
+        "body": "\n".join(lines),
+        **NO_SUMS,
     }
     grid, batch = "(cdiv(L, BLOCK_M), B * Hq)", BATCH.format(heads=heads)
     return Kernel(name, "rows", (), tuple(inputs), tuple(outputs), holes, grid, tunable=("BLOCK_M",), batch=batch)
@@ -210,7 +213,9 @@ def _by_key(
         "head": "h",
         "position": position,
         "row_ok": "key_ok",
+        "of_head": "",
         "body": "\n".join(lines),
+        **NO_SUMS,
     }
     return Kernel(
         name,

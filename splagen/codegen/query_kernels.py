@@ -66,13 +66,38 @@ class QuerySide:
             code = TileCode(self.walk, self.walk.eligible_facts, to_keys=False, read={self.walk.chosen: PICKED})
             union = union_walk(geometry, self.walk.budget)
             return [*found, (code, self._walk("blocks that any of the rows chose", *union))]
+        return [*found, *self._listed()]
+
+    def _listed(self) -> list[tuple[TileCode, dict[str, object]]]:
+        """The loop over one list of chosen blocks.
+
+        Where programs are few, as their tiles are large, one waits for what it reads: the list is read a visit ahead,
+        and a block that may reach beyond the sequence has a loop of its own, with masks.  Lists ascend: it is the last.
+        """
+        facts, entry = self.walk.chosen_facts, "tl.load(block_indices_ptr + at * BUDGET + {0})"
+        code = TileCode(self.walk, facts, to_keys=False)
         setup = [
             "at = ((b * Hkv + h) * ((L + TILE - 1) // TILE) + tile)",
             "chosen = tl.load(block_counts_ptr + at)",
         ]
-        block = "tl.load(block_indices_ptr + at * BUDGET + i).to(tl.int64)"
-        code = TileCode(self.walk, self.walk.chosen_facts, to_keys=False)
-        return [*found, (code, self._walk("blocks chosen", setup, "chosen", block))]
+        if self.key_rows is not BlockRows:
+            block = entry.format("i") + ".to(tl.int64)"
+            return [(code, self._walk("blocks chosen", setup, "chosen", block))]
+        first, block = f"ahead = {entry.format('0')}", "ahead.to(tl.int64)"
+        visit = [
+            "following = tl.minimum((step + 1) // PARTS, BUDGET - 1)",
+            f"ahead = {entry.format('following')}",
+        ]
+        if code.whole:
+            return [(code, self._walk("blocks chosen", [*setup, first], "chosen", block, visit))]
+        setup += [
+            f"final = {entry.format('tl.maximum(chosen - 1, 0)')}",
+            "whole = chosen - ((chosen > 0) & ((final + 1) * BLOCK > L)).to(tl.int32)",
+        ]
+        whole = self._walk("blocks chosen that are whole", [*setup, first], "whole", block, visit)
+        title = "the chosen block that the sequence ends in"
+        cut = self._walk(title, ["cut = chosen - whole"], "cut", "final.to(tl.int64)")
+        return [(TileCode(self.walk, facts | self.walk.whole_facts, to_keys=False), whole), (code, cut)]
 
     def _walk(
         self, title: str, setup: Sequence[str], count: str, block: str, visit: Sequence[str] = ()
@@ -91,8 +116,7 @@ class QuerySide:
 
     def key_loads(self, tile_code: TileCode, keys: Sequence[Var]) -> list[str]:
         """Lines that load the key rows of a tile."""
-        valid = [eq.out for eq in self.program.equations if eq.out.name == "valid"]
-        known = bool(valid) and tile_code.body(valid).names[valid[0]] == "True"
+        known = tile_code.whole
         lines = [] if known else ["key_ok = kpos < L"]
         for v in keys:
             array = self.available[v]
@@ -135,11 +159,6 @@ class QuerySide:
             self.covers[eq] = None
         return lines, held
 
-    def shape(self, v: Var) -> str:
-        """Tile shape of a sum."""
-        features = features_of(v)
-        return f"(BLOCK_M, {self.geometry.width(features, pad=True)})" if features else "(BLOCK_M,)"
-
     def kernel(
         self,
         name: str,
@@ -160,7 +179,7 @@ class QuerySide:
         covers = tuple(sorted(self.covers, key=lambda eq: order[eq.out]))
         holes = {
             "prologue": "\n".join(prologue),
-            "accumulators": [{"name": v.name, "shape": self.shape(v)} for v in accumulators(sums)],
+            "accumulators": [{"name": v.name, "shape": self.rows.tile_shape(v)} for v in accumulators(sums)],
             "loops": loops,
             "epilogue": "\n".join(epilogue),
             **(more or {}),

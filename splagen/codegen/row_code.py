@@ -85,6 +85,18 @@ class RowCode:
                 flat[v] = after[v] if is_parameter(v) else rows.flat(after[v], v, self.tile_rows)
         return Piece(tuple(lines), tuple(arrays), tuple(equations), flat)
 
+    def of_head(self, wanted: Sequence[Var]) -> list[str]:
+        """Lines that load what computing the wanted variables reads and every row of a head has alike."""
+        equations = slice_back(self.program, wanted, self.available)
+        read = dict.fromkeys(v for eq in equations for v in eq.args if v in self.available)
+        alike = [v for v in read if self.available[v].layout in ("head_rows", "kv_head_scalars")]
+        return [*self.columns_of(alike), *self._loads([v for v in alike if v not in self.loaded])]
+
+    def tile_shape(self, v: Var) -> str:
+        """Shape of a tile of rows of a variable."""
+        features = features_of(v)
+        return f"({self.tile_rows}, {self.geometry.width(features, pad=True)})" if features else f"({self.tile_rows},)"
+
     def _loads(self, wanted: Sequence[Var]) -> list[str]:
         """Lines that load variables by name."""
         self.loaded.update(wanted)

@@ -7,7 +7,12 @@ from collections.abc import Mapping, Sequence
 from splagen.codegen.geometry import Geometry, features_of, is_parameter
 from splagen.codegen.kernel import BATCH, Array, Kernel
 from splagen.codegen.row_code import RowCode
-from splagen.ir.program import Program, Var
+from splagen.errors import PartitionError
+from splagen.ir.program import Program, Reduce, Var
+from splagen.ir.text import equation_text
+
+TURNS = 8  # tiles of rows that one program sums up
+NO_SUMS = {"sums": [], "turns": 1, "parts": ""}  # holes of a kernel of rows that sums up none
 
 
 def rows_kernel(
@@ -15,35 +20,54 @@ def rows_kernel(
 ) -> Kernel:
     """A kernel that computes row variables, and sums over rows to a parameter's shape, from rows in memory.
 
-    One program takes BLOCK_M positions of one head.  A sum over rows leaves one partial sum per program.
+    One program takes BLOCK_M positions of one head; where there are sums over rows, TURNS times as many, and it leaves
+    one partial sum.
     """
     geometry = Geometry.of(program)
     code = RowCode(program, geometry, side, "BLOCK_M", available)
-    piece = code.compute([v for v, _ in outputs], {})
-    lines = list(piece.lines)
-    if side == "query":
-        lines[:0] = ["h = query_head // GROUP", "head = query_head + tl.zeros((BLOCK_M,), tl.int64)"]
+    summed = {v: _summand(program, v) for v, a in outputs if a.layout == "partials"}
+    wanted = [summed.get(v, v) for v, _ in outputs]
+    of_head = ["h = query_head // GROUP", "head = query_head + tl.zeros((BLOCK_M,), tl.int64)"] * (side == "query")
+    of_head += code.of_head(wanted) if summed else []
+    piece = code.compute(wanted, {})
+    stores, parts = [], []
     for v, array in outputs:
-        lines += code.store(array, piece.names[v])
+        if v in summed:
+            parts += code.store(array, f"tl.sum({v.name}, axis=0, keep_dims=True)")
+        else:
+            stores += code.store(array, piece.names[v])
     holes = {
         "heads": "(Hkv * GROUP)" if side == "query" else "Hkv",
         "head": "query_head" if side == "query" else "h",
+        "of_head": "\n".join(of_head),
         "position": "qpos" if side == "query" else "kpos",
         "row_ok": "row_ok" if side == "query" else "key_ok",
-        "body": "\n".join(lines),
+        "body": "\n".join([*piece.lines, *stores]),
+        **NO_SUMS,
     }
-    heads = "Hq" if side == "query" else "Hkv"
+    if summed:
+        sums = [{"name": v.name, "shape": code.tile_shape(x), "source": piece.names[x]} for v, x in summed.items()]
+        holes |= {"sums": sums, "turns": TURNS, "parts": "\n".join(parts)}
+    heads, rows = "Hq" if side == "query" else "Hkv", f"{TURNS} * BLOCK_M" if summed else "BLOCK_M"
     return Kernel(
         name,
         "rows",
-        piece.equations,
+        (*piece.equations, *(program.definitions[v] for v in summed)),
         piece.arrays,
         tuple(a for _, a in outputs),
         holes,
-        f"(cdiv(L, BLOCK_M), B * {heads})",
+        f"(cdiv(L, {rows}), B * {heads})",
         tunable=("BLOCK_M",),
         batch=BATCH.format(heads=holes["heads"]),
     )
+
+
+def _summand(program: Program, v: Var) -> Var:
+    """The row variable whose sum over rows a parameter's gradient is."""
+    eq = program.definitions[v]
+    if not isinstance(eq.op, Reduce) or eq.op.how != "sum" or len(eq.args) != 1:
+        raise PartitionError(f"`{equation_text(eq)}` is not a sum of one variable over rows")
+    return eq.args[0]
 
 
 def partial_array(v: Var, geometry: Geometry, per_query_head: bool) -> Array:

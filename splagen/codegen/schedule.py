@@ -87,7 +87,8 @@ def rule_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> 
         case "merge_segments":
             schedule = {"BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
         case "rows":
-            schedule = {"BLOCK_M": 16, "num_warps": 4 if _columns(kernel) > 1024 else 2, "num_stages": 1}
+            most = 512 if kernel.holes["sums"] else 1024  # sums stay in registers beside the rows that they add up
+            schedule = {"BLOCK_M": 16, "num_warps": 4 if _columns(kernel) > most else 2, "num_stages": 1}
         case "block_states":
             left, right = kernel.outputs[0].width
             block_m = max(16, min(64, 1 << (_rows_of_chunk(kernel, geometry).bit_length() - 1)))

@@ -56,6 +56,11 @@ class Walk:
         return cls(program, geometry, Predicates(program, geometry), softmax[0].args[1], chosen, eligible)
 
     @property
+    def whole_facts(self) -> dict[Var, bool]:
+        """Masks where no key of a block lies beyond the sequence."""
+        return {eq.out: True for eq in self.program.equations if eq.out.name == "valid"}
+
+    @property
     def budget(self) -> int:
         """Blocks that a tile chooses at the most."""
         op = self.program.definitions[self.chosen].op if self.chosen else None
@@ -222,6 +227,12 @@ class TileCode:
             for eq in self.program.equations
             if isinstance(eq.op, Iota) and eq.op.axes in places
         }
+
+    @property
+    def whole(self) -> bool:
+        """True if the loop's facts say that no key of a block lies beyond the sequence."""
+        inside = list(self.walk.whole_facts)
+        return bool(inside) and all(self.body(inside).names[v] == "True" for v in inside)
 
     def body(self, wanted: Sequence[Var]) -> Tile:
         """Products and equations that give the wanted tile values and masks; row scalars stand as vectors by name."""

@@ -95,6 +95,8 @@ SMALL = (
     small("tile 16 block 32", (1, 2, 150), select=select(tile=16, block_size=32)),
     small("tile 32", (2, 2, 150), select=select(budget=2, tile=32)),
     small("tile 32 non-causal", (1, 2, 150), causal=False, select=select(budget=2, tile=32)),
+    small("tile 64 non-causal, a cut block chosen", (1, 1, 200), (1, 1, 192), group_size=1, causal=False,
+          select=select(budget=6, tile=64, sinks=0, local=0), fp16=True),
     small("tile 64 block 16", (1, 1, 200), group_size=1, select=select(tile=64)),
     small("tile 64 block 64", (1, 1, 330), group_size=1, select=select(tile=64, block_size=64)),
     small("tile 128 block 32", (1, 1, 300), group_size=1, select=select(tile=128, block_size=32, local=0)),
