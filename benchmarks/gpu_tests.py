@@ -1,4 +1,4 @@
-"""Run the GPU tests and keep the counts: python -m benchmarks.gpu_tests [--workers N]."""
+"""Run the GPU tests and keep the counts: python -m benchmarks.gpu_tests [--workers N] [--ignore FILE ...]."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ def main() -> None:
     """Run `pytest -m gpu` in place, print its output, write counts and the slowest tests; exit as pytest does."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--ignore", nargs="+", default=[], help="files that are left out; the record names them")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-n", str(args.workers), "--dist", "worksteal"]
+        command += [f"--ignore={name}" for name in args.ignore]
         start = time.perf_counter()
         status = subprocess.run([*command, f"--junitxml={report}", "--tb=short"], cwd=ROOT, check=False).returncode
         seconds = time.perf_counter() - start
@@ -31,7 +33,8 @@ def main() -> None:
     counts["passed"] = len(cases) - sum(counts.values())
     wrong = [f"{c.get('classname')}::{c.get('name')}" for c in cases if c.find("failure") is not None]
     slowest = sorted(((float(c.get("time", 0)), str(c.get("name"))) for c in cases), reverse=True)[:10]
-    figures = {**counts, "seconds": seconds, "failing": wrong, "slowest": [[n, t] for t, n in slowest]}
+    listed = {"failing": wrong, "ignored": args.ignore, "slowest": [[n, t] for t, n in slowest]}
+    figures = {**counts, "seconds": seconds, **listed}
     write("gpu_tests", figures, args.out)
     print({k: figures[k] for k in ("passed", "failed", "skipped", "seconds")})
     raise SystemExit(status)
