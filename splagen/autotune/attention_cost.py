@@ -198,11 +198,17 @@ class Attention:
                 return once * sp.Rational(_hole(kernel, "right_size"), schedule["BLOCK_E"])
             case "state_scan", "states":  # in place
                 return 2 * once
-            case "read_out", "states":  # the ends of every interval that are not 0, by every program
+            case "read_out", "states":  # the ends of intervals that are not 0, or slices of them, by every program
                 ends = kernel.holes["intervals"]
                 assert isinstance(ends, Sequence)
-                return count * sum(1 + bool(e["low"]) for e in ends)
+                return count / self._slices(kernel, schedule) * sum(1 + bool(e["low"]) for e in ends)
+            case "read_out", _ if a in kernel.inputs:
+                return once * self._slices(kernel, schedule)
         return once
+
+    def _slices(self, kernel: Kernel, schedule: Schedule) -> sp.Expr:
+        """Programs that share the columns of a read-out."""
+        return sp.S.One if kernel.holes["held"] else sp.Rational(_hole(kernel, "kept_size"), schedule["BLOCK_E"])
 
     def _blocks_read(self, kernel: Kernel, a: Array) -> sp.Expr:
         if _merges(kernel):

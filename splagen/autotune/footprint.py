@@ -30,8 +30,10 @@ def shared_floor(kernel: Kernel, schedule: Schedule, dtype: str) -> int:
             rows = schedule["BLOCK_M"] * _columns(a for a in kernel.inputs if a.layout == "query_rows" and not a.padded)
         case "score_lse" | "score_topk":
             rows = schedule["BLOCK_C"] * _columns(a for a in kernel.inputs if a.layout == "cell_rows")
-        case "read_out":  # the states at one end of an interval
+        case "read_out" if kernel.holes["held"]:  # the states at one end of an interval
             size, rows = FLOAT, schedule["BLOCK_E"] * _hole(kernel, "summed_size")
+        case "read_out":
+            rows = schedule["BLOCK_M"] * _columns(a for a in kernel.inputs if a.layout in ("query_rows", "key_rows"))
         case "block_states":
             steps = -(-_hole(kernel, "chunk") // schedule["BLOCK_M"])  # times the heads of a group
             ahead = min(ahead, steps - 1)

@@ -27,6 +27,7 @@ Check: TypeAlias = Callable[[Schedule], None]
 UNLIMITED = 0  # of maxnreg: the compiler decides, and the Schedule does not have the name
 TILES = (16, 32, 64, 128)
 CELLS = (64, 128, 256, 512, 1024, 2048)  # of a scan over the elements of states, and of a list that is sorted
+ROWS = (16, 32, 64, 128, 256, 512, 1024)  # that read the same state one after the other
 WAVES = (1, 2, 3, 4, 6, 8, 12)  # programs of a splitting, in halves of the multiprocessors
 WARPS, STAGES = (1, 2, 4, 8, 16), (1, 2, 3, 4, 5)
 REGISTER_LIMITS = (64, 96, 128, 168, 255, UNLIMITED)
@@ -259,6 +260,7 @@ def _values(kernel: Kernel, device: Device) -> dict[str, Sequence[int]]:
     scan = kernel.template in ("state_scan", "group_scan")
     long = {"BLOCK_J", "BLOCK_K", *(("BLOCK_E",) if scan else ())}
     found: dict[str, Sequence[int]] = {n: CELLS if n in long else TILES for n in kernel.tunable}
+    found |= {n: ROWS for n in found if n == "BLOCK_R"}
     found["num_warps"] = WARPS[:-1] if kernel.template in PRODUCTS else WARPS
     found["num_stages"] = (1,) if kernel.template in LOOPLESS else STAGES if device.nvidia else STAGES[:2]
     if kernel.template in REGISTER_BOUND and device.nvidia:

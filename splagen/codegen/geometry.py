@@ -242,6 +242,25 @@ class BlockRows(Rows):
         return f"{first} + ((key * {name}_l)[:, None] + {column or column_name(array.features)}[None, :])", conditions
 
 
+class ChunkRows(Rows):
+    """Rows of a chunk of positions: `place` [rows] is where in it they lie, `member` whose head of the group they are.
+
+    The address of the chunk's first row is a scalar, and the offsets of the rows are products of numbers of 32 bits,
+    one instruction each: a product of a position of 64 bits with a stride takes several, in every turn of a loop.
+    """
+
+    def _place(self, array: Array) -> str:
+        if array.layout == "head_rows":
+            return super()._place(array)
+        name = array.name
+        first, offset = f"b * {name}_b + chunk * CHUNK * {name}_l", f"place.to(tl.int64) * {name}_l"
+        if self.side == "query":
+            first, offset = f"{first} + h * GROUP * {name}_h", f"{offset} + member.to(tl.int64) * {name}_h"
+        else:
+            first = f"{first} + h * {name}_h"
+        return f"({first}) + ({offset})" + ("[:, None]" if array.features else "")
+
+
 def array_of(v: Var, geometry: Geometry, *, internal: bool, dtype: str | None = None) -> Array:
     """The array that holds a row variable or a parameter.
 

@@ -15,9 +15,9 @@ FILE = Path(__file__).with_name("pretuned_sm_90.json")  # written by benchmarks/
 
 
 def pretuned(kernel: Kernel, geometry: Geometry) -> dict[str, int] | None:
-    """What a search found for a kernel of 16-bit rows; None where it searched none of these sizes."""
-    found = _table().get(sizes(kernel, geometry))
-    return None if found is None else dict(found)
+    """What a search found for a kernel of 16-bit rows; None where it searched none of these sizes and numbers."""
+    found = _table().get(sizes(kernel, geometry), {})
+    return dict(found) if {*kernel.tunable} <= found.keys() else None
 
 
 def sizes(kernel: Kernel, geometry: Geometry) -> str:

@@ -96,9 +96,10 @@ def rule_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> 
             block_m = block_m if size == 2 else 16
             while block_e > 16 and left * block_e > 32768:
                 block_e //= 2
-            while size * stages * block_m * (left + block_e) > shared // 2 and (stages > 1 or block_m > 16):
-                stages, block_m = (stages - 1, block_m) if stages > 1 else (1, block_m // 2)
             warps = 8 if left * block_e > 16384 else 4
+            most = shared * 2 // 3 if warps == 8 else shared // 2  # 8 warps with such sums: one program, for registers
+            while size * stages * block_m * (left + block_e) > most and (stages > 1 or block_m > 16):
+                stages, block_m = (stages - 1, block_m) if stages > 1 else (1, block_m // 2)
             schedule = {"BLOCK_M": block_m, "BLOCK_E": block_e, "num_warps": warps, "num_stages": stages}
         case "state_scan":
             schedule = {"BLOCK_M": 32, "BLOCK_E": 128, "num_warps": 4, "num_stages": 1}
@@ -107,12 +108,7 @@ def rule_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> 
         case "state_total":
             schedule = {"BLOCK_M": 16, "BLOCK_E": 128, "num_warps": 4, "num_stages": 2}
         case "read_out":
-            summed, kept = (int(str(kernel.holes[x])) for x in ("summed_size", "kept_size"))
-            filled = max(16, min(128, 1 << (_rows_of_chunk(kernel, geometry).bit_length() - 1)))
-            block_m, block_e = filled if size == 2 else 32, min(32, kept)
-            while (block_m + block_e) * summed * 4 > shared and (block_m > 16 or block_e > 16):
-                block_m, block_e = (block_m // 2, block_e) if block_m > block_e else (block_m, block_e // 2)
-            schedule = {"BLOCK_M": block_m, "BLOCK_E": block_e, "num_warps": 4, "num_stages": 1}
+            schedule = _read_schedule(kernel, geometry, size, shared)
         case "statistics":
             width, cell = (int(str(kernel.holes[x])) for x in ("width", "cell_size"))
             block_n = geometry.block
@@ -126,6 +122,35 @@ def rule_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> 
             raise ScheduleError(f"no default Schedule for template {kernel.template}")
     check_schedule(kernel, geometry, schedule)
     return schedule
+
+
+def _read_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) -> dict[str, int]:
+    """Many rows pass by a slice of the state, both halves of which stay in shared memory; few rows are held there."""
+    summed, kept = (int(str(kernel.holes[x])) for x in ("summed_size", "kept_size"))
+    rows = max(16, 1 << (_rows_of_chunk(kernel, geometry).bit_length() - 1))
+    if "BLOCK_R" not in kernel.tunable:
+        block_m, block_e = min(rows, 128) if size == 2 else 32, min(32, kept)
+        while (block_m + block_e) * summed * 4 > shared and (block_m > 16 or block_e > 16):
+            block_m, block_e = (block_m // 2, block_e) if block_m > block_e else (block_m, block_e // 2)
+        return {"BLOCK_M": block_m, "BLOCK_E": block_e, "num_warps": 4, "num_stages": 1}
+    block_r = min(rows, 1024)
+    block_m, block_e, warps, stages = (64, 64, 4, 3 if block_r > 256 else 1) if size == 2 else (32, 32, 4, 1)
+    if block_r > 256 and size == 2 and summed <= 128 <= kept:
+        block_m, block_e, warps, stages = 128, 128, 8, 3
+    block_e = min(block_e, kept)
+
+    def used() -> int:
+        return summed * size * (2 * block_e + stages * block_m) + 4 * block_m * block_e
+
+    while used() > shared and (stages > 1 or block_m > 16 or block_e > 16):
+        if stages > 2 or (stages > 1 and block_m <= 64):
+            stages -= 1
+        elif block_m > block_e:
+            block_m //= 2
+        else:
+            block_e //= 2
+    warps = min(warps, max(4, block_m // 16))
+    return {"BLOCK_R": block_r, "BLOCK_M": block_m, "BLOCK_E": block_e, "num_warps": warps, "num_stages": stages}
 
 
 def _rows_of_chunk(kernel: Kernel, geometry: Geometry) -> int:
@@ -273,7 +298,7 @@ def _score_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) 
 def check_schedule(kernel: Kernel, geometry: Geometry, schedule: Schedule) -> None:
     """Raise ScheduleError if a Schedule is not legal for a kernel."""
     check_fields(kernel, schedule)
-    block_n = schedule.get("BLOCK_N", 16)
+    block_n, block_m = schedule.get("BLOCK_N", 16), schedule.get("BLOCK_M", 16)
     if geometry.block % block_n:
         raise ScheduleError(f"BLOCK_N={block_n} does not divide the block of {geometry.block} in {kernel.name}")
     if kernel.template == "block_sparse_dkv" and _gives_parts(kernel) and block_n != geometry.block:
@@ -290,6 +315,9 @@ def check_schedule(kernel: Kernel, geometry: Geometry, schedule: Schedule) -> No
         if columns % schedule["BLOCK_E"]:
             what = f"BLOCK_E={schedule['BLOCK_E']} does not divide the {columns} columns of a state in {kernel.name}"
             raise ScheduleError(what)
+    if schedule.get("BLOCK_R", block_m) % block_m:
+        what = f"BLOCK_R={schedule['BLOCK_R']} of {kernel.name} is no multiple of BLOCK_M={block_m}"
+        raise ScheduleError(what)
 
 
 def check_fields(kernel: Kernel, schedule: Schedule) -> None:

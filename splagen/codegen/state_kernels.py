@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from splagen.codegen.geometry import Geometry, Rows, features_of, is_key_row, is_query_row, is_state, is_total
+from splagen.codegen.geometry import ChunkRows, Geometry, features_of, is_key_row, is_query_row, is_state, is_total
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.predicates import J, T
 from splagen.codegen.region import padded_extent
@@ -25,7 +25,8 @@ from splagen.ir.text import equation_text
 VECTOR = padded_extent(1)  # columns that a state without a value feature takes; only the first holds data
 SPAN = 1024  # positions that one part of a total sums: many programs, and little to add up
 BOTH = "bh = tl.program_id(1).to(tl.int64)"  # a batch and a KV head by one number
-READERS = 128  # positions whose rows read a total together: as many as fill a tile
+READERS = 1024  # positions whose rows read a total together
+FEW = 128  # rows that read the same state and are held
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,17 @@ class _RowIndex:
 def _row_index(chunk: int, of_queries: bool) -> _RowIndex:
     if of_queries:
         lines = [
-            "qpos = chunk * CHUNK + row // GROUP  # [BLOCK_M]",
-            "head = h * GROUP + row % GROUP",
-            "row_ok = (row < ROWS) & (qpos < L)",
+            "place, member = row // GROUP, row % GROUP  # [BLOCK_M]",
+            "qpos = chunk * CHUNK + place",
+            "head = h * GROUP + member",
+            "row_ok = row < rows",
         ]
         return _RowIndex(chunk, "GROUP", "\n".join(lines), "query")
-    lines = ["kpos = chunk * CHUNK + row  # [BLOCK_M]", "key_ok = (row < ROWS) & (kpos < L)"]
+    lines = [
+        "place = row  # [BLOCK_M]",
+        "kpos = chunk * CHUNK + place",
+        "key_ok = row < rows",
+    ]
     return _RowIndex(chunk, "1", "\n".join(lines), "key")
 
 
@@ -111,7 +117,7 @@ def states_kernel(chain: StateChain, program: Program, available: Mapping[Var, A
     geometry = Geometry.of(program)
     eq = chain.states
     index = _row_index(chain.chunk(geometry), chain.from_queries)
-    code = RowCode(program, geometry, index.side, "BLOCK_M", available)
+    code = RowCode(program, geometry, index.side, "BLOCK_M", available, row_type=ChunkRows)
     code.defined_columns.add("")
     rows = [v for v in eq.args if v.kind == "real"]
     left = [v for v in rows if "d" in features_of(v)]
@@ -126,7 +132,7 @@ def states_kernel(chain: StateChain, program: Program, available: Mapping[Var, A
     if right and features_of(right[0]):
         source = available[right[0]]
         inputs[source.name] = source
-        load = Rows(geometry, index.side, False).load(source, column="right")
+        load = ChunkRows(geometry, index.side, False).load(source, column="right")
         lines.append(f"{right[0].name} = {load}  # [BLOCK_M, BLOCK_E]")
         right_name = right[0].name
     else:
@@ -137,7 +143,7 @@ def states_kernel(chain: StateChain, program: Program, available: Mapping[Var, A
     holes = {
         "chunk": index.chunk,
         "rows_per_position": index.per_position,
-        "stop": f"tl.minimum(ROWS, (L - chunk * CHUNK) * {index.per_position})" if chain.total else "ROWS",
+        "stop": "rows" if chain.total else "ROWS",
         "row_index": index.lines,
         "prologue": "\n".join(lines),
         "left": left[0].name,
@@ -293,12 +299,16 @@ def carried_kernel(chain: StateChain, summed: Equation, walk: Walk) -> Kernel:
 
 
 def read_kernel(chain: StateChain, eq: Equation, walk: Walk, available: Mapping[Var, Array], output: Array) -> Kernel:
-    """One read-out: rows times the difference of prefixes that their far interval asks for."""
+    """One read-out: rows times the difference of prefixes that their far interval asks for.
+
+    What it costs to bring a slice of a state into shared memory, as halves, is shared by the rows that read it.  Few
+    rows are held there while slices pass by; of many, rows pass by a slice that is held.
+    """
     program, geometry = walk.program, walk.geometry
     to_queries = is_query_row(eq.out)
     chunk = READERS if chain.total else geometry.chunk if to_queries else geometry.block
     index = _row_index(chunk, to_queries)
-    code = RowCode(program, geometry, index.side, "BLOCK_M", available)
+    code = RowCode(program, geometry, index.side, "BLOCK_M", available, row_type=ChunkRows)
     code.defined_columns.add("")
     (state,) = [v for v in eq.args if is_state(v)]
     array = state_array(chain, geometry)
@@ -315,7 +325,7 @@ def read_kernel(chain: StateChain, eq: Equation, walk: Walk, available: Mapping[
         lines.append(f"column = {_as_columns(piece.names[rows[0]] if rows else None, mask)}  # [BLOCK_M, {VECTOR}]")
         operand = "column"
     product = [f"out = dot_split({operand}, state)  # [BLOCK_M, BLOCK_E]"]
-    store = _read_store(output, Rows(geometry, index.side, False))
+    store = _read_store(output, ChunkRows(geometry, index.side, False))
     if chain.total:
         bounds, intervals = ["# entry 0 of the states is their sum"], [{"low": "", "high": "0"}]
     else:
@@ -325,6 +335,10 @@ def read_kernel(chain: StateChain, eq: Equation, walk: Walk, available: Mapping[
         bounds[:0] = ["tile = chunk * CHUNK // TILE"] if to_queries else []
         bounds.append(f"# entry c of the states sums the chunks from {begin} to before c")
     address = "kept[None, :] + summed[:, None] * RIGHT" if over_left else "summed[:, None] + kept[None, :] * RIGHT"
+    kept = right if over_left else left
+    held = chunk * (geometry.group if to_queries else 1) <= FEW
+    span, slices = ("BLOCK_M", "1") if held else ("BLOCK_R", f"{kept} // BLOCK_E")
+    parts = f"cdiv(L, {index.chunk}) * cdiv({index.chunk} * {index.per_position}, {span})"
     holes = {
         "chunk": index.chunk,
         "source_chunk": array.chunk,
@@ -337,7 +351,10 @@ def read_kernel(chain: StateChain, eq: Equation, walk: Walk, available: Mapping[
         "left_size": left,
         "right_size": right,
         "summed_size": left if over_left else right,
-        "kept_size": right if over_left else left,
+        "kept_size": kept,
+        "held": held,
+        "span": span,
+        "slices": slices,
         "address": address,
         "intervals": intervals,
         "product": "\n".join(product),
@@ -351,8 +368,8 @@ def read_kernel(chain: StateChain, eq: Equation, walk: Walk, available: Mapping[
         tuple(inputs.values()),
         (output,),
         holes,
-        f"(cdiv(L, {index.chunk}) * cdiv({index.chunk} * {'GROUP' if to_queries else '1'}, BLOCK_M), B * Hkv)",
-        tunable=("BLOCK_M", "BLOCK_E"),
+        f"({parts}, B * Hkv)" if held else f"({parts} * ({slices}), B * Hkv)",
+        tunable=("BLOCK_M", "BLOCK_E") if held else ("BLOCK_R", "BLOCK_M", "BLOCK_E"),
     )
 
 
@@ -373,7 +390,7 @@ def _bounds(walk: Walk, mask: Var, to_queries: bool, origin: int) -> tuple[list[
     return lines, ends
 
 
-def _read_store(output: Array, rows: Rows) -> list[str]:
+def _read_store(output: Array, rows: ChunkRows) -> list[str]:
     """Lines that store one slice of columns, or the one column that a read-out of a vector state has."""
     if output.features:
         return [rows.store(output, "out", column="kept")]

@@ -92,7 +92,7 @@ def test_what_cannot_run_is_ruled_out() -> None:
     made = spaces(SPECS["spla"], part, H200, "bf16")
     read = made["read_rest_kv_all"]
     with pytest.raises(ScheduleError, match="bytes of shared memory"):
-        read.check({**read.default, "BLOCK_E": 128, "num_stages": 4, "num_warps": 8})
+        read.check({**read.default, "BLOCK_M": 128, "num_stages": 5, "num_warps": 8})
     dkv = made["block_sparse_dkv"]
     with pytest.raises(ScheduleError, match="carries more than its 64 registers"):
         dkv.check({**dkv.default, "maxnreg": 64})
@@ -113,7 +113,8 @@ def test_what_cannot_run_is_ruled_out() -> None:
         ("block_sparse_dkv", {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 4}, 106_816),
         ("states_dphi_k_all_states", {"BLOCK_M": 32, "BLOCK_E": 64, "num_warps": 4, "num_stages": 3}, 61_440),
         ("states_rest_kv_all_states", {"BLOCK_M": 128, "BLOCK_E": 128, "num_warps": 8, "num_stages": 3}, 98_304),
-        ("read_rest_kv_all", {"BLOCK_M": 64, "BLOCK_E": 16, "num_warps": 8, "num_stages": 4}, 147_456),
+        ("read_dv_all", {"BLOCK_M": 64, "BLOCK_E": 16, "num_warps": 8, "num_stages": 4}, 147_456),
+        ("read_rest_kv_all", {"BLOCK_R": 1024, "BLOCK_M": 64, "BLOCK_E": 64, "num_warps": 4, "num_stages": 4}, 212_992),
         ("score_lse", {"BLOCK_M": 128, "BLOCK_C": 64, "num_warps": 8, "num_stages": 3}, 163_840),
         ("score_topk", {"BLOCK_M": 64, "BLOCK_C": 32, "num_warps": 8, "num_stages": 4}, 98_816),
     ],

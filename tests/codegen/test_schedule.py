@@ -1,5 +1,7 @@
 """Schedules that are not legal are refused by name, and every default is legal."""
 
+from dataclasses import replace
+
 import pytest
 
 from splagen.codegen import sequence_schedule
@@ -16,7 +18,8 @@ SPEC = SPLASpec(head_dim=64, group_size=2, select=Select(block_size=64, statisti
 
 
 def kernel_of(template: str, spec: SPLASpec = SPEC) -> tuple[Kernel, Geometry]:
-    part = kernels(spec)
+    template, _, many = template.partition(" of ")
+    part = kernels(replace(spec, group_size=16) if many else spec)
     return next(k for k in part.kernels if k.template == template), Geometry.of(part.program)
 
 
@@ -51,6 +54,7 @@ def test_defaults_are_legal_everywhere(case) -> None:  # type: ignore[no-untyped
         ("block_sparse_dkv", {"maxnreg": 168, "num_warps": 16}, r"maxnreg=168 of block_sparse_dkv with 16 warps"),
         ("block_states", {"BLOCK_E": 128}, r"BLOCK_E=128 does not divide the 64 columns of a state in states_"),
         ("read_out", {"BLOCK_E": 256}, r"BLOCK_E=256 does not divide the \d+ columns of a state in read_"),
+        ("read_out of many rows", {"BLOCK_R": 32}, r"BLOCK_R=32 of read_rest_kv_all is no multiple of BLOCK_M=64"),
     ],
 )  # fmt: skip
 def test_illegal_schedules_are_refused_by_name(template: str, change: dict[str, int | None], what: str) -> None:
