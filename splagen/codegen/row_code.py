@@ -9,6 +9,7 @@ from splagen.codegen.base_two import to_base2
 from splagen.codegen.geometry import Geometry, Rows, column_name, features_of, is_parameter
 from splagen.codegen.kernel import Array
 from splagen.codegen.region import Region, slice_back
+from splagen.codegen.row_sums import factor_sums
 from splagen.ir.passes import followed
 from splagen.ir.program import Equation, Program, Var
 
@@ -77,7 +78,7 @@ class RowCode:
         lines += self._loads([v for v in read_here if v not in self.loaded])
         names.update({v: self._lifted(bound.get(v, v.name), v, rows, exact=v in bound) for v in needed})
         region = Region(rows.dims, self.program.order, self.program.extents)
-        body, after = region.emit(followed(wanted, to_base2(equations)), names)
+        body, after = region.emit(followed(wanted, factor_sums(to_base2(equations))), names)
         lines += body
         flat = {v: bound.get(v, v.name) for v in needed}
         for v in wanted:
