@@ -72,4 +72,4 @@ def test_the_kernels_of_a_work_are_those_of_its_module() -> None:
     assert {"block_sparse_dkv", "merge_segments", "linear_dkv", "index"} <= {*kernels_of("whole", 2)}
     assert "linear_forward" in kernels_of("tile", 32, "residual")
     assert "linear_forward" not in kernels_of("tile", 32)
-    assert {*kernels_of(STEP, None)} == {"append", "score", "select", "settle", "attend", "merge"}
+    assert {*kernels_of(STEP, None)} == {"append", "score", "select", "attend", "merge"}

@@ -344,9 +344,9 @@ def test_decode_stands_for_the_step_in_every_command_that_generates(tmp_path: Pa
     assert found["op"].endswith("_step")
     assert run("show", SMALL, "--decode", "--source").stdout.strip() == Path(found["path"]).read_text().strip()
     assert "_settled" in run("show", SMALL, "--decode").stdout
-    assert "def settle_kernel(" in run("show", SMALL, "--decode", "--kernel", "settle").stdout
+    assert "def select_kernel(" in run("show", SMALL, "--decode", "--kernel", "select").stdout
     cost = document(run("show", SMALL, "--decode", "--after", "cost", "--shape", "4,2,4096", "--json"))
-    assert [k["launched_in"] for k in cost["kernels"]] == [["step"]] * 5
+    assert [k["launched_in"] for k in cost["kernels"]] == [["step"]] * 4
     moved = sum(k["bytes"] for k in cost["kernels"])
     assert 0 < cost["floor"]["bytes"] < moved
     assert cost["total_ms"]["step"] == pytest.approx(sum(k["ms"] for k in cost["kernels"]))
@@ -366,7 +366,7 @@ def test_pages_of_8_bits_have_a_module_of_their_own(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_compile_reports_the_kernels_of_a_step() -> None:
     found = document(run("compile", SMALL, "--decode", "--target", "sm_90", "--json"))
-    assert [r["kernel"] for r in found["rows"]] == ["score", "select", "settle", "attend", "merge"]
+    assert [r["kernel"] for r in found["rows"]] == ["score", "select", "attend", "merge"]
     assert all(r["registers"] and r["spilled"] < 64 for r in found["rows"])
 
 

@@ -47,7 +47,7 @@ def test_explain_of_decoding_asks_for_its_kernels_and_its_splits() -> None:
     tuned.put(key_of(SPEC, part.splitting, "bf16", Bucket(4096, 4), H200), ENTRY)
     found = explained("--decode", "--shape", "4,2,4096")
     assert {n for n, k in found.items() if k["hit"]} == {"splitting"}
-    assert found.keys() == {"score", "select", "settle", "attend", "merge", "splitting"}
+    assert found.keys() == {"score", "select", "attend", "merge", "splitting"}
     assert not any(k["hit"] for n, k in explained().items())
 
 

@@ -13,7 +13,7 @@ from splagen.autotune.footprint import carried, shared_floor
 from splagen.codegen import schedule as attention
 from splagen.codegen import sequence_schedule as recurrences
 from splagen.codegen.compile import Module
-from splagen.codegen.decoding import SPLITTING, Decoding, check_decode_schedule, decode_schedule
+from splagen.codegen.decoding import Decoding, check_decode_schedule, decode_schedule
 from splagen.codegen.geometry import Geometry
 from splagen.codegen.kernel import Choice, Kernel, Splitting
 from splagen.codegen.schedule import REGISTER_BOUND, Agreement, Constraint, Schedule, check_constraints
@@ -26,7 +26,7 @@ Check: TypeAlias = Callable[[Schedule], None]
 
 UNLIMITED = 0  # of maxnreg: the compiler decides, and the Schedule does not have the name
 TILES = (16, 32, 64, 128)
-CELLS = (64, 128, 256, 512, 1024, 2048)  # of a scan over the elements of states, and of a list that is sorted
+CELLS = (64, 128, 256, 512, 1024, 2048)  # of a scan over the elements of states; blocks that one program chooses from
 ROWS = (16, 32, 64, 128, 256, 512, 1024)  # that read the same state one after the other
 WAVES = (1, 2, 3, 4, 6, 8, 12)  # programs of a splitting, in halves of the multiprocessors
 WARPS, STAGES = (1, 2, 4, 8, 16), (1, 2, 3, 4, 5)
@@ -172,11 +172,12 @@ def _strategies(choice: Choice, default: int) -> Space:
 
 
 def _splitting(part: Decoding, device: Device) -> Space:
-    """Programs in halves of what the device has multiprocessors; blocks that one program sorts."""
+    """Programs in halves of what the device has multiprocessors; blocks that one program chooses from."""
     values = {n: CELLS if n == "chunk" else [w * device.sms // 2 for w in WAVES] for n in part.splitting.numbers}
     if not part.budget:  # no scores, no lists
         values |= {n: [] for n in values if n != "attend"}
-    dimensions = [Dimension(n, SPLITTING[n], tuple(sorted({*v, SPLITTING[n]}))) for n, v in values.items()]
+    default = part.default_splitting
+    dimensions = [Dimension(n, default[n], tuple(sorted({*v, default[n]}))) for n, v in values.items()]
     return Space(part.splitting.name, tuple(dimensions), lambda _: None)
 
 
@@ -258,9 +259,8 @@ def _space(kernel: Kernel, rules: _Rules, part: Module, device: Device, dtype: s
 def _values(kernel: Kernel, device: Device) -> dict[str, Sequence[int]]:
     """Values of every number, before anything is ruled out."""
     scan = kernel.template in ("state_scan", "group_scan")
-    long = {"BLOCK_J", "BLOCK_K", *(("BLOCK_E",) if scan else ())}
-    found: dict[str, Sequence[int]] = {n: CELLS if n in long else TILES for n in kernel.tunable}
-    found |= {n: ROWS for n in found if n == "BLOCK_R"}
+    long = {"BLOCK_R": ROWS} | ({"BLOCK_E": CELLS} if scan else {})
+    found: dict[str, Sequence[int]] = {n: long.get(n, TILES) for n in kernel.tunable}
     found["num_warps"] = WARPS[:-1] if kernel.template in PRODUCTS else WARPS
     found["num_stages"] = (1,) if kernel.template in LOOPLESS else STAGES if device.nvidia else STAGES[:2]
     if kernel.template in REGISTER_BOUND and device.nvidia:

@@ -16,7 +16,7 @@ import sympy as sp
 from splagen.autotune.attention_cost import BATCH, HEADS, Attention, last_length
 from splagen.autotune.formula import Cost, programs, tidy
 from splagen.codegen.affine import intervals
-from splagen.codegen.decoding import Decoding
+from splagen.codegen.decoding import LEAST_SPLIT, Decoding
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.moments import BLOCK, predicate
 from splagen.codegen.predicates import LENGTH, J, T
@@ -34,15 +34,16 @@ _BYTES = {"float32": 4, "int32": 4, "int64": 8, "e4m3": 1}
 def step_sizes(part: Decoding, sequences: int, kv_heads: int, tokens: int, splitting: Schedule) -> dict[str, int]:
     """The sizes of a step's formulas, for sequences of `tokens` tokens: splits are those that `scratch` allocates."""
     pairs, geometry = sequences * kv_heads, part.geometry
-    chunks = -(-tokens // (geometry.block * splitting["chunk"]))
+    ranges = -(-tokens // (geometry.cell * LEAST_SPLIT))
+    blocks, chunk = -(-tokens // geometry.block), part.chunk(splitting["chunk"])
     pieces = part.budget + 3 if part.budget else -(-tokens // geometry.block)
     return {
         "B": sequences,
         "Hkv": kv_heads,
         "L": tokens,
-        "SCORE_SPLITS": max(1, min(splitting["score"] // pairs, -(-tokens // geometry.cell))) if part.budget else 1,
+        "SCORE_SPLITS": max(1, min(splitting["score"] // pairs, ranges)) if part.budget else 1,
         "ATTEND_SPLITS": max(1, min(splitting["attend"] // pairs, pieces)),
-        "CHUNKS": min(chunks, max(8, math.isqrt(8 * chunks))) if part.budget else 1,
+        "CHUNKS": -(-blocks // (chunk - part.reach)) if part.budget and blocks + part.reach > 2 * chunk else 1,
     }
 
 
@@ -190,8 +191,8 @@ class Step(Attention):
         match kernel.template:
             case "decode_score":
                 return pairs * self.usable
-            case "decode_settle":
-                return pairs * self.part.budget
+            case "decode_select":
+                return pairs * self.far
             case "decode_attend":
                 return pairs * self.forced
         return pairs
@@ -208,7 +209,7 @@ class Step(Attention):
                 return heads * self.usable * self.geometry.cells
             case "score_max" | "score_sum":
                 return heads * (SCORE_SPLITS + 1)
-            case "candidates":
+            case "candidate_keys" | "candidate_blocks" | "candidate_places":
                 return pairs * CHUNKS * self.part.kept
             case "block_indices" | "block_places":
                 return pairs * self.part.budget

@@ -394,7 +394,8 @@ class DecodeCode:
         holes = {
             "columns": self.columns,
             "accumulators": [
-                {"name": v.name, "shape": self._shape(v, "1"), "merge": self._merge(v, a)} for v, a in parts.items()
+                {"name": v.name, "shape": self._shape(v, "1"), "load": _part(v, a), "merge": self._merge(v, a)}
+                for v, a in parts.items()
             ],
             "epilogue": "\n".join([*finish, *counts, *piece.lines]),
             "outputs": outs,
@@ -413,7 +414,7 @@ class DecodeCode:
             "(TOKENS, B * Hq)",
             scalars=("Hkv", "SPLITS"),
             tunable=("BLOCK_S",),
-            narrow=(Narrow("BLOCK_S", "SPLITS", (2, 8)),),
+            narrow=(Narrow("BLOCK_S", "SPLITS", (2, 8)), Narrow("num_warps", "cdiv(SPLITS, 8)", (1,))),
         )
 
     def _merge(self, v: Var, a: Array) -> str:
@@ -421,11 +422,9 @@ class DecodeCode:
         weight, scale = (
             ("weight", f"{v.name} * rescale" + ("[:, None]" if a.width else "")) if softmax else ("", v.name)
         )
+        part = f"{v.name}_part"
         if not a.width:
-            part = f"tl.load({a.name}_ptr + part, mask=split_ok, other=0.0)"
             return f"{v.name} = {scale} + tl.sum({part}{' * ' + weight if weight else ''}, axis=0)"
-        place = f"{a.name}_ptr + part[:, None] * {a.width[0]} + {''.join(a.features)}[None, :]"
-        part = f"tl.load({place}, mask=split_ok[:, None], other=0.0)"
         part = f"{part} * weight[:, None]" if weight else part
         return f"{v.name} = {scale} + tl.sum({part}, axis=0, keep_dims=True)"
 
@@ -444,3 +443,11 @@ class DecodeCode:
             held[eq.out] = eq.out.name
             covers.append(eq)
         return list(dict.fromkeys(lines)), held, covers
+
+
+def _part(v: Var, a: Array) -> str:
+    """Line that loads what some splits have of a sum."""
+    if not a.width:
+        return f"{v.name}_part = tl.load({a.name}_ptr + part, mask=split_ok, other=0.0)"
+    place = f"{a.name}_ptr + part[:, None] * {a.width[0]} + {''.join(a.features)}[None, :]"
+    return f"{v.name}_part = tl.load({place}, mask=split_ok[:, None], other=0.0)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from splagen.codegen.decoding import Decoding, decode_schedules
+from splagen.codegen.decoding import LEAST_SPLIT, Decoding, decode_schedules
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.launchers import launcher_text
 from splagen.codegen.module_holes import content_of, equations_text, head, launch_line, schedule_text, sources
@@ -14,7 +14,7 @@ from splagen.codegen.step_rows import PageType
 from splagen.errors import PartitionError
 from splagen.spec import SPLASpec
 
-FUNCTIONS = ("log1p", "tanh", "dot_split", "merge_topk", "leading_factor", "one_of", "load_both", "round_e4m3")
+FUNCTIONS = ("log1p", "tanh", "dot_split", "largest_in_order", "leading_factor", "one_of", "load_both", "round_e4m3")
 
 
 def decode_module_text(part: Decoding, spec: SPLASpec, *, digest: str, spec_text: str) -> str:
@@ -53,6 +53,11 @@ def decode_module_text(part: Decoding, spec: SPLASpec, *, digest: str, spec_text
             "head_dim": geometry.head_dim,
             "cell": geometry.cell,
             "selects": bool(part.budget),
+            "reach": part.reach,
+            "least_split": LEAST_SPLIT,
+            "least_chunk": part.chunk(0),
+            "full_chunk": part.fixed["CHUNK"],
+            "most_chunk": part.chunk(1 << 30),
         },
     )
 
@@ -96,11 +101,11 @@ def _shape(a: Array, part: Decoding) -> str:
             return "rows, Hq, tokens // CELL"
         case "score_max" | "score_sum":
             return "rows, Hq, score_splits + 1"
-        case "candidates":
+        case "candidate_keys" | "candidate_blocks" | "candidate_places":
             return f"rows, Hkv, chunks, {part.kept}"
         case "block_indices" | "block_places":
             return f"rows, Hkv, {part.budget}"
-        case "block_counts":
+        case "block_counts" | "arrived":
             return "rows, Hkv"
     raise PartitionError(f"nobody allocates {a.name}")
 

@@ -1,7 +1,7 @@
-"""Block selection in a decoding step: scores of cells in splits, the best blocks of chunks, and the best of those.
+"""Block selection in a decoding step: scores of cells in splits, then the best blocks of chunks and the best of those.
 
-A step has few queries per sequence: their scores are few enough to be stored, and a chunk of blocks is sorted by a
-program of its own.
+A step has few queries per sequence: their scores are few enough to be stored, and the masses of a chunk of blocks to be
+held by one program.  Nothing is sorted: a choice is a cut through the masses.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ from splagen.ir.program import Equation, LowRank, Program, Var
 SCORES = Array("scores", "sequences", dtype="float32")  # [B * tokens, Hq, cells of a full table], base 2
 SCORE_MAX = Array("score_max", "sequences", dtype="float32")  # [B * tokens, Hq, splits]
 SCORE_SUM = Array("score_sum", "sequences", dtype="float32")
-CANDIDATES = Array(
-    "candidates", "sequences", dtype="int64"
-)  # [B * tokens, Hkv, chunks, kept]: keys of merge_topk, ascending
+CANDIDATES = tuple(  # [B * tokens, Hkv, chunks, kept]: the best of each chunk in order, by key, block and place
+    Array(f"candidate_{of}", "sequences", dtype="int32") for of in ("keys", "blocks", "places")
+)
+ARRIVED = Array("arrived", "counts", dtype="int32")  # [B * tokens, Hkv]: chunks that have chosen, 0 between steps
 PLACES = Array("block_places", "sequences", dtype="int32")  # [B * tokens, Hkv, budget]: blocks by where their keys lie
 
 
@@ -115,12 +116,12 @@ def _completed(usable: list[str]) -> list[str]:
 def selection_kernels(
     selection: Selection, available: Mapping[Var, Array], append: Kernel, columns: str
 ) -> list[Kernel]:
-    """`score`, some of whose programs are those of `append`, `select` and `settle`.
+    """`score`, some of whose programs are those of `append`, and `select`.
 
     `available` has the rows of the token and the pages of statistics, `columns` the lines that define those of rows.
     """
     code = SelectionCode(selection, dict(available), StepRows, PagedCells)
-    return [_score(code, append, columns), _select(code), _settle(code)]
+    return [_score(code, append, columns), _select(code)]
 
 
 def _score(code: SelectionCode, append: Kernel, columns: str) -> Kernel:
@@ -169,6 +170,7 @@ def _select(code: SelectionCode) -> Kernel:
     holes = {
         "heads": query_heads(geometry, product=False),
         "kept": kept(selection),
+        "reach": reach(selection),
         "cells": geometry.cells,
         "cell_size": geometry.cell,
         "usable": "\n".join(selection.bounds(selection.usable, CELL, QUERY, ("first_query", "last_query"), "nC")),
@@ -183,26 +185,16 @@ def _select(code: SelectionCode) -> Kernel:
         "select",
         "decode_select",
         covers,
-        (LENGTHS, SCORES, SCORE_MAX, SCORE_SUM),
-        (CANDIDATES,),
+        (LENGTHS, PAGES, SCORES, SCORE_MAX, SCORE_SUM),
+        (*CANDIDATES, ARRIVED, INDICES, PLACES, COUNTS),
         holes,
         "(TOKENS, B * Hkv, CHUNKS)",
-        scalars=("Hkv", "PAGE", "MAX_PAGES", "SPLITS", "CHUNKS"),
-        tunable=("BLOCK_J", "BLOCK_S"),
-        fixed=("PAGE",),
+        scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES", "SPLITS", "CHUNKS", "CHUNK"),
+        tunable=("BLOCK_S",),
+        fixed=("PAGE", "CHUNK"),
     )
 
 
-def _settle(code: SelectionCode) -> Kernel:
-    return Kernel(
-        "settle",
-        "decode_settle",
-        (code.selection.topk,),
-        (PAGES, CANDIDATES),
-        (INDICES, PLACES, COUNTS),
-        {"kept": kept(code.selection)},
-        "(TOKENS, B * Hkv)",
-        scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES", "CHUNKS"),
-        tunable=("BLOCK_K",),
-        fixed=("PAGE",),
-    )
+def reach(selection: Selection) -> int:
+    """Blocks before a chunk whose windows reach into it."""
+    return 0 if selection.pooled is None else 1

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from splagen.codegen.decode_kernels import DecodeCode
-from splagen.codegen.decode_selection import selection_kernels, statistics_code
+from splagen.codegen.decode_selection import reach, selection_kernels, statistics_code
 from splagen.codegen.decode_states import State
 from splagen.codegen.geometry import Geometry, array_of, features_of, is_key_row, is_query_row, is_state, is_tile_value
 from splagen.codegen.kernel import Array, Kernel, Splitting
@@ -46,6 +46,7 @@ class Decoding(ModuleKernels):
     overhang: int
     kept: int
     budget: int
+    reach: int = 0
     scales: tuple[Array, ...] = ()
     degrees: Mapping[str, int] = field(default_factory=dict)
 
@@ -66,8 +67,19 @@ class Decoding(ModuleKernels):
 
     @property
     def fixed(self) -> dict[str, int]:
-        """Machine code that is made ahead of time is for pages of the default size."""
-        return {"PAGE": self.default_page_size}
+        """Machine code that is made ahead of time is for pages of the default size and blocks that one program has."""
+        return {"PAGE": self.default_page_size, "CHUNK": 2 * self.default_splitting["chunk"]}
+
+    def chunk(self, wanted: int) -> int:
+        """Blocks that a program chooses from where `wanted` are: two lists at least, half of what it counts at most."""
+        return max(2 * self.kept, min(wanted, MOST_COUNTED // 2))
+
+    @property
+    def default_splitting(self) -> dict[str, int]:
+        """The splitting before tuning: a chunk has as many blocks as threads have room for their scores."""
+        heads = 1 << (self.group_size - 1).bit_length()
+        room = MOST_SCORES // (heads * self.geometry.cells)
+        return SPLITTING | {"chunk": self.chunk(min(SPLITTING["chunk"], room))}
 
     @property
     def splitting(self) -> Splitting:
@@ -130,6 +142,8 @@ def decoding(spec: SPLASpec, page_type: PageType = "input") -> Decoding:
     known = {a.name for a in (*tokens.values(), *paged, *carried, *scales, output)}
     known |= {"seqlens", "settled", "page_table"}
     scratch = {a.name: a for k in kernels for a in k.arrays if a.name not in known}
+    if selection and 4 * kept(selection) > MOST_COUNTED:
+        raise PartitionError(f"a budget of {walk.budget} blocks: a step counts {MOST_COUNTED // 4} at the most")
     window = int(str(statistics.holes["width"])) if statistics else geometry.cell
     return Decoding(
         program,
@@ -143,6 +157,7 @@ def decoding(spec: SPLASpec, page_type: PageType = "input") -> Decoding:
         window - geometry.cell,
         kept(selection) if selection else 0,
         walk.budget,
+        reach(selection) if selection else 0,
         scales,
         degrees,
     )
@@ -201,10 +216,7 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
             folds = {"BLOCK_N": 16, "BLOCK_E": 16} if kernel.holes["states"] else {}
             return {"BLOCK_C": block_c, **folds, "num_warps": 4, "num_stages": stages}
         case "decode_select":
-            block_j = max(16, min(256, 1024 // geometry.cells))
-            return {"BLOCK_J": block_j, "BLOCK_S": 64, "num_warps": 4, "num_stages": 1}
-        case "decode_settle":
-            return {"BLOCK_K": max(256, 2 * int(str(kernel.holes["kept"]))), "num_warps": 4, "num_stages": 1}
+            return {"BLOCK_S": 128, "num_warps": 8, "num_stages": 1}
         case "decode_attend":
             # tiles of 64 keys are what a group of 4 warps multiplies; two programs fit a multiprocessor
             block_n = min(geometry.block, 16 if wide else 64 if widest <= 128 else 32)
@@ -218,7 +230,6 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
 def check_decode_schedule(kernel: Kernel, geometry: Geometry, schedule: Schedule) -> None:
     """Raise ScheduleError if a Schedule is not legal for a kernel of a step."""
     check_fields(kernel, schedule)
-    holes = kernel.holes
     divided = {"BLOCK_N": ("block", geometry.block)} if "BLOCK_N" in kernel.tunable else {}
     for k in (kernel, *kernel.calls):
         if k.holes.get("right_size"):
@@ -226,9 +237,6 @@ def check_decode_schedule(kernel: Kernel, geometry: Geometry, schedule: Schedule
     for name, (what, size) in divided.items():
         if size % schedule[name]:
             raise ScheduleError(f"{name}={schedule[name]} of {kernel.name} does not divide the {size} of {what}")
-    if kernel.template == "decode_settle" and schedule["BLOCK_K"] < 2 * int(str(holes["kept"])):
-        what = f"BLOCK_K={schedule['BLOCK_K']} of {kernel.name} holds no two lists of {holes['kept']} candidates"
-        raise ScheduleError(what)
 
 
 def _half_shared(arch: str) -> int:
@@ -236,12 +244,16 @@ def _half_shared(arch: str) -> int:
     return TARGETS[arch].shared_bytes // 2
 
 
-SPLITTING = {"score": 396, "attend": 264, "chunk": 512}
-"""Programs that score and attend have at the most over all sequences and KV heads; blocks that one select sorts.
+SPLITTING = {"score": 396, "attend": 264, "chunk": 1024}
+"""Programs that score and attend have at the most over all sequences and KV heads; blocks that one chooses
+from, or from twice as many if those are all.
 
 264 is 2 for each of 132 multiprocessors, as many as fit at a time: none waits for a second wave.  Of score 4 fit: 3
-beside those that append and fold.  Of more than 8 chunks there are fewer, and longer ones: see `scratch`.
+beside those that append and fold.
 """
+LEAST_SPLIT = 32  # cells that a program scores, where there are as many
+MOST_SCORES = 16384  # of a chunk: 128 for each thread of 8 warps that take two
+MOST_COUNTED = 32768  # keys of `largest_in_order`, which counts in 16 bits
 
 
 def decode_schedules(part: Decoding) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
@@ -249,7 +261,7 @@ def decode_schedules(part: Decoding) -> dict[str, dict[str, dict[str, dict[str, 
     return {
         arch: {
             d: {k.name: decode_schedule(k, part.geometry, arch, d) for k in part.kernels}
-            | {"splitting": dict(SPLITTING)}
+            | {"splitting": part.default_splitting}
             for d in DTYPES
         }
         for arch in TARGETS

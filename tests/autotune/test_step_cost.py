@@ -67,14 +67,16 @@ def test_splits_are_those_that_a_module_allocates(name: str, tmp_path: Path) -> 
             assert made["row_max_parts"].shape[2] == sizes["ATTEND_SPLITS"]
             if part.budget:
                 assert made["score_max"].shape[2] == sizes["SCORE_SPLITS"] + 1
-                assert made["candidates"].shape[2] == sizes["CHUNKS"]
+                assert made["candidate_keys"].shape[2] == sizes["CHUNKS"]
 
 
-def test_of_many_chunks_each_is_longer() -> None:
-    """Eight chunks and lists of 512 blocks; four times as many blocks have twice as many, each twice as long."""
-    part = decoding(SPECS["default"])
-    sizes = [step_sizes(part, 1, 1, 512 * n * part.geometry.block, SPLITTING) for n in (1, 8, 32, 128)]
-    assert [s["CHUNKS"] for s in sizes] == [1, 8, 16, 32]
+@pytest.mark.parametrize(("name", "chunks"), [("default", [1, 1, 4, 16]), ("windows", [1, 3, 5, 17])])
+def test_blocks_of_two_chunks_are_one_and_windows_that_reach_into_a_chunk_take_room_in_it(
+    name: str, chunks: list[int]
+) -> None:
+    part = decoding(SPECS[name])
+    sizes = [step_sizes(part, 1, 1, n * part.geometry.block, SPLITTING) for n in (1, 2048, 4096, 16384)]
+    assert [s["CHUNKS"] for s in sizes] == chunks
 
 
 def test_the_floor_is_what_a_step_reads_of_the_cache_and_little_else() -> None:
@@ -115,4 +117,4 @@ def test_scores_and_attention_cost_what_their_products_say() -> None:
     chosen = 2 * 2 * 3 * 32 * (2 * 32 + 32)  # the residual takes what is chosen off again: 2 signs of features
     states = 2 * 2 * (2 * 32) * 32
     assert evaluate(found["attend"].flops, sizes, "attend") == softmax + chosen + states
-    assert found["select"].flops == found["settle"].flops == 0
+    assert found["select"].flops == 0

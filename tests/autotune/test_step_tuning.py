@@ -73,7 +73,6 @@ def test_what_would_leave_out_rows_is_refused() -> None:
     for name, change, message in (
         ("attend", {"BLOCK_N": 128}, "BLOCK_N=128 of attend does not divide the 64 of block"),
         ("score", {"BLOCK_E": 32}, "BLOCK_E=32 of score does not divide the 16 of columns of a state"),
-        ("settle", {"BLOCK_K": 64}, "BLOCK_K=64 of settle holds no two lists of 64"),
         ("score", {"BLOCK_C": 8}, "not a power of two >= 16"),
     ):
         with pytest.raises(ScheduleError, match=message):
@@ -172,7 +171,7 @@ def test_a_cache_made_after_tuning_has_its_splits(tmp_path: Path) -> None:
     )
     chosen = found.schedules["splitting"]
     assert chosen["attend"] != SPLITTING["attend"]
-    made = module.scratch({"splitting": chosen}, 3, 2, 5120, torch.float16, "cpu")
+    made = module.scratch({"splitting": chosen}, 3, 2, 51_200, torch.float16, "cpu")
     assert made["score_max"].shape[2] == chosen["score"] // 6 + 1
 
 
@@ -200,7 +199,7 @@ def test_every_launcher_and_the_whole_step_are_timed(steps: Any) -> None:
 
     default = steps.defaults()
     assert steps.launches({}).keys() == {k.name for k in decoding(SPEC).kernels}
-    for name, change in (("score", {"BLOCK_C": 16}), ("select", {"BLOCK_J": 16}), ("settle", {}),
+    for name, change in (("score", {"BLOCK_C": 16}), ("select", {"BLOCK_S": 16}),
                          ("attend", {}), ("merge", {"BLOCK_S": 32})):  # fmt: skip
         job = {"kernel": name, "schedule": {**default[name], **change}, "shared": {}, "repetitions": 1}
         assert answer(steps, job).get("ms", 0) > 0
@@ -211,13 +210,13 @@ def test_every_launcher_and_the_whole_step_are_timed(steps: Any) -> None:
 
 
 @pytest.mark.usefixtures("fast_sort")
-@pytest.mark.parametrize("name", ["score", "settle", "attend"])
+@pytest.mark.parametrize("name", ["score", "select", "attend"])
 def test_a_kernel_that_writes_something_else_is_found(name: str, steps: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the pages, in the choice of blocks, and in the parts of splits."""
     from splagen.autotune.worker import answer
 
     right = getattr(steps.module, f"launch_{name}")
-    spoilt = {"score": "v_pages", "settle": "block_indices", "attend": "o_s_parts"}[name]
+    spoilt = {"score": "v_pages", "select": "block_indices", "attend": "o_s_parts"}[name]
     names = [a.name for a in next(k for k in steps.part.kernels if k.name == name).arrays]
     steps.results({})
 

@@ -45,7 +45,7 @@ def test_the_same_spec_gives_the_same_text() -> None:
     assert text(SPECS[0]) == text(SPECS[0])
 
 
-def test_a_launch_over_few_splits_takes_a_narrow_tile_that_builds_have_too(
+def test_a_launch_over_few_splits_takes_a_narrow_tile_and_a_warp_that_builds_have_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = SPLASpec(head_dim=16, group_size=2)
@@ -56,8 +56,9 @@ def test_a_launch_over_few_splits_takes_a_narrow_tile_that_builds_have_too(
         module, "launch", lambda n, kernel, grid, schedule, *_: taken.update({n.ATTEND_SPLITS: schedule})
     )
     for splits in range(1, 70):
-        n = module.Sizes(1, 1, 2, 1, 32, 4, 4, 1, splits, 1, torch.bfloat16, torch.device("cpu"))
+        n = module.Sizes(1, 1, 2, 1, 32, 4, 4, 1, splits, 1, 1, torch.bfloat16, torch.device("cpu"))
         module.launch_merge(n, schedule, *(torch.zeros(1, 1) for _ in merge.arrays))
     assert all(s in merge.launched(schedule) for s in taken.values())
     assert [taken[n]["BLOCK_S"] for n in (1, 2, 3, 8, 9, 69)] == [2, 2, 8, 8, schedule["BLOCK_S"], schedule["BLOCK_S"]]
-    assert {**taken[2], "BLOCK_S": 0} == {**schedule, "BLOCK_S": 0}
+    assert [taken[n]["num_warps"] for n in (1, 8, 9, 69)] == [1, 1, schedule["num_warps"], schedule["num_warps"]]
+    assert {**taken[9], "BLOCK_S": 0} == {**schedule, "BLOCK_S": 0}

@@ -66,7 +66,6 @@ def split(cache_spec: SPLASpec, folder: Path, device: torch.device, **sizes: obj
     for by_dtype in library.module.SCHEDULES.values():
         for schedules in by_dtype.values():
             schedules["splitting"] = {"score": 3 * 4, "attend": 5 * 4, "chunk": 4}
-            schedules["select"] = schedules["select"] | {"BLOCK_J": 16}
     return cache_of(cache_spec, folder, device, **sizes)
 
 
@@ -83,16 +82,16 @@ def step_each(cache: SPLACache, rows: Mapping[str, Tensor], starts: list[int | N
 
 
 def test_sequences_of_different_lengths_in_splits(tmp_path: Path, device: torch.device) -> None:
-    """Slots in pages of any order; one without a sequence; one that joins later; several splits and chunks."""
+    """Slots in pages of any order; one without a sequence; one that joins later; several splits."""
     cache = split(SMALL, tmp_path, device, sequences=3, tokens=128)
     rows = inputs(SMALL, 3, 100, 2, torch.float32, device)
     slots = [cache.allocate(128), cache.allocate(100), cache.allocate(0)]
     assert slots == [0, 1, 2]
     cache.free(2)
     cache.seqlens[1] = -1  # joins later
-    assert cache.scratch["score_max"].shape[2] == 2 + 1
+    assert cache.scratch["score_max"].shape[2] == 1 + 1  # of fewer cells than a split has at the least
     assert cache.scratch["row_max_parts"].shape[2] == 3
-    assert cache.scratch["candidates"].shape[2] == 2
+    assert cache.scratch["candidate_keys"].shape[2] == 1
     for t in range(60):
         if t == 10:
             cache.seqlens[1] = 0
@@ -108,6 +107,21 @@ def test_sequences_of_different_lengths_in_splits(tmp_path: Path, device: torch.
                 want = last_row(SMALL, alone, t - start + 1, free[b : b + 1])
                 assert relative(o[b : b + 1], want) < LIMIT[torch.float32]
     assert cache.seqlens.tolist() == [60, 50, -1]
+
+
+@pytest.mark.parametrize("name", ["diagonal", pytest.param("windows", marks=pytest.mark.slow)])
+def test_lists_of_chunks_meet(name: str, tmp_path: Path, device: torch.device) -> None:
+    """More lists than are taken at once: the best of those before go on among those behind."""
+    spec = SPECS[name]
+    cache = split(spec, tmp_path, device, sequences=1, kv_heads=1, tokens=256)
+    assert cache.scratch["candidate_keys"].shape[2:] == ((4, 2) if name == "diagonal" else (3, 2))
+    cache.allocate(256)
+    rows = inputs(spec, 1, 256, 1, torch.float32, device)
+    assert errors(spec, cache, rows, range(1, 233), every=58) < LIMIT[torch.float32]
+    free = chosen_blocks(cache, -(-232 // cache.part.geometry.block))
+    assert free is not None
+    assert torch.equal(free, last_row(spec, rows, 232, None, wanted="free"))
+    assert not cache.scratch["arrived"].any()
 
 
 def test_a_step_beyond_the_pages_writes_nothing(tmp_path: Path, device: torch.device) -> None:
