@@ -8,8 +8,10 @@ import pytest
 
 from splagen import pipeline
 from splagen.autotune.device import DEVICES, Device
+from splagen.autotune.entry import Entry, now
 from splagen.autotune.footprint import shared_floor
-from splagen.autotune.space import Dimension, Space, common_values, spaces
+from splagen.autotune.space import UNLIMITED, Dimension, Space, common_values, spaces
+from splagen.codegen.decoding import decoding
 from splagen.codegen.geometry import Geometry
 from splagen.codegen.partition import Partition
 from splagen.codegen.schedule import Agreement, Divides, check_constraints, check_schedule
@@ -85,6 +87,15 @@ def test_defaults_are_those_of_the_generated_module(spec: Spec, device: Device, 
     exec(table[: table.index("\n}") + 2], scope)  # type: ignore[arg-type]
     made = spaces(spec, pipeline.kernels(spec), device, dtype)
     assert {k: s.default for k, s in made.items()} == scope["SCHEDULES"][device.arch][dtype]
+
+
+def test_whatever_a_search_finds_can_be_stored() -> None:
+    steps = [s for s in SPECS.values() if isinstance(s, SPLASpec) and s.select and s.select.tile == 1]
+    made = [*((s, pipeline.kernels(s)) for s in SPECS.values()), *((s, decoding(s)) for s in steps)]
+    found = [space for spec, part in made for space in spaces(spec, part, H200, "bf16").values()]
+    for number in {(d.name, value) for space in found for d in space.dimensions for value in d.values}:
+        if number != ("maxnreg", UNLIMITED):
+            Entry(dict([number]), 1.0, 0.0, "quick", now())
 
 
 def test_what_cannot_run_is_ruled_out() -> None:
