@@ -34,6 +34,7 @@ REGISTER_LIMITS = (64, 96, 128, 168, 255, UNLIMITED)
 # Their tiles are small for 16 warps: triton 3.6 then reads beyond its arrays on an H200, or computes wrong gradients
 # (block_sparse_dkv with tiles of 32 x 64), and of 1500 Schedules of such kernels none with 16 was the fastest.
 PRODUCTS = REGISTER_BOUND | {"score_lse", "score_topk", "block_sparse_parts"}
+STAGED = frozenset({"decode_attend"})  # with one stage it faulted on an H200, with triton 3.6
 LOOPLESS = frozenset({"rows", "statistics", "step", "route", "route_gradient"})  # num_stages pipelines loops
 THREAD_REGISTERS = {True: 255, False: 512}  # of one thread; whether the device is NVIDIA's
 
@@ -262,7 +263,8 @@ def _values(kernel: Kernel, device: Device) -> dict[str, Sequence[int]]:
     long = {"BLOCK_R": ROWS} | ({"BLOCK_E": CELLS} if scan else {})
     found: dict[str, Sequence[int]] = {n: long.get(n, TILES) for n in kernel.tunable}
     found["num_warps"] = WARPS[:-1] if kernel.template in PRODUCTS else WARPS
-    found["num_stages"] = (1,) if kernel.template in LOOPLESS else STAGES if device.nvidia else STAGES[:2]
+    stages = (1,) if kernel.template in LOOPLESS else STAGES if device.nvidia else STAGES[:2]
+    found["num_stages"] = stages[1:] if kernel.template in STAGED else stages
     if kernel.template in REGISTER_BOUND and device.nvidia:
         found["maxnreg"] = REGISTER_LIMITS
     return found

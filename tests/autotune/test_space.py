@@ -114,6 +114,9 @@ def test_what_cannot_run_is_ruled_out() -> None:
     with pytest.raises(ScheduleError, match="num_warps=16 of block_sparse_dkv is none of"):
         dkv.check({**dkv.default, "num_warps": 16})
     assert "maxnreg" not in {d.name for d in spaces(SPECS["spla"], part, MI300, "bf16")["block_sparse_dkv"].dimensions}
+    attend = spaces(SPECS["spla"], decoding(SPECS["spla"]), H200, "bf16")["attend"]  # type: ignore[arg-type]
+    with pytest.raises(ScheduleError, match="num_stages=1 of attend is none of"):
+        attend.check({**attend.default, "num_stages": 1})
 
 
 @pytest.mark.parametrize(
