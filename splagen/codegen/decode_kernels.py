@@ -363,10 +363,6 @@ class DecodeCode:
         }  # fmt: skip
         return [*found, ("blocks chosen", self.walk.chosen_facts | settled, chosen)]
 
-    def _shape(self, v: Var, rows: str) -> str:
-        features = features_of(v)
-        return f"({rows}, {self.geometry.width(features, pad=True)})" if features else f"({rows},)"
-
     def _sum(self, v: Var, a: Array) -> dict[str, str]:
         features = features_of(v)
         shape = f"({self.geometry.width(features, pad=True)}, BLOCK_M)" if features else "(BLOCK_M,)"
@@ -394,7 +390,7 @@ class DecodeCode:
         holes = {
             "columns": self.columns,
             "accumulators": [
-                {"name": v.name, "shape": self._shape(v, "1"), "load": _part(v, a), "merge": self._merge(v, a)}
+                {"name": v.name, "shape": rows.tile_shape(v), "load": _part(v, a), "merge": self._merge(v, a)}
                 for v, a in parts.items()
             ],
             "epilogue": "\n".join([*finish, *counts, *piece.lines]),
@@ -447,7 +443,6 @@ class DecodeCode:
 
 def _part(v: Var, a: Array) -> str:
     """Line that loads what some splits have of a sum."""
-    if not a.width:
-        return f"{v.name}_part = tl.load({a.name}_ptr + part, mask=split_ok, other=0.0)"
-    place = f"{a.name}_ptr + part[:, None] * {a.width[0]} + {''.join(a.features)}[None, :]"
-    return f"{v.name}_part = tl.load({place}, mask=split_ok[:, None], other=0.0)"
+    wide = "[:, None]" if a.width else ""
+    columns = f" * {a.width[0]} + {''.join(a.features)}[None, :]" if a.width else ""
+    return f"{v.name}_part = tl.load({a.name}_ptr + part{wide}{columns}, mask=split_ok{wide}, other=0.0)"
