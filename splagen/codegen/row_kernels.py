@@ -27,8 +27,9 @@ def rows_kernel(
     code = RowCode(program, geometry, side, "BLOCK_M", available)
     summed = {v: _summand(program, v) for v, a in outputs if a.layout == "partials"}
     wanted = [summed.get(v, v) for v, _ in outputs]
-    of_head = ["h = query_head // GROUP", "head = query_head + tl.zeros((BLOCK_M,), tl.int64)"] * (side == "query")
-    of_head += code.of_head(wanted) if summed else []
+    of_head = code.of_head(wanted) if summed else []
+    if side == "query":
+        of_head[:0] = ["h = query_head // GROUP", "head = query_head + tl.zeros((BLOCK_M,), tl.int64)"]
     piece = code.compute(wanted, {})
     stores, parts = [], []
     for v, array in outputs:
