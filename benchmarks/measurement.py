@@ -18,7 +18,7 @@ from benchmarks.floors import Floor, Stage, floors, kernel_flops
 from benchmarks.given import Selection, chosen_by_metric, overlap, random_selection
 from benchmarks.op import BUILD, DEFAULT, BlockSparse, Op, Strategies, op_of
 from benchmarks.peers import PEERS, SAME_FOR_ALL_KV_HEADS, Task, measure, text_of
-from benchmarks.timing import host_us, launch_us, peak_bytes, repeats_for, time_ms
+from benchmarks.timing import host_us, launch_us, launches_us, peak_bytes, repeats_for, time_ms
 from benchmarks.works import Case, Pass, Timed, Work
 from splagen.qk_file import read_qk
 from splagen.spec import SPLASpec
@@ -138,12 +138,10 @@ class Run:
         least, flops = floors(case.spec, case.shape, STAGES[work.timed]), kernel_flops(case.spec, case.shape)
         row["floor_ms"] = {name: least[name].ms for name in work.passes}
         kernels: dict[str, KernelRun] = {}
-        steps: dict[Pass, int] = {}
         for name in work.passes:
             seen = time_ms(runs[name], options.repeats or repeats_for(runs[name]), 1, asleep=True)
             row |= {f"{name}_ms": seen.median, f"{name}_spread_ms": seen.spread}
-            of_pass = breakdown(op.module, runs[name])
-            steps[name], kernels = len(of_pass), kernels | of_pass
+            kernels |= breakdown(op.module, runs[name])
         row["kernels_ms"] = {n: k.ms for n, k in kernels.items()}
         row["kernels_floor_ms"] = {n: Floor(flops.get(n, 0.0), k.bytes).ms for n, k in kernels.items()}
         row["kernels_flops"] = {n: flops.get(n, 0.0) for n in kernels}
@@ -151,7 +149,9 @@ class Run:
         row["host_us"] = {}
         if options.device == "cuda":
             row["host_us"] = {name: host_us(runs[name]) for name in work.passes}
-            row["host_us"] |= {"one_launch": launch_us(), "forward_launches": steps["forward"]}
+            count, spent = launches_us(op.module, runs["forward"])
+            row["host_us"] |= {"forward_launches": count, "in_forward_launches": spent}
+            row["host_us"] |= {"forward_beside": row["host_us"]["forward"] - spent, "one_launch": launch_us()}
         if options.device == "cuda" and work.timed == "op" and isinstance(op, BlockSparse) and not strategies:
             given = {n: x.detach().requires_grad_() for n, x in inputs.items() if x.is_floating_point()}
             row["host_us"]["registered_op"] = host_us(lambda: op.call(given))

@@ -1,10 +1,11 @@
 """Random specs: each is generated, compiled ahead of time for sm_90, and compared with the oracle.
 
     python -m benchmarks.random_specs --count 200 --seed 0 --workers 2 --out FILE.json
+    python -m benchmarks.random_specs --count 100 --seed 1 --workers 14 --device cuda --out random_specs_gpu.json
 
 The specs are those of tests/strategies.py over every axis, with head dimensions that the interpreter can
-bear.  A spec is ok, refused (an error of splagen that names an axis) or failed; what is not ok is in the
-record as TOML.
+bear.  On a GPU each runs by every strategy, in bfloat16 and float32, with the Schedules of the module.  A spec is ok,
+refused (an error of splagen that names an axis) or failed; what is not ok is in the record as TOML.
 """
 
 from __future__ import annotations
@@ -12,20 +13,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import math
 import multiprocessing
 import os
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from types import ModuleType
 
 import hypothesis
+import torch
 from hypothesis import strategies as st
 
 from splagen.codegen.geometry import Geometry
@@ -43,7 +46,7 @@ AXES = sorted({f.name for part in (SPLASpec, Select, Residual, Statistics) for f
 class Outcome:
     """What became of a spec: why it is not ok, and the seconds of generating, compiling and comparing."""
 
-    status: str  # ok, refused or failed
+    status: str  # ok, refused, failed or, where time was short, left
     reason: str = ""
     kernels: int = 0
     largest_error: float = 0.0  # relative to its limit
@@ -115,10 +118,27 @@ def wide(module: ModuleType, part: Partition) -> dict[str, dict[str, int]]:
     return {k.name: {**default[k.name], **tiles[k.template]} for k in part.kernels if k.template in tiles}
 
 
+def ways(module: ModuleType, part: Partition, device: str) -> Iterator[tuple[torch.dtype, dict[str, dict[str, int]]]]:
+    """Dtypes and Schedules to compare a spec with: one way in the interpreter, every strategy on a GPU."""
+    if device == "cpu":
+        yield torch.float32, wide(module, part)
+        return
+    for number in range(max((len(c.options) for c in part.strategies), default=1)):
+        chosen = {c.name: {"strategy": min(number, len(c.options) - 1)} for c in part.strategies}
+        yield torch.bfloat16, chosen
+        if number == 0:
+            yield torch.float32, chosen
+
+
 def attempt(
-    spec: SPLASpec, sixteenths: int, folder: Path, compile_for: Sequence[str] = ("sm_90",), seed: int = 0
+    spec: SPLASpec,
+    sixteenths: int,
+    folder: Path,
+    compile_for: Sequence[str] = ("sm_90",),
+    seed: int = 0,
+    device: str = "cpu",
 ) -> Outcome:
-    """Generate, compile and compare one spec; needs a process in which Triton interprets kernels."""
+    """Generate, compile and compare one spec; on the CPU it needs a process in which Triton interprets kernels."""
     from splagen import pipeline, verification
     from splagen.codegen.compile import compile_module
     from splagen.kinds import oracle
@@ -137,9 +157,11 @@ def attempt(
         heads = spec.group_size * (1 if one_tile_per_query or spec.group_size > 2 else 2)
         shape = (1, heads, length(spec, sixteenths))
         truth = oracle(to_toml(spec))
-        report = verification.verify(
-            library.module, truth, shapes=[shape], seed=seed, schedules=wide(library.module, kernels)
-        )
+        compared: list[verification.Row] = []
+        for dtype, schedules in ways(library.module, kernels, device):
+            compared += verification.verify(
+                library.module, truth, shapes=[shape], dtypes=[dtype], device=device, seed=seed, schedules=schedules
+            ).rows
         seconds.append(time.perf_counter())
     except SplagenError as error:
         named = any(axis in str(error) for axis in AXES)
@@ -147,24 +169,23 @@ def attempt(
     except Exception as error:
         return Outcome("failed", f"{type(error).__name__}: {error}")
     took = tuple(round(b - a, 3) for a, b in itertools.pairwise(seconds))
-    wrong = [f"{r.quantity} at {r.shape}: {r.error:.2e} > {r.limit:.0e}" for r in report.rows if not r.ok]
-    largest = max((r.error / r.limit for r in report.rows if r.limit), default=0.0)
+    wrong = [f"{r.quantity} at {r.shape}, {r.dtype}: {r.error:.2e} > {r.limit:.0e}" for r in compared if not r.ok]
+    largest = max((r.error / r.limit for r in compared if r.limit), default=0.0)
     status = "failed" if wrong else "ok"
     return Outcome(status, "\n".join(wrong), len(kernels.kernels), largest if not wrong else 0.0, took)
 
 
-def _prepare() -> None:
-    import torch
-
-    from tests.interpreter_sort import patch
-
+def _prepare(device: str) -> None:
     torch.set_num_threads(1)
-    patch()
+    if device == "cpu":
+        from tests.interpreter_sort import patch
+
+        patch()
 
 
-def _attempt(text: str, sixteenths: int, compile_for: Sequence[str]) -> Outcome:
+def _attempt(text: str, sixteenths: int, compile_for: Sequence[str], device: str) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
-        return attempt(from_toml(text), sixteenths, Path(folder), compile_for)
+        return attempt(from_toml(text), sixteenths, Path(folder), compile_for, device=device)
 
 
 def run(
@@ -172,20 +193,31 @@ def run(
     workers: int,
     compile_for: Sequence[str],
     progress: Callable[[int, Outcome], None] = lambda done, outcome: None,
+    device: str = "cpu",
+    limit_s: float = math.inf,
 ) -> list[Outcome]:
-    """The outcomes of the specs, in order, from processes that interpret kernels."""
-    os.environ["TRITON_INTERPRET"] = "1"
+    """The outcomes of the specs, in order, from processes that interpret kernels or launch them on a GPU.
+
+    None is begun after `limit_s` seconds.
+    """
+    end = time.monotonic() + limit_s
+    os.environ["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare) as pool:
-        futures = [pool.submit(_attempt, to_toml(spec), shape, tuple(compile_for)) for spec, shape in drawn]
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare, initargs=(device,)) as pool:
+        futures = [pool.submit(_attempt, to_toml(spec), shape, tuple(compile_for), device) for spec, shape in drawn]
         for done, future in enumerate(as_completed(futures), 1):
-            progress(done, _result(future.result))
-        return [_result(f.result) for f in futures]
+            progress(done, _outcome(future))
+            if time.monotonic() > end:
+                for f in futures:
+                    f.cancel()
+        return [_outcome(f) for f in futures]
 
 
-def _result(result: Callable[[], Outcome]) -> Outcome:
+def _outcome(future: Future[Outcome]) -> Outcome:
+    if future.cancelled():
+        return Outcome("left")
     try:
-        return result()
+        return future.result()
     except Exception as error:  # the process died
         return Outcome("failed", f"{type(error).__name__}: {error}")
 
@@ -196,14 +228,14 @@ def figures(drawn: Sequence[tuple[SPLASpec, int]], outcomes: Sequence[Outcome], 
     bad = [
         {"status": o.status, "reason": o.reason, "length": length(spec, shape), "spec": to_toml(spec)}
         for (spec, shape), o in zip(drawn, outcomes, strict=True)
-        if o.status != "ok"
+        if o.status in ("refused", "failed")
     ]
     seconds = [o.seconds for o in outcomes if len(o.seconds) == 3]
     totals = reduce(lambda a, b: [x + y for x, y in zip(a, b, strict=True)], seconds, [0.0, 0.0, 0.0])
     return {
         "seed": seed,
         "specs": len(drawn),
-        **{status: counts[status] for status in ("ok", "refused", "failed")},
+        **{status: counts[status] for status in ("ok", "refused", "failed", "left")},
         "kernels": sum(o.kernels for o in outcomes),
         "largest_error_over_limit": max((o.largest_error for o in outcomes), default=0.0),
         "seconds": dict(zip(("generate", "compile", "compare"), (round(x, 1) for x in totals), strict=True)),
@@ -220,6 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--targets", nargs="*", default=["sm_90"], help="architectures to compile for")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no spec is begun later than this")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cpu: by Triton's interpreter")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/random_specs.json"))
     given = parser.parse_args(arguments)
     drawn = draw(given.count, given.seed)
@@ -228,8 +262,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         end = "\n" if outcome.status != "ok" or done == len(drawn) else "\r"
         print(f"{done}/{len(drawn)} {outcome.status} {outcome.reason[:150]}", end=end, file=sys.stderr)
 
-    outcomes = run(drawn, given.workers, given.targets, show)
-    found = figures(drawn, outcomes, given.seed)
+    targets = given.targets if given.device == "cpu" else ()
+    outcomes = run(drawn, given.workers, targets, show, given.device, given.seconds)
+    found = {"device": given.device, **figures(drawn, outcomes, given.seed)}
     path = write(given.out.stem, found, given.out.parent)
     print(f"{path}: {found['ok']} ok, {found['refused']} refused, {found['failed']} failed")
     return 1 if found["failed"] else 0

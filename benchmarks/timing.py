@@ -7,6 +7,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import torch
 import triton
@@ -61,6 +63,44 @@ def launch_us() -> float:
         compiled.run(1, 1, 1, stream, *fixed, *addresses, *numbers)
 
     return host_us(run, calls=100)
+
+
+def launches_us(module: ModuleType, run: Callable[[], object]) -> tuple[int, float]:
+    """How many kernels a repeated call of a generated module launches, and the microseconds that its host takes for it.
+
+    The rest of `host_us` is what the module does beside: it finds what to repeat, and allocates.
+    """
+    spent: list[float] = []
+    launching = module.launching
+
+    def timed(*step: Any) -> Callable[..., None]:
+        act = launching(*step)
+
+        def launch(*given: Any) -> None:
+            begun = time.perf_counter()
+            act(*given)
+            spent.append(time.perf_counter() - begun)
+
+        return launch
+
+    calls = 0
+
+    def counted() -> None:
+        nonlocal calls
+        calls += 1
+        run()
+
+    module.KEPT.clear()
+    module.launching = timed
+    try:
+        run()
+        host_us(counted)
+    finally:
+        module.launching = launching
+        module.KEPT.clear()
+    each = len(spent) // calls
+    sums = [sum(spent[i : i + each]) for i in range(0, len(spent), each or 1)]
+    return each, 1e6 * statistics.median(sums or [0.0])
 
 
 def flushing() -> Callable[[], object]:

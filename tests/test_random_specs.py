@@ -22,7 +22,7 @@ def check(spec: SPLASpec, blocks: int, folder: Path) -> None:
 
 @given(small_specs(), st.sampled_from(SHAPES))
 @settings(
-    max_examples=6,
+    max_examples=4,
     derandomize=True,
     deadline=None,
     database=None,

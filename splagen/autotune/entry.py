@@ -18,7 +18,7 @@ from splagen.errors import InputError
 
 # What a Schedule may hold, with the least and the largest value.  Whether a kernel takes it is the Space's question.
 RANGES: Mapping[str, tuple[int, int]] = {
-    **dict.fromkeys(("BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_E", "BLOCK_R", "BLOCK_S", "CHUNK"), (16, 65_536)),
+    **dict.fromkeys((*(f"BLOCK_{x}" for x in "CDEMNRS"), "CHUNK"), (16, 65_536)),
     **dict.fromkeys(("score", "attend", "chunk"), (1, 65_536)),
     "num_warps": (1, 32),
     "num_stages": (1, 16),

@@ -262,6 +262,7 @@ class DecodeCode:
         states = [read_code(s, s.array(self.geometry), self.available[s.row], self.totals[s].out) for s in self.states]
         made = {v: self.part(v) for v in self.accumulated}
         read = [eq.out for eq in self.totals.values()]
+        left_size = self.states[0].array(self.geometry).width[0] if states else 0
         holes = {
             "heads": self.heads,
             "columns": self.columns,
@@ -271,7 +272,7 @@ class DecodeCode:
             "read": [self._sum(v, a) for v, a in made.items() if v in read],
             "states": states,
             "late": late.holes if late else None,
-            "left_size": self.states[0].array(self.geometry).width[0] if states else 0,
+            "left_size": left_size,
         }
         arrays += [*piece.arrays, *used, *(s.array(self.geometry) for s in self.states)]
         arrays += [self.available[s.row] for s in self.states]
@@ -287,8 +288,9 @@ class DecodeCode:
             holes,
             "(TOKENS, B * Hkv, SPLITS)",
             scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES", "SPLITS"),
-            tunable=("BLOCK_N",),
+            tunable=("BLOCK_N", *(("BLOCK_D",) if states else ())),
             fixed=("PAGE",),
+            narrow=(Narrow("BLOCK_D", f"cdiv({left_size}, SPLITS)", (16,)),) if states else (),
         )
 
     @property

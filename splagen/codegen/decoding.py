@@ -221,7 +221,9 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
             # tiles of 64 keys are what a group of 4 warps multiplies; two programs fit a multiprocessor
             block_n = min(geometry.block, 16 if wide else 64 if widest <= 128 else 32)
             stages = 3 if widest <= 128 and not wide and arch != "gfx942" else 2
-            return {"BLOCK_N": block_n, "num_warps": 4, "num_stages": stages}
+            block_d = min(int(str(kernel.holes["left_size"])), 16 if wide or widest > 128 else 32)
+            rows = {"BLOCK_D": block_d} if kernel.holes["states"] else {}
+            return {"BLOCK_N": block_n, **rows, "num_warps": 4, "num_stages": stages}
         case "decode_merge":
             return {"BLOCK_S": 64, "num_warps": 4, "num_stages": 1}
     raise PartitionError(f"{kernel.name} has no Schedule", hint=f"give the template {kernel.template} one")
@@ -231,6 +233,8 @@ def check_decode_schedule(kernel: Kernel, geometry: Geometry, schedule: Schedule
     """Raise ScheduleError if a Schedule is not legal for a kernel of a step."""
     check_fields(kernel, schedule)
     divided = {"BLOCK_N": ("block", geometry.block)} if "BLOCK_N" in kernel.tunable else {}
+    if "BLOCK_D" in kernel.tunable:
+        divided["BLOCK_D"] = ("rows of a state", int(str(kernel.holes["left_size"])))
     for k in (kernel, *kernel.calls):
         if k.holes.get("right_size"):
             divided["BLOCK_E"] = ("columns of a state", int(str(k.holes["right_size"])))

@@ -17,7 +17,7 @@ import torch
 from splagen import pipeline
 from splagen.codegen.binaries import Build, module_text, write_build
 from splagen.codegen.binary_loader import MachineCode
-from splagen.codegen.compile import keep_module, raise_if_failed
+from splagen.codegen.compile import Kept, keep_module, raise_if_failed
 from splagen.codegen.index_kernels import index_kernels
 from splagen.codegen.partition import Partition
 from splagen.codegen.unions import visits_union
@@ -44,11 +44,16 @@ SPECS: dict[str, Spec] = {
 }
 
 
-def built(spec: Spec, folder: Path, out: Path) -> Build:
+def machine_code(spec: Spec, folder: Path) -> tuple[Path, list[Kept]]:
+    """A generated module, and what is kept of its kernels."""
     source = pipeline.generate(spec, folder).path
     rows, kept = keep_module(source, pipeline.kernels(spec), targets=["sm_90"], progress=False)
     raise_if_failed(rows)
-    return write_build(source, kept, out, dtypes=["bf16"])
+    return source, kept
+
+
+def built(spec: Spec, folder: Path, out: Path) -> Build:
+    return write_build(*machine_code(spec, folder), out, dtypes=["bf16"])
 
 
 def launch(path: Path, cache: Path, *heads: int, gpu: int = 90) -> dict[str, Any]:
@@ -64,9 +69,13 @@ def launch(path: Path, cache: Path, *heads: int, gpu: int = 90) -> dict[str, Any
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    folder = tmp_path_factory.mktemp("dense")
-    return built(DENSE, folder, folder / "out")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Kept]]:
+    return machine_code(DENSE, tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.fixture(scope="module")
+def dense(compiled: tuple[Path, list[Kept]], tmp_path_factory: pytest.TempPathFactory) -> Build:
+    return write_build(*compiled, tmp_path_factory.mktemp("dense"), dtypes=["bf16"])
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +287,28 @@ SPOILT: dict[str, tuple[Callable[[Build], None], str]] = {
 
 
 @pytest.mark.parametrize("case", SPOILT)
+def test_what_does_not_fit_is_refused_with_the_reason(case: str, copied: Build) -> None:
+    import triton
+
+    spoil, reason = SPOILT[case]
+    spoil(copied)
+    (digest,) = re.findall('"([0-9a-f]{64})"', copied.path.read_text().partition(MachineCode.BEHIND)[2])
+    kept = MachineCode(copied.path, digest)
+
+    def read_all() -> None:
+        kept.manifest = kept.read_manifest(triton.__version__)
+        for name in kept.manifest["files"]:
+            kept.read(name)
+
+    with pytest.raises((OSError, ValueError), match=reason):
+        read_all()
+
+
+# one found at import, and one at a launch
+OFTEN = ("no folder", "other bytes")
+
+
+@pytest.mark.parametrize("case", [c if c in OFTEN else pytest.param(c, marks=pytest.mark.slow) for c in SPOILT])
 def test_what_does_not_fit_is_one_warning_and_is_compiled(case: str, copied: Build, cache: Path) -> None:
     spoil, reason = SPOILT[case]
     spoil(copied)
@@ -332,15 +363,16 @@ def test_a_changed_manifest_is_refused(case: str, copied: Build, monkeypatch: py
 # -- writing ---------------------------------------------------------------------------------------------
 
 
-def test_a_foreign_file_in_the_way_is_kept(tmp_path: Path) -> None:
-    path = tmp_path / "out" / pipeline.generate(DENSE, tmp_path).path.name
+def test_a_foreign_file_in_the_way_is_kept(compiled: tuple[Path, list[Kept]], tmp_path: Path) -> None:
+    source, kept = compiled
+    path = tmp_path / "out" / source.name
     path.parent.mkdir()
     path.write_text("mine\n")
     with pytest.raises(GeneratedFileError, match="not overwritten"):
-        built(DENSE, tmp_path, path.parent)
+        write_build(source, kept, path.parent, dtypes=["bf16"])
     assert path.read_text() == "mine\n"
     path.unlink()
     MachineCode(path).folder.rmdir()
     MachineCode(path).folder.write_text("mine too\n")
     with pytest.raises(GeneratedFileError, match="cannot write"):
-        built(DENSE, tmp_path, path.parent)
+        write_build(source, kept, path.parent, dtypes=["bf16"])

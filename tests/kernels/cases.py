@@ -13,12 +13,16 @@ Shape = tuple[int, int, int]  # B, Hq, L
 
 @dataclass(frozen=True)
 class Case:
-    """A spec with the shapes and dtypes it is compared at."""
+    """A spec with the shapes and dtypes it is compared at.
+
+    `instead` names the cases that have together what this one has: it is slow, and they are not.
+    """
 
     name: str
     spec: SPLASpec
     shapes: tuple[Shape, ...]
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    instead: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.name
@@ -36,11 +40,11 @@ def select(**changes: Any) -> Select:
     return replace(SELECT, **changes)
 
 
-def small(name: str, *shapes: Shape, fp16: bool = False, **axes: Any) -> Case:
+def small(name: str, *shapes: Shape, fp16: bool = False, instead: tuple[str, ...] = (), **axes: Any) -> Case:
     """A case for the interpreter; the residual is on and head_dim is 16 unless told."""
     given = {"head_dim": 16, "group_size": 2, "select": SELECT, "linear": Residual()} | axes
     dtypes = (torch.float32, torch.float16) if fp16 else (torch.float32,)
-    return Case(name, SPLASpec(**given), shapes, dtypes)
+    return Case(name, SPLASpec(**given), shapes, dtypes, instead)
 
 
 DENSE: dict[str, Any] = {"select": None, "linear": None}
@@ -55,91 +59,100 @@ SMALL = (
     small("dense window", (1, 2, 70), score=lib.sliding_window(20), **DENSE),
     small("dense alibi non-causal", (1, 4, 50), score=lib.alibi(), causal=False, **DENSE),
     # block-sparse alone
-    small("sparse", (1, 2, 90), (2, 2, 15), linear=None),
-    small("sparse non-causal", (1, 2, 90), causal=False, linear=None),
+    small("sparse", (1, 2, 90), (2, 2, 15), linear=None, instead=("sparse order 1",)),
+    small("sparse non-causal", (1, 2, 90), causal=False, linear=None,
+          instead=("rank 4 tile 16 non-causal", "non-causal no local")),
     small("sparse window", (1, 2, 90), score=lib.sliding_window(40), linear=None),
     small("sparse softcap tile 16", (1, 2, 90), score=lib.softcap(5.0), linear=None, select=select(tile=16)),
-    small("sparse budget 1", (1, 2, 120), linear=None, select=select(sinks=0, local=0)),
+    small("sparse budget 1", (1, 2, 120), linear=None, select=select(sinks=0, local=0),
+          instead=("sparse all", "relu2")),
     small("sparse all", (1, 2, 70), linear=None, select=select(budget=9)),
-    small("sparse order 1", (1, 2, 110), linear=None, select=select(metric=lib.taylor(order=1))),
+    small("sparse order 1", (1, 2, 110), (2, 2, 15), linear=None, select=select(metric=lib.taylor(order=1))),
     # the residual: feature maps, temperature, normaliser, combine
     small("default", (1, 2, 107), (1, 2, 1), fp16=True, select=Select(block_size=16, budget=2)),
     small("identity add", (1, 2, 90), linear=Residual(lib.identity), combine="add"),
     small("relu add value 40", (1, 2, 90), value_dim=40, linear=Residual(lib.relu), combine="add"),
     small("relu2", (1, 2, 90), linear=Residual(lib.relu2), select=select(sinks=0, local=0)),
-    small("elu1 gate", (1, 1, 100), group_size=1, linear=Residual(lib.elu1), combine="gate"),
+    small("elu1 gate", (1, 1, 100), group_size=1, linear=Residual(lib.elu1), combine="gate",
+          instead=("normaliser add", "temperature gate")),
     small("exp rms_residual", (1, 2, 90), linear=Residual(lib.exp), combine="rms_residual"),
-    small("softmax", (1, 2, 90), linear=Residual(lib.softmax)),
-    small("user map", (1, 2, 90), linear=Residual(USER), select=select(sinks=2, local=2)),
-    small("temperature", (1, 4, 81), linear=Residual(temperature=True)),
+    small("softmax", (1, 2, 90), linear=Residual(lib.softmax), instead=("temperature gate",)),
+    small("user map", (1, 2, 105), linear=Residual(USER), select=select(sinks=2, local=2)),
+    small("temperature", (1, 4, 81), linear=Residual(temperature=True), instead=("temperature gate",)),
     small("temperature gate", (1, 2, 90), linear=Residual(lib.softmax, temperature=True), combine="gate"),
     small("normaliser add", (1, 2, 90), linear=Residual(lib.elu1, normaliser=True), combine="add", fp16=True),
-    small("normaliser hedgehog rms", (1, 2, 90), linear=Residual(normaliser=True)),
+    small("normaliser hedgehog rms", (1, 2, 90), linear=Residual(normaliser=True),
+          instead=("default", "everything at once")),
     small(
-        "everything at once", (1, 3, 110), head_dim=24, value_dim=40, group_size=3, scale=0.3,
+        "everything at once", (1, 3, 105), head_dim=24, value_dim=40, group_size=3, scale=0.3,
         score=lib.softcap(10.0),
         select=select(block_size=32, sinks=0, statistics=CELLS, metric=lib.cumulant(covariance="diag", clamp=2.0)),
         linear=Residual(temperature=True, normaliser=True), combine="rms_residual",
     ),
-    small("softcap residual", (1, 2, 90), score=lib.softcap(5.0)),
+    small("softcap residual", (1, 2, 90), score=lib.softcap(5.0), instead=("everything at once",)),
     small("alibi residual", (1, 2, 90), score=lib.alibi()),
     # granularity, blocks, statistics, metrics
-    small("non-causal", (1, 2, 90), causal=False),
+    small("non-causal", (1, 2, 90), causal=False, instead=("non-causal no local", "non-causal normaliser")),
     small("non-causal no local", (1, 2, 90), causal=False, select=select(sinks=0, local=0)),
-    small("non-causal normaliser", (1, 2, 90), causal=False, linear=Residual(normaliser=True)),
-    small("non-causal total of two parts", (1, 1, 1100), (1, 1, 15), causal=False, group_size=1,
+    small("non-causal normaliser", (1, 2, 70), causal=False, linear=Residual(normaliser=True)),
+    small("non-causal total of two parts", (1, 1, 1040), (1, 1, 15), causal=False, group_size=1,
           select=select(block_size=64, tile=64, sinks=0, local=0)),
-    small("non-causal prefixes", (1, 16, 130), causal=False, group_size=16, select=select(local=2)),
-    small("non-causal nothing left", (1, 2, 70), causal=False, select=select(budget=9)),
+    small("non-causal prefixes", (1, 16, 85), causal=False, group_size=16, select=select(local=2)),
+    small("non-causal nothing left", (1, 2, 70), causal=False, select=select(budget=9),
+          instead=("non-causal total of two parts",)),
     small("tile 16", (1, 2, 150), select=select(budget=2, tile=16), fp16=True),
     small("tile 16 block 32", (1, 2, 150), select=select(tile=16, block_size=32)),
-    small("tile 32", (2, 2, 150), select=select(budget=2, tile=32)),
+    small("tile 32", (2, 2, 150), select=select(budget=2, tile=32), instead=("tile 64 block 16", "windows tile 32")),
     small("tile 32 non-causal", (1, 2, 150), causal=False, select=select(budget=2, tile=32)),
     small("tile 64 non-causal, a cut block chosen", (1, 1, 200), (1, 1, 192), group_size=1, causal=False,
           select=select(budget=6, tile=64, sinks=0, local=0), fp16=True),
     small("tile 64 block 16", (1, 1, 200), group_size=1, select=select(tile=64)),
     small("tile 64 block 64", (1, 1, 330), group_size=1, select=select(tile=64, block_size=64)),
     small("tile 128 block 32", (1, 1, 300), group_size=1, select=select(tile=128, block_size=32, local=0)),
-    small("block 32 cells", (1, 2, 110), select=select(block_size=32, sinks=0, statistics=CELLS)),
-    small("block 64 windows tile 16", (1, 2, 330), select=select(block_size=64, tile=16, statistics=windows())),
+    small("block 32 cells", (1, 2, 110), select=select(block_size=32, sinks=0, statistics=CELLS),
+          instead=("everything at once",)),
+    small("block 64 windows tile 16", (1, 2, 330), select=select(block_size=64, tile=16, statistics=windows()),
+          instead=("tile 16 block 32", "windows tile 32")),
     small("windows tile 32", (1, 2, 250), select=select(block_size=32, tile=32, statistics=windows())),
-    small("block 32 windows non-causal", (1, 2, 110), causal=False,
+    small("block 32 windows non-causal", (1, 1, 110), causal=False, group_size=1,
           select=select(block_size=32, statistics=windows())),
-    small("block 128 cells", (1, 1, 400), group_size=1,
+    small("block 128 cells", (1, 1, 270), group_size=1,
           select=select(block_size=128, sinks=0, local=0, statistics=CELLS, tile=64)),
-    small("order 1", (1, 2, 110), select=select(metric=lib.taylor(order=1))),
-    small("cumulant", (1, 2, 110), select=select(metric=lib.cumulant(covariance="diag", clamp=3.0))),
+    small("order 1", (1, 2, 110), select=select(metric=lib.taylor(order=1)), instead=("sparse order 1",)),
+    small("cumulant", (1, 2, 110), select=select(metric=lib.cumulant(covariance="diag", clamp=3.0)),
+          instead=("everything at once",)),
     small("rank 2", (1, 2, 110), fp16=True, linear=None, select=select(metric=lib.taylor(covariance="rank2"))),
     small("rank 4 tile 16 non-causal", (1, 2, 110), causal=False, linear=None,
           select=select(tile=16, metric=lib.taylor(covariance="rank4"))),
     small("rank 8 cells head 24", (1, 2, 110), head_dim=24, value_dim=16, linear=None,
           select=select(block_size=32, sinks=0, statistics=CELLS, metric=lib.cumulant(covariance="rank8"))),
-    small("many sinks and local", (1, 2, 135), select=select(sinks=3, local=4)),
+    small("many sinks and local", (1, 2, 135), select=select(sinks=3, local=4), instead=("user map",)),
     small("budget 17", (1, 1, 330), group_size=1, select=select(budget=17, sinks=0, local=0, tile=16)),
     # sizes
-    small("group 1", (2, 1, 81), group_size=1),
-    small("group 3", (1, 3, 90), group_size=3),
-    small("group 5", (1, 5, 90), group_size=5),
+    small("group 1", (2, 1, 81), group_size=1, instead=("dense below: sparse",)),
+    small("group 3", (1, 3, 90), group_size=3, instead=("everything at once",)),
+    small("group 5", (1, 5, 90), group_size=5, instead=("everything at once", "group 7 tile 16")),
     small("group 7 tile 16", (1, 7, 90), group_size=7, select=select(tile=16)),
-    small("group 16", (1, 16, 70), group_size=16),
-    small("group 64", (1, 64, 60), group_size=64, select=select(sinks=0, local=0)),
+    small("group 16", (1, 16, 70), group_size=16, instead=("non-causal prefixes", "group 64")),
+    small("group 64", (1, 64, 33), group_size=64, select=select(sinks=0, local=0)),
     small("head 80 value 48", (1, 1, 90), group_size=1, head_dim=80, value_dim=48, select=select(tile=16)),
-    small("sums apart", (1, 2, 110), (1, 2, 5), head_dim=80, value_dim=48, select=select(tile=16)),
+    small("sums apart", (1, 2, 110), (1, 2, 5), head_dim=80, value_dim=48, select=select(tile=16),
+          instead=("head 80 value 48", "sums apart add")),
     small("sums apart non-causal", (1, 2, 110), head_dim=80, causal=False, select=select(tile=16), combine="gate",
           linear=Residual(temperature=True, normaliser=True)),
-    small("sums apart add", (1, 2, 110), head_dim=80, combine="add", select=select(tile=16),
+    small("sums apart add", (1, 2, 110), (1, 2, 5), head_dim=80, combine="add", select=select(tile=16),
           linear=Residual(lib.elu1), fp16=True),
     small("head 40 value 16", (1, 2, 90), head_dim=40, value_dim=16, select=select(tile=16)),
-    small("head 16 value 96", (1, 1, 90), group_size=1, value_dim=96, select=select(tile=16)),
+    small("head 16 value 96", (2, 1, 90), group_size=1, value_dim=96, select=select(tile=16)),
     # queries and keys of one branch alone
-    small("own rows of the residual, temperature, dense below", (1, 2, 90), (1, 2, 60), dense_below=64,
+    small("own rows of the residual, temperature, dense below", (1, 2, 70), (1, 2, 31), dense_below=32,
           linear=Residual(own_rows=True, temperature=True, normaliser=True), combine="add"),
     small("own rows of both, head 24, tile 16", (1, 2, 150), head_dim=24, select=select(own_rows=True, tile=16),
           linear=Residual(own_rows=True)),
     # short sequences
-    small("dense below: dense", (1, 2, 90), dense_below=128),
-    small("dense below: sparse", (1, 1, 90), (1, 1, 63), dense_below=64, group_size=1),
-    small("dense below non-causal", (1, 1, 63), (1, 1, 90), dense_below=64, causal=False, group_size=1),
+    small("dense below: dense", (1, 2, 90), dense_below=128, instead=("dense below: sparse",)),
+    small("dense below: sparse", (1, 1, 70), (1, 1, 31), dense_below=32, group_size=1),
+    small("dense below non-causal", (1, 1, 31), (1, 1, 70), dense_below=32, causal=False, group_size=1),
 )  # fmt: skip
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

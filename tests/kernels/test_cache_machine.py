@@ -26,10 +26,8 @@ SPECS = {
 }
 
 
-def histories(
-    spec: SPLASpec, folder: Path, device: torch.device, *, examples: int, rules: int, always: bool = False, **sizes: Any
-) -> None:
-    """Run the machine on a cache of a spec; `always` with the same histories."""
+def machine(spec: SPLASpec, folder: Path, device: torch.device, **sizes: Any) -> type[CacheMachine]:
+    """The machine on a cache of a spec."""
     block = spec.select.block_size if spec.select else 16
     library = generate_decoding(spec, folder)
     if device.type == "cpu":  # programs are slow in the interpreter
@@ -37,14 +35,44 @@ def histories(
             for schedules in by_dtype.values():
                 schedules["splitting"] = {"score": 4, "attend": 4, "chunk": 512}
     given = {"library": library, "device": device, "page_size": block} | sizes
-    machine = type("Machine", (CacheMachine,), given)
+    return type("Machine", (CacheMachine,), given)
+
+
+def histories(spec: SPLASpec, folder: Path, device: torch.device, *, examples: int, rules: int, **sizes: Any) -> None:
+    """Random ones."""
     run_state_machine_as_test(
-        machine, settings=settings(max_examples=examples, stateful_step_count=rules, derandomize=always)
+        machine(spec, folder, device, **sizes), settings=settings(max_examples=examples, stateful_step_count=rules)
     )  # type: ignore[no-untyped-call]
 
 
-def test_a_few_histories(tmp_path: Path, device: torch.device) -> None:
-    histories(SMALL, tmp_path, device, examples=4, rules=8, always=True, tokens=(1, 2, 8), runs=(1, 1))
+def test_a_history_of_every_rule(tmp_path: Path, device: torch.device) -> None:
+    made = machine(SMALL, tmp_path, device, pages=14, tokens=(1, 2, 8), runs=(1, 1))()
+
+    def then(rule: str, *given: Any) -> Any:
+        found = getattr(made, rule)(*given)
+        made.lengths_are_those_of_the_sequences()
+        made.every_page_is_free_or_held()
+        return found
+
+    made.begin()
+    then("fork", 0)
+    assert sorted(made.live) == [0, 1]
+    then("step_and_accept", 1, [1, 0])
+    then("reset", 0)
+    assert [made.live[slot].length for slot in (0, 1)] == [41, 40], "pages that are shared are not reset"
+    saved = then("save")
+    then("free", 0)
+    then("step", 2, 0)
+    then("reset", 0)
+    then("allocate", 2)
+    then("step", 2, 0)
+    then("accept", [-1, 9])
+    assert [made.live[slot].length for slot in (0, 1)] == [0, 8]
+    then("reserve", 3, 0)
+    then("step", 1, 0)
+    then("restore", saved)
+    then("step", 0, 0)
+    assert [made.live[slot].length for slot in (0, 1)] == [42, 41]
 
 
 @pytest.mark.slow

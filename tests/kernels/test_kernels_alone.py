@@ -42,7 +42,7 @@ DENSE = SPLASpec(head_dim=24, group_size=2, select=None, linear=None, score=lib.
 BOTH = Residual(temperature=True, normaliser=True)
 
 SPECS: dict[str, tuple[SPLASpec, Shape]] = {
-    "dense": (DENSE, (2, 2, 150)),
+    "dense": (DENSE, (1, 2, 150)),
     "token": (
         SPLASpec(head_dim=16, group_size=3, select=TOKEN, linear=Residual(temperature=True)),
         (1, 3, 85),
@@ -59,7 +59,7 @@ SPECS: dict[str, tuple[SPLASpec, Shape]] = {
         SPLASpec(head_dim=24, group_size=2, select=replace(TILE, metric=lib.taylor(covariance="rank3")), linear=None),
         (1, 2, 110),
     ),
-    "sums apart": (SPLASpec(head_dim=80, group_size=2, select=replace(TILE, tile=16), combine="add"), (1, 2, 150)),
+    "sums apart": (SPLASpec(head_dim=80, group_size=2, select=replace(TILE, tile=16), combine="add"), (1, 2, 110)),
 }
 REAL = {
     "token": (REAL_SPECS["token"], (2, 8, 1000)),

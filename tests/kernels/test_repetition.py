@@ -67,7 +67,7 @@ def op(request: pytest.FixtureRequest, tmp_path: Path) -> Op:
 
 def given(op: Op, seed: int, length: int = 40) -> dict[str, Tensor]:
     truth = oracle(op.module.SPEC)
-    return random_inputs(truth, (1, 2 * truth.partition.group_size, length), torch.float32, "cpu", seed)
+    return random_inputs(truth, (1, truth.partition.group_size, length), torch.float32, "cpu", seed)
 
 
 def equal(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> bool:
@@ -110,7 +110,7 @@ def test_what_a_call_reads_decides_whether_it_is_repeated(tmp_path: Path, monkey
 
     assert asks()
     assert not asks()
-    wide = torch.zeros(1, 20, 2, 20)
+    wide = torch.zeros(1, 20, 1, 20)
     assert asks(k=wide[..., :16].copy_(first["k"])), "strides"
     assert not asks(k=wide[..., :16])
     assert asks(k=wide.view(-1)[1:].as_strided(first["k"].shape, first["k"].stride()).copy_(first["k"])), "alignment"
@@ -146,7 +146,7 @@ RECURRENCES = {
 def test_calls_of_a_recurrence_are_repeated(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = RECURRENCES[name]
     module, truth = pipeline.generate(spec, tmp_path).module, oracle(to_toml(spec))
-    heads = 2 * spec.group_size
+    heads = spec.group_size
     tokens = [sequence_verification.random_inputs(truth, [1, 1], heads, torch.float32, "cpu", seed) for seed in (0, 1)]
     long = [sequence_verification.random_inputs(truth, [20, 9], heads, torch.float32, "cpu", seed) for seed in (0, 1)]
     schedules = module.schedules_for(long[0]["v"])

@@ -38,6 +38,8 @@ RECURRENCES = {
     "delta": SSESpec(head_dim=16, value_dim=40, backbone="delta", router=Router(2), shared=False),
 }
 
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3))]
+
 
 def drawn(spec: Spec, part: Partition | SequencePartition, seed: int) -> dict[str, dict[str, int]]:
     """A Schedule of its space for every kernel, with the values that they must agree on."""
@@ -56,7 +58,7 @@ def drawn(spec: Spec, part: Partition | SequencePartition, seed: int) -> dict[st
     return found
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention(name: str, seed: int, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = ATTENTION[name]
@@ -68,7 +70,7 @@ def test_attention(name: str, seed: int, device: torch.device, tmp_path: Path, m
     verification.Report(spec.name, tuple(rows)).raise_if_wrong()
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", RECURRENCES)
 def test_recurrences(
     name: str, seed: int, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
