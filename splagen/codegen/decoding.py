@@ -221,7 +221,8 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
             # tiles of 64 keys are what a group of 4 warps multiplies; two programs fit a multiprocessor
             block_n = min(geometry.block, 16 if wide else 64 if widest <= 128 else 32)
             stages = 3 if widest <= 128 and not wide and arch != "gfx942" else 2
-            block_d = min(int(str(kernel.holes["left_size"])), 16 if wide or widest > 128 else 32)
+            short = wide or widest > 128 or arch == "gfx942"
+            block_d = min(int(str(kernel.holes["left_size"])), 16 if short else 32)
             rows = {"BLOCK_D": block_d} if kernel.holes["states"] else {}
             return {"BLOCK_N": block_n, **rows, "num_warps": 4, "num_stages": stages}
         case "decode_merge":

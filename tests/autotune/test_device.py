@@ -1,5 +1,6 @@
 """Known GPUs, and what an unknown one is taken for."""
 
+import functools
 import warnings
 from types import SimpleNamespace
 
@@ -70,7 +71,7 @@ def test_generated_modules_choose_the_same_architecture(
 
     text = render("device_choice", {"sizes_from": "q"}).partition("INTERPRETED")[0]
     schedules = {arch: {"bf16": arch} for arch in TARGETS}
-    scope = {"torch": torch, "SCHEDULES": schedules, "bucket": lambda _: (1, 1)}
+    scope = {"functools": functools, "torch": torch, "SCHEDULES": schedules, "bucket": lambda _: (1, 1)}
     exec(text, scope)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (major, 0))
     monkeypatch.setattr(torch.version, "hip", hip)

@@ -54,7 +54,7 @@ def test_kernels_of_a_decoding_step_compile_for_every_target(tmp_path: Path) -> 
     raise_if_failed(found)
     assert len(found) == 4 * len(TARGETS)
     spilled = {r.kernel: r.spilled for r in found if r.arch == "sm_90" and r.spilled}
-    few = {"attend": 64, "score": 32}  # outside of its loop; where a cell completes
+    few = {"attend": 96, "score": 32}  # two numbers a visit, the others outside of loops; where a cell completes
     assert all(n < few.get(kernel, 0) for kernel, n in spilled.items()), spilled
     assert {r.kernel for r in found if r.register_a} == {"attend"}
 
