@@ -13,6 +13,7 @@ from splagen.ir.frontend_sse import SUFFIX
 from splagen.sse_spec import SSESpec
 
 WHOLE = ("dreads", "dwrites")  # kernels that carry all columns of a state
+LITTLE_SHARED = 96 << 10  # bytes of shared memory that columns of 128 do not fit
 LONGEST_CHUNK = 128  # rows whose decays are factored, and a divisor of the length of every group
 
 
@@ -21,6 +22,8 @@ def default_schedule(kernel: Kernel, spec: SSESpec, arch: str, dtype: str) -> di
     schedule = _schedule(kernel, spec, dtype)
     if kernel.name.startswith(WHOLE):
         _fit(schedule, kernel, DTYPES[dtype], TARGETS[arch].shared_bytes)
+    elif kernel.template == "chunk_loop" and TARGETS[arch].shared_bytes < LITTLE_SHARED:
+        schedule["BLOCK_E"] = min(schedule["BLOCK_E"], 64)
     if not arch.startswith("sm_"):
         schedule.pop("maxnreg", None)  # left alone, ptxas gives some loops 32 registers and spills the rest
     check_schedule(kernel, spec, schedule)

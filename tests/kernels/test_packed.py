@@ -168,6 +168,7 @@ def test_a_sequence_gets_the_bits_that_it_gets_alone(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", [c for c in SMALL if "own rows" not in c.name], ids=str)
 def test_every_spec_and_strategy_packs(case, device: torch.device, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     block = case.spec.select.block_size if case.spec.select else 64
