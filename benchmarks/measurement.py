@@ -16,7 +16,7 @@ from benchmarks.breakdown import KernelRun, breakdown
 from benchmarks.findings import OURS, crossovers, odd_groups, times_dense
 from benchmarks.floors import Floor, Stage, floors, kernel_flops
 from benchmarks.given import Selection, chosen_by_metric, overlap, random_selection
-from benchmarks.op import BUILD, DEFAULT, BlockSparse, Op, Strategies, op_of
+from benchmarks.op import BUILD, DEFAULT, BlockSparse, Op, Strategies, every_strategy, op_of
 from benchmarks.peers import PEERS, SAME_FOR_ALL_KV_HEADS, Task, measure, text_of
 from benchmarks.timing import host_us, launch_us, launches_us, peak_bytes, repeats_for, time_ms
 from benchmarks.works import Case, Pass, Timed, Work
@@ -49,9 +49,7 @@ def strategies_of(op: Op, options: Options) -> list[tuple[str, Strategies]]:
     """The module's own choice, without a name, and every strategy where they are asked for."""
     found: list[tuple[str, Strategies]] = [("", DEFAULT)]
     if options.strategies and isinstance(op, BlockSparse):
-        most = max((len(c.options) for c in op.part.strategies), default=0)
-        for i, name in enumerate(STRATEGIES[:most]):
-            found.append((name, {c.name: {"strategy": min(i, len(c.options) - 1)} for c in op.part.strategies}))
+        found += zip(STRATEGIES, every_strategy(op.part), strict=False)
     return found
 
 

@@ -27,6 +27,12 @@ DEFAULT: Strategies = {}
 """What a module chooses by itself."""
 
 
+def every_strategy(part: Partition) -> list[Strategies]:
+    """By row, by key and so on, as a Choice numbers its options; one with fewer takes its last.  Empty without any."""
+    most = max((len(c.options) for c in part.strategies), default=0)
+    return [{c.name: {"strategy": min(i, len(c.options) - 1)} for c in part.strategies} for i in range(most)]
+
+
 @dataclass
 class BlockSparse:
     """An op of an SPLASpec, whole or a stage of it.

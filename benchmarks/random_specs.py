@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import reduce
@@ -31,6 +31,7 @@ import hypothesis
 import torch
 from hypothesis import strategies as st
 
+from benchmarks.op import DEFAULT, Strategies, every_strategy
 from splagen.codegen.geometry import Geometry
 from splagen.codegen.partition import Partition
 from splagen.errors import SplagenError
@@ -118,16 +119,12 @@ def wide(module: ModuleType, part: Partition) -> dict[str, dict[str, int]]:
     return {k.name: {**default[k.name], **tiles[k.template]} for k in part.kernels if k.template in tiles}
 
 
-def ways(module: ModuleType, part: Partition, device: str) -> Iterator[tuple[torch.dtype, dict[str, dict[str, int]]]]:
+def ways(module: ModuleType, part: Partition, device: str) -> list[tuple[torch.dtype, Strategies]]:
     """Dtypes and Schedules to compare a spec with: one way in the interpreter, every strategy on a GPU."""
     if device == "cpu":
-        yield torch.float32, wide(module, part)
-        return
-    for number in range(max((len(c.options) for c in part.strategies), default=1)):
-        chosen = {c.name: {"strategy": min(number, len(c.options) - 1)} for c in part.strategies}
-        yield torch.bfloat16, chosen
-        if number == 0:
-            yield torch.float32, chosen
+        return [(torch.float32, wide(module, part))]
+    strategies = every_strategy(part) or [DEFAULT]
+    return [(torch.float32, strategies[0]), *((torch.bfloat16, s) for s in strategies)]
 
 
 def attempt(

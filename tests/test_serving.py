@@ -11,6 +11,7 @@ from examples.serving import Request, Server, requests_of
 from splagen import settings
 from splagen.errors import InputError
 from splagen.pipeline import generate, generate_decoding
+from tests.kernels.decoding import every_schedule
 
 SPARSE = replace(TINY, layers=1, q_heads=1, attention="spla", block_size=16, budget=1)
 
@@ -33,9 +34,8 @@ def test_served_bytes_are_those_of_prefill(fast_sort: None, monkeypatch: pytest.
     model = build(SPARSE, 0, torch.device("cpu"))
     requests = [Request(bytes(range(60, 60 + n)), count) for n, count in ((66, 3), (1, 3), (17, 2))]
     decode = generate_decoding(attention_spec(SPARSE), settings.cache_dir() / "kernels")
-    for by_dtype in decode.module.SCHEDULES.values():
-        for schedules in by_dtype.values():
-            schedules["splitting"] = {"score": 2, "attend": 2, "chunk": 512}  # programs are slow in the interpreter
+    for schedules in every_schedule(decode):
+        schedules["splitting"] = {"score": 2, "attend": 2, "chunk": 512}  # programs are slow in the interpreter
     server = Server(model, slots=2, longest=69, pages=7)
     answers = server.serve(requests)
     assert server.most_at_once == 2

@@ -220,11 +220,10 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
         case "decode_attend":
             # tiles of 64 keys are what a group of 4 warps multiplies; two programs fit a multiprocessor
             block_n = min(geometry.block, 16 if wide else 64 if widest <= 128 else 32)
-            stages = 3 if widest <= 128 and not wide and arch != "gfx942" else 2
-            short = wide or widest > 128 or arch == "gfx942"
-            block_d = min(int(str(kernel.holes["left_size"])), 16 if short else 32)
-            rows = {"BLOCK_D": block_d} if kernel.holes["states"] else {}
-            return {"BLOCK_N": block_n, **rows, "num_warps": 4, "num_stages": stages}
+            much = widest <= 128 and not wide and arch != "gfx942"  # of registers and shared memory for what is read
+            left_size = int(str(kernel.holes["left_size"]))
+            rows = {"BLOCK_D": min(left_size, 32 if much else 16)} if left_size else {}
+            return {"BLOCK_N": block_n, **rows, "num_warps": 4, "num_stages": 3 if much else 2}
         case "decode_merge":
             return {"BLOCK_S": 64, "num_warps": 4, "num_stages": 1}
     raise PartitionError(f"{kernel.name} has no Schedule", hint=f"give the template {kernel.template} one")

@@ -12,7 +12,7 @@ from splagen import library as lib
 from splagen.ir.frontend_spla import spla_program
 from splagen.ir.reference import evaluate
 from splagen.paged_cache import SPLACache
-from splagen.pipeline import generate_decoding
+from splagen.pipeline import DecodingLibrary, generate_decoding
 from splagen.spec import Residual, Select, SPLASpec, windows
 from splagen.verification import TOLERANCE, relative_error
 from tests.ir.blocked import blocked, plain_rows
@@ -67,6 +67,11 @@ def cache_of(spec: SPLASpec, folder: Path, device: torch.device, **sizes: object
     block = spec.select.block_size if spec.select else 64
     given = {"sequences": 2, "kv_heads": 2, "tokens": 112, "page_size": max(32, block), "dtype": torch.float32} | sizes
     return SPLACache(generate_decoding(spec, folder), device=device, **given)  # type: ignore[arg-type]
+
+
+def every_schedule(library: DecodingLibrary) -> list[dict[str, dict[str, int]]]:
+    """Schedules of a step's kernels, for each architecture and dtype: a test may replace some."""
+    return [schedules for by_dtype in library.module.SCHEDULES.values() for schedules in by_dtype.values()]
 
 
 def inputs(
@@ -147,11 +152,16 @@ def relative(got: Tensor, want: Tensor) -> float:
     return relative_error(got, want)
 
 
+def without_output(cache: SPLACache, patch: pytest.MonkeyPatch) -> None:
+    """From here on steps launch their first kernel alone: the others write nothing that stays but the lengths."""
+    for kernel in cache.part.kernels[1:]:
+        patch.setattr(cache.library.module, f"launch_{kernel.name}", lambda *_: None)
+
+
 def take(cache: SPLACache, given: Sequence[Tensor]) -> None:
-    """A step of one token without its output: only the first kernel writes what stays, but for the lengths."""
+    """A step of one token without its output."""
     with pytest.MonkeyPatch.context() as patch:
-        for kernel in cache.part.kernels[1:]:
-            patch.setattr(cache.library.module, f"launch_{kernel.name}", lambda *_: None)
+        without_output(cache, patch)
         cache.step(*given)
     cache.settled.copy_(torch.where(cache.seqlens < 0, cache.settled, cache.seqlens))
     cache.seqlens += cache.seqlens >= 0

@@ -13,6 +13,7 @@ from splagen.library import taylor
 from splagen.pipeline import generate_decoding
 from splagen.spec import Select, SPLASpec, windows
 from tests.kernels.cache_machine import CacheMachine
+from tests.kernels.decoding import every_schedule
 
 pytestmark = pytest.mark.usefixtures("fast_sort")
 
@@ -31,9 +32,8 @@ def machine(spec: SPLASpec, folder: Path, device: torch.device, **sizes: Any) ->
     block = spec.select.block_size if spec.select else 16
     library = generate_decoding(spec, folder)
     if device.type == "cpu":  # programs are slow in the interpreter
-        for by_dtype in library.module.SCHEDULES.values():
-            for schedules in by_dtype.values():
-                schedules["splitting"] = {"score": 4, "attend": 4, "chunk": 512}
+        for schedules in every_schedule(library):
+            schedules["splitting"] = {"score": 4, "attend": 4, "chunk": 512}
     given = {"library": library, "device": device, "page_size": block} | sizes
     return type("Machine", (CacheMachine,), given)
 

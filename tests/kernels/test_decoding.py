@@ -22,6 +22,7 @@ from tests.kernels.decoding import (
     cache_of,
     chosen_blocks,
     errors,
+    every_schedule,
     inputs,
     last_row,
     relative,
@@ -64,19 +65,17 @@ def test_a_step_in_float16(tmp_path: Path, device: torch.device) -> None:
 def split(cache_spec: SPLASpec, folder: Path, device: torch.device, **sizes: object) -> SPLACache:
     """A cache whose steps have several splits and chunks."""
     library = generate_decoding(cache_spec, folder)
-    for by_dtype in library.module.SCHEDULES.values():
-        for schedules in by_dtype.values():
-            schedules["splitting"] = {"score": 3 * 4, "attend": 5 * 4, "chunk": 4}
+    for schedules in every_schedule(library):
+        schedules["splitting"] = {"score": 3 * 4, "attend": 5 * 4, "chunk": 4}
     return cache_of(cache_spec, folder, device, **sizes)
 
 
 def cut(spec: SPLASpec, folder: Path, device: torch.device, splits: int, **sizes: object) -> SPLACache:
     """A cache of one sequence and KV head whose steps attend in so many splits, and read up to 32 rows of states."""
     library = generate_decoding(spec, folder)
-    for by_dtype in library.module.SCHEDULES.values():
-        for schedules in by_dtype.values():
-            schedules["splitting"]["attend"] = splits
-            schedules["attend"]["BLOCK_D"] = 32
+    for schedules in every_schedule(library):
+        schedules["splitting"]["attend"] = splits
+        schedules["attend"]["BLOCK_D"] = 32
     return cache_of(spec, folder, device, sequences=1, kv_heads=1, **sizes)
 
 

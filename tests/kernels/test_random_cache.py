@@ -9,7 +9,7 @@ import torch
 from splagen import random_cache
 from splagen.paged_cache import SPLACache
 from splagen.pipeline import generate_decoding
-from tests.kernels.decoding import SPECS, inputs, some
+from tests.kernels.decoding import SPECS, inputs, some, without_output
 
 MORE = ("default", "rank 3, cells, head 24", "normaliser", "head 24 value 40 group 3", "own rows", "no residual")
 ROUNDING = {"input": 2e-6, "e4m3": 0.13}  # the last of 4 digits, where a sum in another order rounds otherwise
@@ -43,9 +43,7 @@ def test_it_is_what_steps_over_the_same_tokens_leave(
     cache.allocate(length), cache.allocate(128)  # the third has no pages
     rows = inputs(SPECS[name], 2, length, kv_heads, torch.float32, device)
     rows |= {n: torch.cat([x, x[:1]]) for n, x in rows.items() if x.shape[:2] == (2, length)}
-    for k in cache.part.kernels:
-        if k is not cache.part.kernels[0]:  # the others write nothing that stays but the lengths
-            monkeypatch.setattr(library.module, f"launch_{k.name}", lambda *_: None)
+    without_output(cache, monkeypatch)
     for t in range(0, length, 8):
         cache.step(*(given := some(rows, [t] * 3, 8)))
         cache.settled[:2], cache.seqlens[:2] = t, t + 8
