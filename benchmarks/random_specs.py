@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import hypothesis
 import torch
@@ -119,12 +120,21 @@ def wide(module: ModuleType, part: Partition) -> dict[str, dict[str, int]]:
     return {k.name: {**default[k.name], **tiles[k.template]} for k in part.kernels if k.template in tiles}
 
 
-def ways(module: ModuleType, part: Partition, device: str) -> list[tuple[torch.dtype, Strategies]]:
-    """Dtypes and Schedules to compare a spec with: one way in the interpreter, every strategy on a GPU."""
+def ways(
+    module: ModuleType, part: Partition, device: str, length: int
+) -> list[tuple[int, torch.dtype, Strategies | None]]:
+    """Lengths, dtypes and Schedules to compare a spec with: one way in the interpreter, every strategy on a GPU.
+
+    Sequences of few blocks have kernels of their own (None), and strategies longer ones on a GPU.
+    """
+    few = part.direct and -(-length // Geometry.of(part.program).block) <= part.direct.blocks
     if device == "cpu":
-        return [(torch.float32, wide(module, part))]
+        return [(length, torch.float32, x) for x in ([wide(module, part), None] if few else [wide(module, part)])]
     strategies = every_strategy(part) or [DEFAULT]
-    return [(torch.float32, strategies[0]), *((torch.bfloat16, s) for s in strategies)]
+    most = part.direct.blocks * Geometry.of(part.program).block if few and part.direct else 0
+    own = [(length, dtype, None) for dtype in (torch.float32, torch.bfloat16)] if few else []
+    longer = most + length
+    return [*own, (longer, torch.float32, strategies[0]), *((longer, torch.bfloat16, s) for s in strategies)]
 
 
 def attempt(
@@ -152,13 +162,11 @@ def attempt(
         seconds.append(time.perf_counter())
         one_tile_per_query = spec.select is not None and spec.select.granularity == "token"
         heads = spec.group_size * (1 if one_tile_per_query or spec.group_size > 2 else 2)
-        shape = (1, heads, length(spec, sixteenths))
         truth = oracle(to_toml(spec))
         compared: list[verification.Row] = []
-        for dtype, schedules in ways(library.module, kernels, device):
-            compared += verification.verify(
-                library.module, truth, shapes=[shape], dtypes=[dtype], device=device, seed=seed, schedules=schedules
-            ).rows
+        for positions, dtype, schedules in ways(library.module, kernels, device, length(spec, sixteenths)):
+            where: dict[str, Any] = {"shapes": [(1, heads, positions)], "dtypes": [dtype], "device": device}
+            compared += verification.verify(library.module, truth, **where, seed=seed, schedules=schedules).rows
         seconds.append(time.perf_counter())
     except SplagenError as error:
         named = any(axis in str(error) for axis in AXES)

@@ -10,14 +10,14 @@ from typing import Any, Generic, TypeAlias, TypeVar
 from splagen import sequence_verification, verification
 from splagen.codegen.dense import dense_attention
 from splagen.codegen.module import module_text
-from splagen.codegen.partition import Partition, partition
+from splagen.codegen.partition import Partition, direct_partition, partition
 from splagen.codegen.sequence_module import sequence_module_text
 from splagen.codegen.sequence_partition import SequencePartition, lowerings, sequence_partition
 from splagen.ir.assumptions import below
 from splagen.ir.frontend_spla import LENGTH, spla_program
 from splagen.ir.frontend_sse import sse_program
 from splagen.ir.gradient import derive_gradient
-from splagen.ir.passes import LOWERING, Pass, run
+from splagen.ir.passes import DIRECT, LOWERING, Pass, run
 from splagen.ir.program import Program
 from splagen.ops import Oracle
 from splagen.sequence import SSEOracle
@@ -68,6 +68,8 @@ def _lowerings(spec: SPLASpec) -> Lowerings:
     """The definition and, where the spec has another in short sequences, what becomes of it there."""
     whole = spla_program(spec)
     found: dict[str, tuple[Program, tuple[Pass, ...]]] = {"": (whole, (derive_gradient, *LOWERING))}
+    if spec.select and spec.linear:
+        found["direct"] = whole, (derive_gradient, *DIRECT)
     if spec.dense_below:
         found["short"] = whole, below(LENGTH, spec.dense_below)
     return found
@@ -77,6 +79,8 @@ def _lowerings(spec: SPLASpec) -> Lowerings:
 def _partition(spec: SPLASpec) -> Partition:
     ready = {name: run(program, passes) for name, (program, passes) in _lowerings(spec).items()}
     found = partition(ready[""])
+    if "direct" in ready:
+        found.direct = direct_partition(ready["direct"], found)
     if "short" in ready:
         found.dense = dense_attention(ready["short"], spec.dense_below)
     return found

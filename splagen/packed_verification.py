@@ -17,6 +17,7 @@ from splagen.verification import (
     Report,
     Row,
     Shape,
+    functions_of,
     loss_scale,
     random_inputs,
     relative_error,
@@ -39,7 +40,7 @@ def verify(
     """Compare outputs, gradients and selections of sequences of these lengths, packed, with the oracle.
 
     As `verification.verify`: in float64, from the same rounded inputs, with the blocks that the kernels chose.
-    `schedules` replaces the Schedules of some kernels.
+    `schedules` replaces the Schedules of some kernels; without any, the kernels are those that the op takes.
     """
     truth = oracle(module.SPEC)
     rows: list[Row] = []
@@ -47,7 +48,7 @@ def verify(
         bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32) + MARGIN
         tokens = int(bounds[-1]) + MARGIN
         inputs = random_inputs(truth, (1, heads, tokens), dtype, device, seed)
-        rows += _compare(module, truth, inputs, bounds.to(device), max(1, *lengths), schedules or {})
+        rows += _compare(module, truth, inputs, bounds.to(device), max(1, *lengths), schedules)
     return Report(module.__name__, tuple(rows))
 
 
@@ -67,13 +68,13 @@ def _compare(
     inputs: Mapping[str, Tensor],
     bounds: Tensor,
     longest: int,
-    schedules: Mapping[str, Mapping[str, int]],
+    schedules: Mapping[str, Mapping[str, int]] | None,
 ) -> list[Row]:
     part = truth.partition
     arguments = [inputs[a.name] for a in part.inputs]
     q = arguments[0]
-    chosen = {**module.schedules_for(module.sizes_of(q, bounds, longest)), **schedules}
-    results = module.forward(chosen, *arguments, bounds, longest)
+    compute = functions_of(module, module.sizes_of(q, bounds, longest), schedules)
+    results = compute.forward(compute.schedules, *arguments, bounds, longest)
     results = results if isinstance(results, tuple) else (results,)
     found = dict(zip([a.name for a in (*part.outputs, *part.saved)], results, strict=True))
     sequences = list(PackedOracle(truth).parts(bounds, longest))
@@ -81,7 +82,7 @@ def _compare(
     factor = loss_scale(right.gradients, q.dtype)
     residuals = [found[a.name] for a in part.residuals]
     cotangents = [factor * inputs[a.name] for a in part.cotangents]
-    gradients = module.backward(chosen, *arguments, bounds, *residuals, *cotangents, longest)
+    gradients = compute.backward(compute.schedules, *arguments, bounds, *residuals, *cotangents, longest)
     shape: Shape = (bounds.shape[0] - 1, q.shape[2], q.shape[1])
     label, (limit, gradient_limit, margin) = str(q.dtype).removeprefix("torch."), TOLERANCE[q.dtype]
     rows = [Row(n, shape, label, relative_error(found[n], want), limit) for n, want in right.outputs.items()]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -82,7 +82,8 @@ def verify(
     """Compare the kernels of a generated module with the oracle at shapes (B, Hq, L).
 
     The oracle evaluates in float64 the same rounded inputs, with the blocks that the kernels chose; that choice is
-    compared on its own.  `schedules` replaces the Schedules of some kernels.
+    compared on its own.  `schedules` replaces the Schedules of some kernels; without any, what is compared are the
+    kernels that the op takes for the shape.
     """
     rows: list[Row] = []
     for dtype in dtypes:
@@ -139,13 +140,14 @@ def compare(
 ) -> list[Row]:
     """Run forward and backward kernels on the inputs and compare everything with the oracle.
 
-    Where the op takes torch's dense attention for the inputs, that is compared as well: `compare_dense`.
+    Where no `schedules` are given and the op takes the kernels for few blocks, it is those.  Where the op takes torch's
+    dense attention for the inputs, that is compared as well: `compare_dense`.
     """
     part = oracle.partition
     dtype = inputs[part.inputs[0].name].dtype
     arguments = [inputs[a.name] for a in part.inputs]
-    chosen = {**module.schedules_for(arguments[0]), **(schedules or {})}
-    results = module.forward(chosen, *arguments)
+    compute = functions_of(module, arguments[0], schedules)
+    results = compute.forward(compute.schedules, *arguments)
     results = results if isinstance(results, tuple) else (results,)
     outputs = dict(zip([a.name for a in (*part.outputs, *part.saved)], results, strict=True))
     label = str(dtype).removeprefix("torch.")
@@ -161,13 +163,31 @@ def compare(
     residuals = [outputs[a.name] for a in part.residuals]
 
     def backward(cotangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        found: Sequence[Tensor] = module.backward(chosen, *arguments, *residuals, *cotangents)
+        found: Sequence[Tensor] = compute.backward(compute.schedules, *arguments, *residuals, *cotangents)
         return found
 
     rows += _gradient_rows(oracle, inputs, shape, indices, backward)
     if part.dense and module.takes_dense(arguments[0]):
         rows += compare_dense(module, oracle, inputs, shape)
     return rows
+
+
+@dataclass(frozen=True)
+class Functions:
+    """What launches forward and backward of a module, and the Schedules for it."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    schedules: Mapping[str, Mapping[str, int]]
+
+
+def functions_of(
+    module: ModuleType, sizes: object, schedules: Mapping[str, Mapping[str, int]] | None = None
+) -> Functions:
+    """What the op takes for q, or the sizes of packed rows; with `schedules` in the place of some, always the same."""
+    if schedules is None and hasattr(module, "takes_direct") and module.takes_direct(sizes):
+        return Functions(module.direct_forward, module.direct_backward, module.own_schedules(sizes))
+    return Functions(module.forward, module.backward, {**module.schedules_for(sizes), **(schedules or {})})
 
 
 def compare_dense(module: ModuleType, oracle: Oracle, inputs: Mapping[str, Tensor], shape: Shape) -> list[Row]:

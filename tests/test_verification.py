@@ -37,24 +37,26 @@ def test_a_right_module_passes(module: Any) -> None:
     verify(module, oracle(to_toml(SPEC)), shapes=[SHAPE]).raise_if_wrong()
 
 
-def test_a_wrong_output_is_found(module: Any) -> None:
+@pytest.mark.parametrize(("name", "schedules"), [("forward", {}), ("direct_forward", None)])
+def test_a_wrong_output_is_found(name: str, schedules: dict[str, dict[str, int]] | None, module: Any) -> None:
     def forward(*args: Any) -> Any:
-        o, *saved = module.forward(*args)
+        o, *saved = getattr(module, name)(*args)
         return 1.0001 * o, *saved
 
-    report = verify(changed(module, forward=forward), oracle(to_toml(SPEC)), shapes=[SHAPE])
+    report = verify(changed(module, **{name: forward}), oracle(to_toml(SPEC)), shapes=[SHAPE], schedules=schedules)
     assert [r.quantity for r in report.rows if not r.ok] == ["o"]
     with pytest.raises(WrongResult, match=r"o at \(B, H, L\) = \(1, 2, 100\), float32: error 1\.00e-04 > 1e-05"):
         report.raise_if_wrong()
 
 
-def test_a_wrong_gradient_is_found(module: Any) -> None:
+@pytest.mark.parametrize(("name", "schedules"), [("backward", {}), ("direct_backward", None)])
+def test_a_wrong_gradient_is_found(name: str, schedules: dict[str, dict[str, int]] | None, module: Any) -> None:
     def backward(*args: Any) -> Any:
-        dq, dk, *rest = module.backward(*args)
+        dq, dk, *rest = getattr(module, name)(*args)
         dk[:, 7] = 0
         return dq, dk, *rest
 
-    report = verify(changed(module, backward=backward), oracle(to_toml(SPEC)), shapes=[SHAPE])
+    report = verify(changed(module, **{name: backward}), oracle(to_toml(SPEC)), shapes=[SHAPE], schedules=schedules)
     assert [r.quantity for r in report.rows if not r.ok] == ["dk"]
 
 

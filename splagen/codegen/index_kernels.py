@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from splagen.codegen.kernel import Array, Kernel
-from splagen.codegen.tile_code import INDICES, Walk
+from splagen.codegen.tile_code import CHOICES, COUNTS, INDICES, Walk
 from splagen.ir.program import Program
 
 SCHEDULE = {"WIDTH": 128, "num_warps": 8, "num_stages": 1}
@@ -92,6 +92,13 @@ def entries(walk: Walk, tiles: str = TILES, first: str = "0") -> Kernel:
         **_chunked(walk, tiles),
     }
     return _kernel("index_entries", (INDICES, RANKS, TALLY, OFFSETS), (ENTRIES,), holes, ("WIDTH",))
+
+
+def choices_kernel(budget: int) -> Kernel:
+    """The chosen blocks of each tile as the bits of a number, where the blocks of a sequence are no more than bits."""
+    holes = {"doc": "The chosen blocks of each tile as bits.", "places": 1 << (budget - 1).bit_length()}
+    grid = "(cdiv(nT, BLOCK_M), B * Hkv)"
+    return Kernel("choices", "choices", (), (INDICES, COUNTS), (CHOICES,), holes, grid, tunable=("BLOCK_M",))
 
 
 def _kernel(

@@ -12,11 +12,14 @@ from typing import TypeAlias
 
 import sympy as sp
 
-from splagen.codegen.geometry import Rows, features_of, is_query_row, is_tile_value
+from splagen.codegen.geometry import Rows, array_of, column_name, features_of, is_query_row, is_tile_value
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.region import slice_back
+from splagen.codegen.render import render
 from splagen.codegen.row_code import RowCode
 from splagen.codegen.tile_code import (
+    CHOICES,
+    CHOSEN_HERE,
     WORK,
     Group,
     Sum,
@@ -49,7 +52,7 @@ class KeyGradients:
 
 
 def key_groups(
-    walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var], rows: Sequence[Var] = ()
+    walk: Walk, available: Mapping[Var, Array], wanted: Sequence[Var], rows: Sequence[Var] = (), *, direct: bool = False
 ) -> list[Group]:
     """Sums of key rows, a kernel for each group; with what each chosen block adds to those that `rows` take.
 
@@ -60,7 +63,8 @@ def key_groups(
         sums_of_tiles(walk.program, slice_back(walk.program, asked, [*walk.program.inputs, *available]), to_keys=side)
         for asked, side in ((wanted, True), (rows, False))
     )
-    code = TileCode(walk, walk.chosen_facts if walk.chosen else walk.forced_facts, to_keys=True)
+    facts = walk.chosen_facts if walk.chosen else walk.forced_facts
+    code = TileCode.direct(walk, to_keys=True) if direct else TileCode(walk, facts, to_keys=True)
     return sorted(apart(code, to_keys, to_rows), key=lambda g: not _softmax(walk, g))
 
 
@@ -78,13 +82,28 @@ def key_kernels(
     suffix = "dqkv" if any(g.to_rows for g in groups) else "dkv"
     found = KeyGradients([], {}, {})
     for group in groups:
-        name = ("block_sparse_" if _softmax(walk, group) else "linear_") + suffix
-        name += f"_{len(found.kernels)}" if any(k.name == name for k in found.kernels) else ""
         made = _KeyKernel(walk, available, group)
-        found.kernels.append(made.kernel(name, wanted, finished))
+        found.kernels.append(made.kernel(_name(walk, group, suffix, found.kernels), wanted, finished))
         found.sums.update(made.sums)
         found.parts.update(made.parts)
     return found
+
+
+def direct_key_kernels(
+    walk: Walk, available: Mapping[Var, Array], groups: Sequence[Group], wanted: Sequence[Var]
+) -> KeyGradients:
+    """The same where what is left over is summed directly: each block is one segment, met by all that see it."""
+    found = KeyGradients([], {}, {})
+    for group in groups:
+        made = _DirectKeyKernel(walk, available, group)
+        found.kernels.append(made.kernel(_name(walk, group, "dkv_direct", found.kernels), wanted))
+        found.sums.update(made.sums)
+    return found
+
+
+def _name(walk: Walk, group: Group, suffix: str, before: Sequence[Kernel]) -> str:
+    name = ("block_sparse_" if _softmax(walk, group) else "linear_") + suffix
+    return name + (f"_{len(before)}" if any(k.name == name for k in before) else "")
 
 
 def _softmax(walk: Walk, group: Group) -> bool:
@@ -117,6 +136,8 @@ class _KeyKernel:
         # what a key beyond the sequence gets is its own, and may be made 0 behind the loop
         self.masked_behind = not group.to_rows
         self.key_rows = RowCode(self.program, self.geometry, "key", "BLOCK_N", available)
+        self.read: dict[Var, str] = {}  # masks that differ by row, and the lines that tell them
+        self.masks: list[str] = []
         self.arrays: dict[str, Array] = {"work": WORK}
         self.covers: dict[Equation, None] = {}
         self.sums: dict[Var, Array] = {}
@@ -126,7 +147,7 @@ class _KeyKernel:
 
     def kernel(self, name: str, wanted: Sequence[Var], finished: Outputs) -> Kernel:
         """The finished kernel."""
-        walk, program, geometry = self.walk, self.program, self.geometry
+        walk, geometry = self.walk, self.geometry
         setup, count, forced_tile = walk.forced("T", {"J": "j", "L": "L"}, "nT", "i")
         by_position = "queries that see the block by position"
         loops = self._loop(
@@ -141,55 +162,64 @@ class _KeyKernel:
         chosen = {"setup": "", "count": "0"}
         if walk.chosen:
             first = "tl.load(work_offsets_ptr + bh * (nJ + 1) + j)"
-            chosen["setup"] = (
-                f"chosen_first = {first}\nchosen = tl.load(work_offsets_ptr + bh * (nJ + 1) + j + 1) - chosen_first"
-            )
-            chosen["count"] = "chosen"
+            found = f"chosen_first = {first}\nchosen = tl.load(work_offsets_ptr + bh * (nJ + 1) + j + 1) - chosen_first"
+            chosen = {"setup": found, "count": "chosen"}
             title, first = "queries that chose the block", "tl.maximum(start, forced)"
             shift = " - forced"
             # kernels that also hand on what the rows get have no registers left for entries read ahead
             lines = entries(shift) if self.group.to_rows else entries_ahead(first, shift)
             loops += self._loop(title, walk.chosen_facts, *lines, first, "stop", self.group.to_rows)
-        key_side = Rows(geometry, "key", False)
-        for v in self.keys_used:
-            array = self.available[v]
-            self.arrays[array.name] = array
-            self.loads.append(f"{v.name} = {key_side.load(array)}  # [BLOCK_N, {array.width[0]}]")
         stores = ["sums = (bh * SEGMENTS + segment) * BLOCK + tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)"]
-        totals = accumulators(self.group.to_keys)
-        backward = slice_back(program, wanted, [*program.inputs, *self.available])
-        self.covers.update(dict.fromkeys(eq for eq in backward if eq.out in totals))
+        totals = self._totals(wanted)
         for v in totals:
             features = features_of(v)
             width = geometry.width(features, pad=True) if features else 1
             self.sums[v] = Array(f"{v.name}_parts", "segments", features, (width,), "float32", True)
-            column = "".join(features)
+            column = column_name(features)
             total = f"tl.where(key_ok[:, None], {v.name}, 0.0)" if self.masked_behind else v.name
             stores.append(f"tl.store({v.name}_parts_ptr + sums[:, None] * {width} + {column}[None, :], {total})")
         columns = [line for v in totals for line in self.key_rows.columns(features_of(v))]
-        whole = self._whole(finished, totals)
-        order = {eq.out: i for i, eq in enumerate(program.equations)}
         holes = {
-            "forced": {"setup": "\n".join(setup), "count": count},
-            "chosen": chosen,
-            "loads": "\n".join(self.loads),
-            "accumulators": [{"name": v.name, "shape": f"(BLOCK_N, {self.sums[v].width[0]})"} for v in totals],
-            "loops": loops,
+            "place": render("key_segment", {"forced": {"setup": "\n".join(setup), "count": count}, "chosen": chosen}),
             "columns": "\n".join(columns),
             "anew": _softmax(walk, self.group),
-            "whole": "\n".join(whole),
+            "whole": "\n".join(self._whole(finished, totals)),
             "stores": "\n".join(stores),
         }
-        return Kernel(
-            name,
-            "block_sparse_dkv",
-            tuple(sorted(self.covers, key=lambda eq: order[eq.out])),
-            tuple(self.arrays.values()),
-            (*self.sums.values(), *self.parts.values(), *(a for _, a in finished)),
-            holes,
-            "(work.segments, B * Hkv, BLOCK // BLOCK_N)",
-            ("L", "Hkv", "SEGMENTS", "SEGMENT"),
-        )
+        made = (*self.sums.values(), *self.parts.values(), *(a for _, a in finished))
+        scalars = ("L", "Hkv", "SEGMENTS", "SEGMENT")
+        return self._kernel(name, made, holes, loops, "(work.segments, B * Hkv, BLOCK // BLOCK_N)", scalars)
+
+    def _totals(self, wanted: Sequence[Var]) -> list[Var]:
+        """What the sums add up to; the equations that add up sums are covered with them."""
+        totals = accumulators(self.group.to_keys)
+        backward = slice_back(self.program, wanted, [*self.program.inputs, *self.available])
+        self.covers.update(dict.fromkeys(eq for eq in backward if eq.out in totals))
+        return totals
+
+    def _kernel(
+        self,
+        name: str,
+        made: tuple[Array, ...],
+        holes: Mapping[str, object],
+        loops: Sequence[Mapping[str, str]],
+        grid: str,
+        scalars: tuple[str, ...],
+    ) -> Kernel:
+        key_side = Rows(self.geometry, "key", False)
+        for v in self.keys_used:
+            array = self.available[v]
+            self.arrays[array.name] = array
+            self.loads.append(f"{v.name} = {key_side.load(array)}  # [BLOCK_N, {array.width[0]}]")
+        order = {eq.out: i for i, eq in enumerate(self.program.equations)}
+        own = {
+            "loads": "\n".join(self.loads),
+            "accumulators": [{"name": v.name, "shape": f"(BLOCK_N, {a.width[0]})"} for v, a in self.sums.items()],
+            "loops": loops,
+        }
+        covers = tuple(sorted(self.covers, key=lambda eq: order[eq.out]))
+        inputs = tuple(self.arrays.values())
+        return Kernel(name, "block_sparse_dkv", covers, inputs, made, {**holes, **own}, grid, scalars)
 
     def _whole(self, finished: Outputs, totals: Iterable[Var]) -> list[str]:
         """Lines for a segment that has all of its block: the key rows' remaining equations, as in the merge."""
@@ -219,7 +249,7 @@ class _KeyKernel:
             return []
         if self.masked_behind:
             facts = {**facts, **self.walk.whole_facts}
-        code = TileCode(self.walk, facts, to_keys=True)
+        code = TileCode(self.walk, facts, to_keys=True, read=self.read)
         tile = code.body(code.wanted([*active, *to_rows]))
         used = operands(tile.products, active, of_queries=True)
         available, numbers = dict(self.available), row_scalars([tile], active)
@@ -243,7 +273,7 @@ class _KeyKernel:
             "last": last,
             "ahead": ahead,
             "tile": tile_source,
-            "prologue": "\n".join(piece.lines),
+            "prologue": "\n".join([*self.masks, *piece.lines]),
             "tiles": "\n".join([*products, *tile.lines]),
             "sums": "\n".join([*(code.sum_line(s, tile.names) for s in active), *share]),
         }]  # fmt: skip
@@ -258,6 +288,36 @@ class _KeyKernel:
             lines.append(f"{v.name} = tl.zeros({shape}, tl.float32)")
         lines += [code.sum_line(s, names, across=True) for s in to_rows]
         return [*lines, PART, *(store_part(self.parts[v], v.name) for v in totals)]
+
+
+class _DirectKeyKernel(_KeyKernel):
+    """One over all rows that see a block by position or may choose it; sums of its keys are stored as rows."""
+
+    def __init__(self, walk: Walk, available: Mapping[Var, Array], group: Group) -> None:
+        super().__init__(walk, available, group)
+        assert walk.chosen
+        self.read = TileCode.direct(walk, to_keys=True).read
+        self.masks = ["choices = tl.load(choices_ptr + bh * nT + qpos // TILE, mask=row_ok, other=0)", CHOSEN_HERE]
+        self.arrays = {CHOICES.name: CHOICES}
+
+    def kernel(self, name: str, wanted: Sequence[Var], finished: Outputs = ()) -> Kernel:
+        setup, count, seen_tile = self.walk.every("T", {"J": "j", "L": "L"}, "nT", "i")
+        tile = f"i = at // ROWS\ntile = {seen_tile}"
+        loops = self._loop("queries that see the block or have left it over", {}, "", tile, "0", "visited", [])
+        stores = []
+        for v in self._totals(wanted):
+            array = array_of(v, self.geometry, internal=True, dtype="float32")
+            self.sums[v] = replace(array, name=f"{v.name}_sum")
+            stores += self.key_rows.store(self.sums[v], v.name)
+        holes = {
+            "place": "\n".join(["j = tl.program_id(0).to(tl.int64)", *setup, f"visited = tl.cast({count}, tl.int32)"]),
+            "columns": "",
+            "anew": False,
+            "whole": "",
+            "stores": "\n".join(stores),
+        }
+        made, grid = tuple(self.sums.values()), "(nJ, B * Hkv, BLOCK // BLOCK_N)"
+        return self._kernel(name, made, holes, loops, grid, ("L", "Hkv"))
 
 
 def merge_kernel(

@@ -16,12 +16,14 @@ from splagen.codegen.index_kernels import LEAST, chunks, index_kernels, schedule
 from splagen.codegen.kernel import Array, Choice, Kernel
 from splagen.codegen.launchers import launcher_text
 from splagen.codegen.module_holes import (
+    computed,
     content_of,
     equations_text,
     head,
     launch_line,
     op_holes,
     parameters,
+    pass_holes,
     schedule_text,
     sources,
 )
@@ -36,7 +38,9 @@ from splagen.errors import PartitionError
 from splagen.ir.program import Map, Program, Var
 
 # device functions that kernels call; a template each
-FUNCTIONS = ("log1p", "tanh", "dot_split", "merge_topk", "union_of", "leading_factor", "one_of", "load_both")
+FUNCTIONS = (
+    "log1p", "tanh", "dot_split", "merge_topk", "union_of", "leading_factor", "one_of", "load_both"
+)  # fmt: skip
 _HEADS = {"query_rows": "Hq", "query_scalars": "Hq", "key_rows": "Hkv", "cell_rows": "Hkv"}
 _SIZES = {"LONGEST": "L"}  # names of sizes in kernels that have another on the host
 
@@ -47,9 +51,8 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
     geometry, walk = Geometry.of(program), Walk.of(program)
     constants = constants_of(geometry, walk)
     inputs, residuals, cotangents = ([a.name for a in x] for x in (part.inputs, part.residuals, part.cotangents))
-    forward_out = [a.name for a in (*part.outputs, *part.saved)]
     gradients = [x for x, _ in part.gradients]
-    kernels = sources(part.kernels, lambda k: _launcher(k, constants))
+    kernels = sources(part.op_kernels, lambda k: _launcher(k, constants))
     host_lines, host_total = _host_count(walk)
     schedules = default_schedules(part.all_kernels, geometry, part.strategies)
     index = index_kernels(program, part.kernels)
@@ -59,6 +62,7 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
         "registration",
         {
             **op_holes(part, geometry),
+            "computed": computed(part, inputs[0], ", ".join(inputs), ", ".join([*inputs, *residuals, *cotangents])),
             "op": op,
             "name": name,
             "schedules": schedule_text(schedules),
@@ -76,8 +80,6 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
             "constants": constants,
             "cells": geometry.cells,
             "parts": parts_text(constants, "n.B * n.nT", by_heads=heads_are_alike(program)),
-            "forward_rounds": rounds_text(part, "forward", part.inputs),
-            "backward_rounds": rounds_text(part, "backward", [*part.inputs, *part.residuals, *part.cotangents]),
             "inverse_index": render(
                 "inverse_index",
                 {
@@ -90,13 +92,8 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
                     "least": LEAST,
                 },
             ),
-            "inputs": ", ".join(inputs),
-            "forward_doc": f"Launch the forward kernels: returns {', '.join(forward_out)}.",
             "first": inputs[0],
-            "forward": forward_calls(part, {*inputs, *forward_out}),
-            "backward_inputs": ", ".join([*inputs, *residuals, *cotangents]),
-            "backward_doc": f"Launch the backward kernels: returns the gradients of {', '.join(gradients)}.",
-            "backward": backward_calls(part, geometry, {*inputs, *residuals, *cotangents}),
+            "passes": passes(part, part.inputs),
             "registration": registration,
         },
     )
@@ -217,14 +214,36 @@ def _calls(kernels: list[Kernel], keep: set[str], last: str) -> list[str]:
     return [*lines, *last.splitlines()]
 
 
-def forward_calls(part: Partition, keep: set[str]) -> str:
+def passes(part: Partition, given: Sequence[Array], *numbers: str) -> list[dict[str, str]]:
+    """The holes of the functions that launch forward and backward, and those for few blocks.
+
+    `given` are what forward takes, and `numbers` what both take behind their tensors.
+    """
+    behind = [*given, *part.residuals, *part.cotangents]
+    tensors, later = ([a.name for a in x] for x in (given, behind))
+    results = [a.name for a in (*part.outputs, *part.saved)]
+    gradients = ", ".join(x for x, _ in part.gradients)
+    found = []
+    ways = [("", "", part), *([("direct_", " for few blocks", part.direct.part)] if part.direct else [])]
+    for prefix, among, one in ways:
+        rounds = [rounds_text(one, d, arrays, *numbers) for d, arrays in (("forward", given), ("backward", behind))]
+        doc = f"Launch the forward kernels{among}: returns {', '.join(results)}."
+        calls = _forward_calls(one, {*tensors, *results})
+        found.append(pass_holes(f"{prefix}forward", tensors, doc, calls, rounds[0]))
+        doc = f"Launch the backward kernels{among}: returns the gradients of {gradients}."
+        found.append(pass_holes(f"{prefix}backward", later, doc, _backward_calls(one, set(later)), rounds[1]))
+    return found
+
+
+def _forward_calls(part: Partition, keep: set[str]) -> str:
     """Launches of forward, and outputs and saved rows."""
     last = f"return {', '.join(a.name for a in (*part.outputs, *part.saved))}"
     return chosen_calls(part.forward, part.strategies, keep, last)
 
 
-def backward_calls(part: Partition, geometry: Geometry, given: set[str]) -> str:
+def _backward_calls(part: Partition, given: set[str]) -> str:
     """Launches of backward, what makes gradients of partial sums, and the gradients in the order of the inputs."""
+    geometry = Geometry.of(part.program)
     partials = _partials(part.backward)
     finish, results = _finished(part.gradients, part.inputs, part.program, partials, geometry)
     keep = given | set(partials) | {v.name for _, v in part.gradients}

@@ -13,7 +13,7 @@ from splagen.codegen.render import kernel_text, render
 from splagen.ir.program import Equation
 from splagen.ir.text import equation_text
 
-GENERATOR = 11  # bumped when the text or the numbers of kernels change on purpose
+GENERATOR = 12  # bumped when the text or the numbers of kernels change on purpose
 
 
 def sources(kernels: Sequence[Kernel], host: Callable[[Kernel], str]) -> list[dict[str, str]]:
@@ -61,6 +61,25 @@ def _called(functions: Sequence[str], text: str) -> list[str]:
     return [found[f] for f in functions if f in found]
 
 
+def pass_holes(name: str, tensors: Iterable[str], doc: str, calls: str, rounds: str = "") -> dict[str, str]:
+    """The holes of a host function that launches kernels: `rounds` are lines before those that do."""
+    return {"name": name, "tensors": ", ".join(tensors), "doc": doc, "rounds": rounds, "calls": calls}
+
+
+def computed(part: Partition, sizes: str, forward: str, backward: str) -> dict[str, str]:
+    """Lines that return what kernels compute, by those for few blocks where the sequences have no more.
+
+    `sizes` is source by which Schedules are chosen, the others are what the functions take behind them.
+    """
+    lines = {}
+    for name, given in (("forward", forward), ("backward", backward)):
+        lines[name] = f"return {name}(schedules_for({sizes}), {given})"
+        if part.direct:
+            direct = f"return direct_{name}(own_schedules({sizes}), {given})"
+            lines[name] = f"if takes_direct({sizes}):\n    {direct}\n{lines[name]}"
+    return lines
+
+
 def op_holes(part: Partition, geometry: Geometry) -> dict[str, object]:
     """The holes of a differentiable op: names of what it takes, makes and keeps, and what rows must look like."""
     residuals = [a.name for a in part.residuals]
@@ -74,6 +93,7 @@ def op_holes(part: Partition, geometry: Geometry) -> dict[str, object]:
         "cotangents": [a.name for a in part.cotangents],
         "gradients": [x for x, _ in part.gradients],
         "rows": [a.name for a in part.inputs if a.layout in ("query_rows", "key_rows")],
+        "takes_direct": render("takes_direct", {"most": part.direct.blocks * geometry.block}) if part.direct else "",
         **sizes(geometry),
     }
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from splagen.codegen.geometry import Geometry
-from splagen.codegen.head_rounds import heads_are_alike, parts_text, rounds_text
+from splagen.codegen.head_rounds import heads_are_alike, parts_text
 from splagen.codegen.index_kernels import LEAST, chunks, schedule_of
 from splagen.codegen.kernel import Array, Kernel
-from splagen.codegen.module import FUNCTIONS, backward_calls, constants_of, forward_calls, launcher
-from splagen.codegen.module_holes import content_of, equations_text, head, op_holes, parameters, schedule_text, sources
+from splagen.codegen.module import FUNCTIONS, constants_of, launcher, passes
+from splagen.codegen.module_holes import (
+    computed,
+    content_of,
+    equations_text,
+    head,
+    op_holes,
+    parameters,
+    schedule_text,
+    sources,
+)
 from splagen.codegen.packed_partition import PackedPartition
 from splagen.codegen.packing import BOUNDS, Packing
 from splagen.codegen.render import kernel_text, render
@@ -25,10 +34,10 @@ def packed_module_text(part: PackedPartition, *, name: str, digest: str, spec_te
     returned = {a.name for a in part.outputs} | {v.name for _, v in part.gradients}
     host = Host(packing, returned)
     constants = constants_of(geometry, walk)
-    given, behind = [*part.inputs, BOUNDS], [*part.residuals, *part.cotangents]
-    tensors = [a.name for a in given]
+    given = [*part.inputs, BOUNDS]
+    tensors, behind = [a.name for a in given], [a.name for a in (*part.residuals, *part.cotangents)]
     made = [*part.outputs, *part.saved]
-    kernels = sources(part.kernels, lambda k: host.launcher(k, constants))
+    kernels = sources(part.op_kernels, lambda k: host.launcher(k, constants))
     index = packed_index_text(walk, packing, part.index)
     schedules = default_schedules(part.batch, geometry, part.strategies)
     stem, equations = f"{name}_varlen_{digest}", equations_text(program.equations)
@@ -41,14 +50,14 @@ def packed_module_text(part: PackedPartition, *, name: str, digest: str, spec_te
             "cells": geometry.cells,
             "places": packing.tiles_text(),
             "parts": parts_text(constants, packing.tiles_text(), by_heads=heads_are_alike(program)),
-            "forward_rounds": rounds_text(part, "forward", given, "longest"),
-            "backward_rounds": rounds_text(part, "backward", [*given, *behind], "longest"),
             "inverse_index": index,
             "name": f"{name}_varlen",
             "op": f"{stem}_{content_of(kernels, index, schedules)}",
             "tensors": tensors,
-            "forward": forward_calls(part, {*tensors, *(a.name for a in made)}),
-            "backward": backward_calls(part, geometry, {*tensors, *(a.name for a in behind)}),
+            "computed": computed(
+                part, "n", ", ".join([*tensors, "longest"]), ", ".join([*tensors, *behind, "longest"])
+            ),
+            "passes": passes(part, given, "longest"),
             "schedules": schedule_text(schedules),
             "fakes": [host.empty(None, a) for a in made],
             "parameters": parameters(part.inputs, geometry, queries="n.T", keys="n.T"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 from splagen.codegen.kernel import Kernel
 from splagen.codegen.packed_index import packed_index_kernels
@@ -27,17 +27,16 @@ def packed_partition(part: Partition) -> PackedPartition:
     """The kernels of a partition for packed sequences, under the same names: Schedules of either serve both."""
     walk = Walk.of(part.program)
     packing = Packing.of(walk)
-    made = {k.name: packing.kernel(k) for k in part.kernels}
+    made = {k.name: packing.kernel(k) for k in part.op_kernels}
+
+    def packed(one: Partition) -> Partition:
+        forward, backward = ([made[k.name] for k in kernels] for kernels in (one.forward, one.backward))
+        return replace(one, forward=forward, backward=backward, strategies=[c.between(made) for c in one.strategies])
+
+    whole = packed(part)
     return PackedPartition(
-        part.program,
-        [made[k.name] for k in part.forward],
-        [made[k.name] for k in part.backward],
-        [c.between(made) for c in part.strategies],
-        part.inputs,
-        part.outputs,
-        part.saved,
-        part.cotangents,
-        part.gradients,
+        **{f.name: getattr(whole, f.name) for f in fields(Partition) if f.name not in ("dense", "direct")},
+        direct=part.direct and replace(part.direct, part=packed(part.direct.part)),
         index=packed_index_kernels(walk, packing),
-        batch=tuple(part.kernels),
+        batch=tuple(part.op_kernels),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from splagen.codegen.dense import Dense
 from splagen.codegen.geometry import (
@@ -20,12 +21,14 @@ from splagen.codegen.geometry import (
     is_state,
     is_tile_value,
 )
+from splagen.codegen.index_kernels import choices_kernel
 from splagen.codegen.kernel import Array, Choice, Kernel
-from splagen.codegen.key_kernels import key_groups, key_kernels, merge_kernel
+from splagen.codegen.key_kernels import direct_key_kernels, key_groups, key_kernels, merge_kernel
 from splagen.codegen.module_kernels import ProgramKernels
 from splagen.codegen.part_kernels import parts_kernels
 from splagen.codegen.query_kernels import dq_kernel, dq_kernels, forward_kernel, forward_kernels
 from splagen.codegen.region import slice_back
+from splagen.codegen.render import kernel_text
 from splagen.codegen.row_kernels import partial_array, rows_kernel
 from splagen.codegen.selection import Selection
 from splagen.codegen.selection_kernels import selection_kernels
@@ -38,13 +41,16 @@ from splagen.ir.passes import join_sums, settle_names
 from splagen.ir.program import Contract, Equation, Iota, Lse, Map, Program, TopK, Var
 from splagen.ir.text import equation_text
 
+Results: TypeAlias = list[tuple[Var, Array]]
+
 
 @dataclass
 class Partition(ProgramKernels):
     """The kernels of a spec in launch order, and the arrays between forward and backward.
 
-    Where there is a choice, `forward` and `backward` list the kernels of its first option.  `dense` is what runs in
-    their place in short sequences, if there is such a thing.
+    Where there is a choice, `forward` and `backward` list the kernels of its first option.  `direct` are those of the
+    same in sequences of few blocks, and `dense` is what runs in the place of all of them in short sequences, if there
+    are such things.
     """
 
     program: Program
@@ -56,6 +62,7 @@ class Partition(ProgramKernels):
     saved: list[Array] = field(default_factory=list)
     cotangents: list[Array] = field(default_factory=list)
     gradients: list[tuple[str, Var]] = field(default_factory=list)
+    direct: Direct | None = None
     dense: Dense | None = None
 
     @property
@@ -66,13 +73,52 @@ class Partition(ProgramKernels):
 
     @property
     def all_kernels(self) -> list[Kernel]:
-        """Those too that run beside torch's attention in short sequences: their equations are those of `dense.rows`."""
-        return [*self.kernels, *(self.dense.kernels if self.dense else [])]
+        """Those too that run in short sequences: their equations are those of `direct.part` and of `dense.rows`."""
+        return [*self.op_kernels, *(self.dense.kernels if self.dense else [])]
+
+    @property
+    def op_kernels(self) -> list[Kernel]:
+        """Those of all lengths, but for those beside torch's attention."""
+        return list({k.name: k for k in (*self.kernels, *(self.direct.kernels if self.direct else []))}.values())
+
+
+@dataclass(frozen=True)
+class Direct:
+    """What runs in sequences of at most `blocks` blocks: what is left over is summed block by block.
+
+    A difference of sums has the rounding of both, and what is left over may be far less than what was chosen.  `part`
+    holds the kernels, which take and return the same arrays as those of longer sequences.
+    """
+
+    blocks: int
+    part: Partition
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        """All of them; some run in longer sequences too."""
+        return self.part.kernels
 
 
 def partition(program: Program) -> Partition:
     """Cut a lowered forward-and-gradient Program into kernels; PartitionError prints equations that no family takes."""
     return _Partitioner(check(settle_names(join_sums(is_sum_of_tiles)(program)))).run()
+
+
+def direct_partition(program: Program, longer: Partition) -> Direct:
+    """The kernels of a Program that was lowered without subtraction, beside those of `longer` sequences.
+
+    A kernel with the text of one of those is that one; others have names of their own.
+    """
+    found = _DirectPartitioner(check(settle_names(join_sums(is_sum_of_tiles)(program)))).run()
+    known = {k.name: k for k in longer.kernels}
+
+    def own(k: Kernel) -> Kernel:
+        if k.name not in known:
+            return k
+        return known[k.name] if kernel_text(k) == kernel_text(known[k.name]) else replace(k, name=f"{k.name}_direct")
+
+    found.forward, found.backward = [own(k) for k in found.forward], [own(k) for k in found.backward]
+    return Direct(Walk.of(found.program).few_blocks, found)
 
 
 class _Partitioner:
@@ -110,19 +156,23 @@ class _Partitioner:
         self._states(kernels, available, self.forward_equations)
         outputs = [(v, array_of(v, self.geometry, internal=False)) for v in self.program.outputs]
         saved = [(v, self._saved_array(v)) for v in self._saved() if v not in self.program.outputs]
-        by_row = forward_kernels(self.walk, available, [*outputs, *saved])
-        kernels += by_row
-        if self.walk.chosen:
-            by_key, parts = parts_kernels(self.walk, available, [v for v, _ in (*outputs, *saved)])
-            merging = forward_kernel(self.walk, available, [*outputs, *saved], parts)
-            options: list[tuple[Kernel, ...]] = [by_row, (*by_key, merging)]
-            if has_unions(self.geometry):
-                options.append((forward_kernel(self.walk, available, [*outputs, *saved], union=True),))
-            self.result.strategies.append(Choice("forward_strategy", tuple(options)))
+        self._tiles(kernels, available, [*outputs, *saved])
         self.result.outputs = [a for _, a in outputs]
         self.result.saved += [a for _, a in saved]
         self.arrays.update(saved)
         self.arrays.update(outputs)
+
+    def _tiles(self, kernels: list[Kernel], available: dict[Var, Array], results: Results) -> None:
+        """Outputs and saved rows: by query tile or, as a choice, with what is chosen by key block or by union."""
+        by_row = forward_kernels(self.walk, available, results)
+        kernels += by_row
+        if self.walk.chosen:
+            by_key, parts = parts_kernels(self.walk, available, [v for v, _ in results])
+            merging = forward_kernel(self.walk, available, results, parts, chosen="parts")
+            options: list[tuple[Kernel, ...]] = [by_row, (*by_key, merging)]
+            if has_unions(self.geometry):
+                options.append((forward_kernel(self.walk, available, results, chosen="union"),))
+            self.result.strategies.append(Choice("forward_strategy", tuple(options)))
 
     def _saved_array(self, v: Var) -> Array:
         array = array_of(v, self.geometry, internal=True)
@@ -240,12 +290,8 @@ class _Partitioner:
 
     def _tile_gradients(self, kernels: list[Kernel], available: dict[Var, Array], gradients: dict[Var, Var]) -> None:
         """Gradients of query rows by query tile and of key rows by key block; or, as a choice, both by key block."""
-        rows = [(g, array_of(g, self.geometry, internal=False)) for x, g in gradients.items() if is_query_row(x)]
-        rows = [(g, a) for g, a in rows if g not in available] + self._late_parameters(available, "query")
-        keys = [(g, array_of(g, self.geometry, internal=False)) for x, g in gradients.items() if is_key_row(x)]
+        rows, keys = self._gradient_rows(available, gradients)
         by_row = dq_kernels(self.walk, available, rows)
-        later = dict([*available.items(), *rows])
-        keys += self._late_parameters(later, "key")
         wanted, asked = [v for v, _ in keys], [v for v, _ in rows]
         alone = key_groups(self.walk, available, wanted)
         with_rows = key_groups(self.walk, available, wanted, asked) if self.walk.chosen else alone
@@ -256,12 +302,19 @@ class _Partitioner:
         kernels += [*by_row, *by_key.kernels, merging_keys]
         if self.walk.chosen:
             both = key_kernels(self.walk, available, with_rows, wanted, finished)
-            merging = dq_kernel(self.walk, available, rows, both.parts)
+            merging = dq_kernel(self.walk, available, rows, both.parts, chosen="parts")
             options: list[tuple[Kernel, ...]] = [(*by_row, *by_key.kernels), (*both.kernels, merging)]
             if has_unions(self.geometry):
-                options.append((dq_kernel(self.walk, available, rows, union=True), *by_key.kernels))
+                options.append((dq_kernel(self.walk, available, rows, chosen="union"), *by_key.kernels))
             self.result.strategies.append(Choice("backward_strategy", tuple(options)))
         available.update([*rows, *keys])
+
+    def _gradient_rows(self, available: dict[Var, Array], gradients: dict[Var, Var]) -> tuple[Results, Results]:
+        """Gradients that tiles give to query rows and to key rows, with those of parameters that follow from them."""
+        rows = [(g, array_of(g, self.geometry, internal=False)) for x, g in gradients.items() if is_query_row(x)]
+        rows = [(g, a) for g, a in rows if g not in available] + self._late_parameters(available, "query")
+        keys = [(g, array_of(g, self.geometry, internal=False)) for x, g in gradients.items() if is_key_row(x)]
+        return rows, keys + self._late_parameters(dict([*available.items(), *rows]), "key")
 
     def _late_parameters(self, available: dict[Var, Array], side: str) -> list[tuple[Var, Array]]:
         """Sums over rows of one side that reach a parameter's gradient only after the tiles."""
@@ -287,6 +340,25 @@ class _Partitioner:
         if isinstance(eq.op, Iota) or (eq.out.kind == "bool" and not isinstance(eq.op, TopK)):
             return True
         return is_parameter(eq.out) and isinstance(eq.op, Map)
+
+
+class _DirectPartitioner(_Partitioner):
+    """Where what is left over is summed directly, a loop over all blocks serves every sum, and there are no states."""
+
+    def _tiles(self, kernels: list[Kernel], available: dict[Var, Array], results: Results) -> None:
+        kernels.append(choices_kernel(self.walk.budget))
+        kernels += forward_kernels(self.walk, available, results, "direct")
+
+    def _tile_gradients(self, kernels: list[Kernel], available: dict[Var, Array], gradients: dict[Var, Var]) -> None:
+        rows, keys = self._gradient_rows(available, gradients)
+        wanted = [v for v, _ in keys]
+        kernels.append(choices_kernel(self.walk.budget))
+        kernels += dq_kernels(self.walk, available, rows, "direct")
+        groups = key_groups(self.walk, available, wanted, direct=True)
+        by_key = direct_key_kernels(self.walk, available, groups, wanted)
+        kernels += by_key.kernels
+        kernels.append(rows_kernel("key_gradients", self.program, "key", {**available, **by_key.sums}, keys))
+        available.update([*rows, *keys])
 
 
 def _descendants(program: Program, sources: set[Var]) -> set[Var]:

@@ -11,6 +11,8 @@ from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.region import slice_back
 from splagen.codegen.row_code import RowCode
 from splagen.codegen.tile_code import (
+    CHOICES,
+    CHOSEN_HERE,
     COUNTS,
     INDICES,
     Sum,
@@ -30,7 +32,7 @@ from splagen.ir.program import Equation, Lse, Reduce, Var
 FULL = 32  # query rows that share a list of blocks: a tile of so many fills its registers
 WHOLE = 64  # query rows of a product of four warps: their registers hold the keys' offsets too
 HELD = 384  # columns of sums and operands of a row that a full tile can hold
-Chosen: TypeAlias = Literal["list", "union", "parts"]  # how a program meets the blocks that its rows chose
+Chosen: TypeAlias = Literal["list", "union", "parts", "direct"]  # how a program meets the blocks that its rows chose
 
 
 class QuerySide:
@@ -53,8 +55,10 @@ class QuerySide:
     def loops(self, chosen: Chosen) -> list[tuple[TileCode, dict[str, object]]]:
         """Tile code and holes of each loop; what is merged from parts has none."""
         geometry = self.geometry
-        if (geometry.chunk if chosen == "parts" else geometry.tile) * geometry.group >= WHOLE:
+        if (geometry.chunk if chosen in ("parts", "direct") else geometry.tile) * geometry.group >= WHOLE:
             self.key_rows = BlockRows
+        if chosen == "direct":
+            return [self._every()]
         setup, count, block = self.walk.forced("J", {"T": "tile", "L": "L"}, "nJ", "i")
         code = TileCode(self.walk, self.walk.forced_facts, to_keys=False)
         found = [(code, self._walk("blocks seen by position", setup, count, block))]
@@ -67,6 +71,18 @@ class QuerySide:
             union = union_walk(geometry, self.walk.budget)
             return [*found, (code, self._walk("blocks that any of the rows chose", *union))]
         return [*found, *self._listed()]
+
+    def _every(self) -> tuple[TileCode, dict[str, object]]:
+        """The loop over all blocks, where what is left over is summed as what is seen."""
+        self.use([CHOICES, COUNTS])
+        setup, count, block = self.walk.every("J", {"T": "tile", "L": "L"}, "nJ", "i")
+        setup += [
+            "own = (b * Hkv + h) * ((L + TILE - 1) // TILE) + qpos // TILE  # [BLOCK_M]: the list of each row",
+            "choices = tl.load(choices_ptr + own, mask=row_ok, other=0)",
+            "chosen = tl.load(block_counts_ptr + own, mask=row_ok, other=0)",
+        ]
+        title = "blocks seen by position, chosen and left over"
+        return TileCode.direct(self.walk, to_keys=False), self._walk(title, setup, count, block, [CHOSEN_HERE])
 
     def _listed(self) -> list[tuple[TileCode, dict[str, object]]]:
         """The loop over one list of chosen blocks.
@@ -173,7 +189,8 @@ class QuerySide:
         span: str = "TILE",
     ) -> Kernel:
         """The finished kernel: it also covers the sums and what the tiles form."""
-        self.covers.update(dict.fromkeys(s.equation for s in sums))
+        totals = [self.program.definitions[v] for v in accumulators(sums)]
+        self.covers.update(dict.fromkeys([*(s.equation for s in sums), *totals]))
         self.covers.update(dict.fromkeys(eq for t in tiles for eq in (*t.products, *t.equations)))
         order = {eq.out: i for i, eq in enumerate(self.program.equations)}
         covers = tuple(sorted(self.covers, key=lambda eq: order[eq.out]))
@@ -192,27 +209,32 @@ class QuerySide:
 
 
 def forward_kernels(
-    walk: Walk, available: Mapping[Var, Array], outputs: Sequence[tuple[Var, Array]]
+    walk: Walk, available: Mapping[Var, Array], outputs: Sequence[tuple[Var, Array]], chosen: Chosen = "list"
 ) -> tuple[Kernel, ...]:
     """Block-sparse attention by row: one kernel, or one for the sums beside the softmax and one for the rest."""
-    first = _apart(walk, available, outputs)
+    first = _apart(walk, available, outputs, chosen)
     if not first:
-        return (forward_kernel(walk, available, outputs),)
-    linear = dq_kernel(walk, available, list(first.items()), name="linear_forward")
+        return (forward_kernel(walk, available, outputs, chosen=chosen),)
+    linear = dq_kernel(walk, available, list(first.items()), chosen=chosen, name="linear_forward")
     rest = [(v, a) for v, a in outputs if v not in first]
-    return linear, forward_kernel(walk, {**available, **first}, rest)
+    return linear, forward_kernel(walk, {**available, **first}, rest, chosen=chosen)
 
 
-def dq_kernels(walk: Walk, available: Mapping[Var, Array], outputs: Sequence[tuple[Var, Array]]) -> tuple[Kernel, ...]:
+def dq_kernels(
+    walk: Walk, available: Mapping[Var, Array], outputs: Sequence[tuple[Var, Array]], chosen: Chosen = "list"
+) -> tuple[Kernel, ...]:
     """Gradients of query rows by row, as `forward_kernels`."""
-    first = _apart(walk, available, outputs)
+    first = _apart(walk, available, outputs, chosen)
     if not first:
-        return (dq_kernel(walk, available, outputs),)
-    linear = dq_kernel(walk, available, list(first.items()), name="linear_dq")
-    return linear, dq_kernel(walk, {**available, **first}, [(v, a) for v, a in outputs if v not in first])
+        return (dq_kernel(walk, available, outputs, chosen=chosen),)
+    linear = dq_kernel(walk, available, list(first.items()), chosen=chosen, name="linear_dq")
+    rest = [(v, a) for v, a in outputs if v not in first]
+    return linear, dq_kernel(walk, {**available, **first}, rest, chosen=chosen)
 
 
-def _apart(walk: Walk, available: Mapping[Var, Array], outputs: Sequence[tuple[Var, Array]]) -> dict[Var, Array]:
+def _apart(
+    walk: Walk, available: Mapping[Var, Array], outputs: Sequence[tuple[Var, Array]], chosen: Chosen
+) -> dict[Var, Array]:
     """Rows that follow from the sums beside the softmax alone and leave their kernel, if they are to have their own.
 
     They are where a full tile of rows and the sums of both kinds do not fit registers.
@@ -222,9 +244,11 @@ def _apart(walk: Walk, available: Mapping[Var, Array], outputs: Sequence[tuple[V
     equations = slice_back(program, asked, [*program.inputs, *available])
     sums = sums_of_tiles(program, equations, to_keys=False)
     linear = [s for s in sums if not follows_softmax(program, s)]
-    if not walk.chosen or geometry.tile * geometry.group < FULL or not 0 < len(linear) < len(sums):
+    rows = (geometry.chunk if chosen == "direct" else geometry.tile) * geometry.group
+    if not walk.chosen or rows < FULL or not 0 < len(linear) < len(sums):
         return {}
-    code = TileCode(walk, walk.chosen_facts, to_keys=False)
+    direct = chosen == "direct"
+    code = TileCode.direct(walk, to_keys=False) if direct else TileCode(walk, walk.chosen_facts, to_keys=False)
     held = [s.into for s in sums] + operands(code.body(code.wanted(sums)).products, [], of_queries=True)
     if sum(geometry.width(f, pad=True) for v in dict.fromkeys(held) if (f := features_of(v))) <= HELD:
         return {}
@@ -254,12 +278,13 @@ def forward_kernel(
     outputs: Sequence[tuple[Var, Array]],
     parts: Mapping[Var, Array] | None = None,
     *,
-    union: bool = False,
+    chosen: Chosen = "list",
 ) -> Kernel:
     """Block-sparse softmax with every other sum on the same tiles, and the row equations that follow.
 
-    `parts` holds what the chosen blocks give to each row (part_kernels.py); without it they are visited here: those of
-    one list, or, with `union`, those of the union of all lists that a program's rows have.
+    `parts` holds what the chosen blocks give to each row where these are "parts" (part_kernels.py).  Else they are
+    visited here: those of one list, of the "union" of all lists that a program's rows have, or, as the "direct" sum
+    over what is left over wants it, all blocks.
     """
     program, definitions = walk.program, walk.program.definitions
     side = QuerySide(walk, available)
@@ -269,7 +294,6 @@ def forward_kernel(
     softmax = [s for s in sums if follows_softmax(program, s)]
     linear = [s for s in sums if s not in softmax]
     loops, tiles, keys_used = [], [], {}
-    chosen: Chosen = "parts" if parts else "union" if union else "list"
     for code, holes in side.loops(chosen):
         active = [s for s in linear if s.in_loop(code.facts)]
         tile, scores = code.scores(lse, code.wanted(active))
@@ -292,7 +316,7 @@ def forward_kernel(
     counts, counted = side.counts(forward)
     epilogue = finish + counts + side.epilogue(outputs, held | counted)
     side.covers.update(dict.fromkeys([lse, *(definitions[v] for s in softmax for v in s.factors)]))
-    merged, span = None, SPAN if union else "TILE"
+    merged, span = None, "TILE" if chosen == "list" else SPAN
     if parts:
         side.use([COUNTS, *parts.values()])
         merged = {
@@ -301,9 +325,8 @@ def forward_kernel(
             "softmax": [_merged_part(s.into, parts[s.into]) for s in softmax],
             "linear": [_merged_part(s.into, parts[s.into]) for s in linear if s.into in parts],
         }
-        span = SPAN
     more = {"merged": merged, "span": span}
-    name = {"list": "block_sparse_forward", "union": "block_sparse_union", "parts": "block_sparse_merge"}[chosen]
+    name = "block_sparse_" + {"list": "forward", "union": "union", "parts": "merge", "direct": "direct"}[chosen]
     return side.kernel(name, "block_sparse_forward", outputs, sums, tiles, loops, prologue, epilogue, more, span)
 
 
@@ -318,19 +341,18 @@ def dq_kernel(
     outputs: Sequence[tuple[Var, Array]],
     parts: Mapping[Var, Array] | None = None,
     *,
-    union: bool = False,
+    chosen: Chosen = "list",
     name: str = "block_sparse_dq",
 ) -> Kernel:
     """Gradients of query rows, or other rows behind sums of tiles: the same walk as forward, the scores formed again.
 
-    `parts` holds what the chosen blocks give to each row (key_kernels.py), `union` is that of `forward_kernel`.
+    `parts` holds what the chosen blocks give to each row (key_kernels.py), `chosen` is that of `forward_kernel`.
     """
     program = walk.program
     side = QuerySide(walk, available)
     backward = slice_back(program, [v for v, _ in outputs], [*program.inputs, *available])
     sums = sums_of_tiles(program, backward, to_keys=False)
     loops, tiles, keys_used = [], [], {}
-    chosen: Chosen = "parts" if parts else "union" if union else "list"
     for code, holes in side.loops(chosen):
         active = [s for s in sums if s.in_loop(code.facts)]
         if not active:
@@ -346,13 +368,12 @@ def dq_kernel(
         tiles.append(tile)
     rows = operands([eq for t in tiles for eq in t.products], [], of_queries=True)
     prologue = side.prologue([*rows, *row_scalars(tiles, sums)], [*keys_used, *(parts or ())])
-    merged, span = [], SPAN if union else "TILE"
+    merged, span = [], "TILE" if chosen == "list" else SPAN
     if parts:
         side.use([COUNTS, *parts.values()])
         merged = [_merged_part(v, array) for v, array in parts.items()]
-        span = SPAN
     counts, counted = side.counts(backward)
     epilogue = counts + side.epilogue(outputs, {s.into: s.into.name for s in sums} | counted)
     more = {"merged": merged, "span": span}
-    name += {"list": "", "union": "_union", "parts": "_merge"}[chosen]
+    name += "" if chosen == "list" else "_merge" if chosen == "parts" else f"_{chosen}"
     return side.kernel(name, "block_sparse_dq", outputs, sums, tiles, loops, prologue, epilogue, more, span)

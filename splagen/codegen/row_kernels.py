@@ -47,7 +47,14 @@ def rows_kernel(
         **NO_SUMS,
     }
     if summed:
-        sums = [{"name": v.name, "shape": code.tile_shape(x), "source": piece.names[x]} for v, x in summed.items()]
+        sums = []
+        for v, x in summed.items():
+            source, features = piece.names[x], features_of(x)
+            if features and not features_of(v):  # a number per head: a row gives the sum of its columns
+                if geometry.is_padded(features):
+                    source = f"tl.where({code.padding(features)}, {source}, 0.0)"
+                source = f"tl.sum({source}, axis=1)"
+            sums.append({"name": v.name, "shape": code.tile_shape(v), "source": source})
         holes |= {"sums": sums, "turns": TURNS, "parts": "\n".join(parts)}
     heads, rows = "Hq" if side == "query" else "Hkv", f"{TURNS} * BLOCK_M" if summed else "BLOCK_M"
     return Kernel(

@@ -101,6 +101,8 @@ def rule_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> 
             while size * stages * block_m * (left + block_e) > most and (stages > 1 or block_m > 16):
                 stages, block_m = (stages - 1, block_m) if stages > 1 else (1, block_m // 2)
             schedule = {"BLOCK_M": block_m, "BLOCK_E": block_e, "num_warps": warps, "num_stages": stages}
+        case "choices":
+            schedule = {"BLOCK_M": 64, "num_warps": 4, "num_stages": 1}
         case "state_scan":
             schedule = {"BLOCK_M": 32, "BLOCK_E": 128, "num_warps": 4, "num_stages": 1}
         case "carried_state":
@@ -218,7 +220,9 @@ def _key_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) ->
     wide, whole = accumulators > 256, _gives_parts(kernel)
     rows = geometry.tile * geometry.group
     block_m, block_n, stages = (16, 16, 1) if size == 4 else (32, 64, 2 if whole else 3)
-    if size == 2 and whole and (wide or rows > 1):  # rows of few tiles: their numbers lie close
+    if size == 2 and not _segmented(kernel):  # few blocks: narrow ones, for more programs, where rows lie close
+        block_m, block_n, stages = (32, 64, 3) if rows >= 64 else (64, 32, 2)
+    elif size == 2 and whole and (wide or rows > 1):  # rows of few tiles: their numbers lie close
         block_m = 64
     elif size == 2 and not whole and (wide or (rows < 64 and _reads_numbers(kernel))):  # few registers beside the sums
         block_m, stages = 16, 4
@@ -247,7 +251,13 @@ def _reads_numbers(kernel: Kernel) -> bool:
 
 def _accumulators(kernel: Kernel) -> int:
     """Columns of the sums that a program carries for each of its keys."""
-    return sum(a.width[-1] for a in kernel.outputs if a.layout == "segments")
+    summed = "segments" if _segmented(kernel) else "key_rows"
+    return sum(a.width[-1] for a in kernel.outputs if a.layout == summed)
+
+
+def _segmented(kernel: Kernel) -> bool:
+    """True where the rows that see a block are cut into segments, a program each."""
+    return any(a.layout == "work" for a in kernel.inputs)
 
 
 def _gives_parts(kernel: Kernel) -> bool:

@@ -30,6 +30,9 @@ from splagen.ir.text import equation_text
 INDICES = Array("block_indices", "indices", dtype="int32")
 COUNTS = Array("block_counts", "counts", dtype="int32")
 WORK = Array("work", "work", dtype="int32")
+CHOICES = Array("choices", "counts", dtype="int64")  # bit j: block j is chosen; where blocks are few
+BITS_OF_A_MASK = 64
+CHOSEN_HERE = "picked = ((choices >> j) & 1) != 0  # [BLOCK_M]"
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,17 @@ class Walk:
         assert self.chosen
         assert self.eligible
         return {self.chosen: True, self.eligible: True}
+
+    @property
+    def few_blocks(self) -> int:
+        """Blocks of a sequence up to which those left over are few, or no more than the chosen: their sum is direct."""
+        return min(BITS_OF_A_MASK, max(8, 2 * self.budget))
+
+    def every(self, variable: object, names: Mapping[str, str], extent: str, index: str) -> tuple[list[str], str, str]:
+        """The loop over blocks (or tiles) that are seen by position or may be chosen."""
+        facts = {self.chosen: True} if self.chosen else {}
+        found = self.predicates.intervals(self.seen, J if variable == "J" else T, facts)
+        return visit(found, "seen", names, extent, index)
 
     def forced(self, variable: object, names: Mapping[str, str], extent: str, index: str) -> tuple[list[str], str, str]:
         """The loop over blocks (or tiles) seen by position: set-up, count, and source of the visited one."""
@@ -217,7 +231,7 @@ class TileCode:
         self.region = Region(dims, self.program.order, self.program.extents, facts=facts, simplify=simplify)
         places = {
             ("T", "m"): f"qpos{self.row_view}",
-            ("T",): "tile",
+            ("T",): f"(qpos // TILE){self.row_view}" if to_keys else "tile",
             ("J", "C", "n"): f"kpos{self.key_view}",
             ("J",): "j",
             ("h", "g"): f"head{self.row_view}",
@@ -233,6 +247,13 @@ class TileCode:
         """True if the loop's facts say that no key of a block lies beyond the sequence."""
         inside = list(self.walk.whole_facts)
         return bool(inside) and all(self.body(inside).names[v] == "True" for v in inside)
+
+    @classmethod
+    def direct(cls, walk: Walk, *, to_keys: bool) -> TileCode:
+        """That of a loop over blocks that rows see by position, chose or left over: CHOSEN_HERE tells which."""
+        assert walk.chosen
+        view = "[None, :]" if to_keys else "[:, None]"
+        return cls(walk, {}, to_keys=to_keys, read={walk.chosen: f"picked{view}"})
 
     def body(self, wanted: Sequence[Var]) -> Tile:
         """Products and equations that give the wanted tile values and masks; row scalars stand as vectors by name."""
@@ -281,8 +302,8 @@ class TileCode:
         value = f"-{value}" if s.sign < 0 else value
         for mask in masks:
             value = f"tl.where({mask}, {value}, 0.0)"
-        by_row = set(masks) <= {*self.read.values()}  # a mask of rows leaves numbers per row what they are
-        if by_row and not any(is_tile_value(v) for v in s.factors):
+        # without a mask of keys, numbers per row are still what they are
+        if (self.read or not masks) and not any(is_tile_value(v) for v in s.factors):
             value = f"tl.broadcast_to({value}, {'(BLOCK_N, BLOCK_M)' if self.to_keys else '(BLOCK_M, BLOCK_N)'})"
         if s.operand is None:
             return f"{s.into.name} += tl.sum({value}, axis={0 if across or turned else 1})"

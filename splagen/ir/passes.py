@@ -159,13 +159,22 @@ def split_complement(program: Program) -> Program:
     after derive_gradient it splits forward, dphi_q, dphi_k and dv at once: SPLA's subtraction (arXiv 2601.22379) is
     found, not written.
     """
+    return _split(program, (Contract, Reduce))
+
+
+def split_counts(program: Program) -> Program:
+    """The same for counts alone: sums of rows stay sums over (P and not F)."""
+    return _split(program, (Reduce,))
+
+
+def _split(program: Program, operations: tuple[type[Op], ...]) -> Program:
     definitions = program.definitions
     b = Builder(program.name, program.axes)
     b._taken = set(program.names())
     for eq in program.equations:
         found = next((c for v in eq.args if (c := complement(definitions.get(v)))), None)
         summed = isinstance(eq.op, Contract) or (isinstance(eq.op, Reduce) and eq.op.how == "sum" and len(eq.args) == 1)
-        if not found or not summed:
+        if not found or not summed or not isinstance(eq.op, operations):
             b.equations.append(eq)
             continue
         rest, whole, chosen = found
@@ -395,10 +404,7 @@ def specialise(sizes: Mapping[str, int]) -> Pass:
     return apply
 
 
-LOWERING: tuple[Pass, ...] = (
-    share,
-    take_from_total,
-    split_complement,
+_PRODUCTS: tuple[Pass, ...] = (
     associate,
     share,
     reuse,
@@ -409,3 +415,13 @@ LOWERING: tuple[Pass, ...] = (
     drop_unused,
     settle_names,
 )
+
+LOWERING: tuple[Pass, ...] = (
+    share,
+    take_from_total,
+    split_complement,
+    *_PRODUCTS,
+)
+
+# without subtraction: sums over what is left over, from the blocks themselves
+DIRECT: tuple[Pass, ...] = (share, split_counts, *_PRODUCTS)

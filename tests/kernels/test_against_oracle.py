@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from splagen import library as lib
-from splagen.errors import WrongResult
 from splagen.kinds import oracle
 from splagen.pipeline import generate
-from splagen.spec import Residual, Select, SPLASpec, to_toml
+from splagen.spec import Select, SPLASpec, to_toml
 from splagen.verification import Report, compare, random_inputs
-from tests.kernels.cases import DIAGONAL, GPU, SMALL, USER, Case, Shape, select
+from tests.kernels.cases import DIAGONAL, GPU, SMALL, USER, Case, Shape
 from tests.kernels.embedding import embedded, fill_empty_with_nan
 
 pytestmark = pytest.mark.usefixtures("fast_sort")
@@ -32,7 +31,7 @@ def verify(
     rows = []
     for seed, shape in enumerate(shapes):
         inputs = embedded(random_inputs(truth, shape, dtype, device, seed))
-        rows += compare(module, truth, inputs, shape)
+        rows += compare(module, truth, inputs, shape, schedules={})  # test_direct.py has the kernels for few blocks
     return Report(spec.name, tuple(rows))
 
 
@@ -127,16 +126,3 @@ def test_the_residual_is_exactly_0_where_nothing_is_left(causal: bool, device: t
         assert bool((results["n_unsel"] == 0).all()) == empty
         if empty:
             assert torch.equal(results["o"], results["o_s"])
-
-
-@pytest.mark.xfail(strict=True, raises=WrongResult, reason="chosen blocks' part of the sum is rounded to 16 bits")
-@pytest.mark.usefixtures("bf16_interpreter")
-@pytest.mark.parametrize("tile", [{}, {"tile": 32}], ids=["by row", "tiles"])
-def test_what_is_left_over_is_as_exact_as_the_total(
-    tile: dict[str, int], device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of three blocks each query sees its own, chooses one, and leaves one: a difference of larger sums."""
-    few = select(block_size=32, sinks=0, local=0, **tile)
-    linear = Residual(lib.elu1, temperature=True)
-    spec = SPLASpec(head_dim=16, group_size=2, causal=False, select=few, linear=linear, combine="add")
-    verify(spec, ((1, 4, 67),), torch.bfloat16, device, tmp_path, monkeypatch).raise_if_wrong()

@@ -5,6 +5,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Literal, TypeAlias
 
 import pytest
 import torch
@@ -46,37 +47,44 @@ REAL_LENGTHS = (1000, 0, 1, 63, 65, 4095, 64)
 LENGTHS = (9, 0, 1, 66, BLOCK)  # empty, one token, below the budget, off the grid of blocks, on it
 BEFORE, BEHIND = 3, 2  # tokens of no sequence
 
+Strategy: TypeAlias = int | Literal["direct"]
+
 pytestmark = pytest.mark.usefixtures("fast_sort")
 
 
 @dataclass
 class Modules:
-    """The modules of a spec, for a batch and for packed sequences, with one strategy."""
+    """The modules of a spec, for a batch and for packed sequences, with one strategy or the kernels for few blocks."""
 
     part: Partition
     alone: ModuleType
     packed: ModuleType
-    strategy: int
+    strategy: Strategy
 
-    def schedules(self, found: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
-        return found | {c.name: {"strategy": min(self.strategy, len(c.options) - 1)} for c in self.part.strategies}
+    def run(self, module: ModuleType, way: str, sizes: object, *given: object) -> tuple[Tensor, ...]:
+        if self.strategy == "direct":
+            return getattr(module, f"direct_{way}")(module.own_schedules(sizes), *given)  # type: ignore[no-any-return]
+        return getattr(module, way)(self.schedules(module.schedules_for(sizes), self.strategy), *given)  # type: ignore[no-any-return]
+
+    def schedules(self, found: dict[str, dict[str, int]], strategy: int) -> dict[str, dict[str, int]]:
+        return found | {c.name: {"strategy": min(strategy, len(c.options) - 1)} for c in self.part.strategies}
 
     def run_alone(self, given: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         arguments = [given[a.name] for a in self.part.inputs]
-        chosen = self.schedules(self.alone.schedules_for(arguments[0]))
-        made = self._named(self.alone.forward(chosen, *arguments))
+        q = arguments[0]
+        made = self._named(self.run(self.alone, "forward", q, *arguments))
         behind = [*(made[a.name] for a in self.part.residuals), *(given[a.name] for a in self.part.cotangents)]
-        return made, self._gradients(self.alone.backward(chosen, *arguments, *behind))
+        return made, self._gradients(self.run(self.alone, "backward", q, *arguments, *behind))
 
     def run_packed(
         self, given: dict[str, Tensor], bounds: Tensor, longest: int
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         arguments = [given[a.name] for a in self.part.inputs]
         sizes = self.packed.sizes_of(arguments[0], bounds, longest)
-        chosen = self.schedules(self.packed.schedules_for(sizes))
-        made = self._named(self.packed.forward(chosen, *arguments, bounds, longest))
+        made = self._named(self.run(self.packed, "forward", sizes, *arguments, bounds, longest))
         behind = [*(made[a.name] for a in self.part.residuals), *(given[a.name] for a in self.part.cotangents)]
-        return made, self._gradients(self.packed.backward(chosen, *arguments, bounds, *behind, longest))
+        found = self.run(self.packed, "backward", sizes, *arguments, bounds, *behind, longest)
+        return made, self._gradients(found)
 
     def _named(self, results: tuple[Tensor, ...] | Tensor) -> dict[str, Tensor]:
         results = results if isinstance(results, tuple) else (results,)
@@ -86,7 +94,7 @@ class Modules:
         return dict(zip([name for name, _ in self.part.gradients], results, strict=True))
 
 
-def modules(spec: SPLASpec, folder: Path, strategy: int) -> Modules:
+def modules(spec: SPLASpec, folder: Path, strategy: Strategy) -> Modules:
     alone, packed = pipeline.generate(spec, folder).module, pipeline.generate_packed(spec, folder).module
     return Modules(oracle(to_toml(spec)).partition, alone, packed, strategy)
 
@@ -98,7 +106,7 @@ def bounds_of(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 def check_alone(
     spec: SPLASpec,
-    strategy: int,
+    strategy: Strategy,
     dtype: torch.dtype,
     lengths: tuple[int, ...],
     device: torch.device,
@@ -141,8 +149,9 @@ def check_alone(
     assert all(not x[:, outside].any() for x in rows)
 
 
-def strategies_of(spec: SPLASpec) -> int:
-    return max([len(c.options) for c in oracle(to_toml(spec)).partition.strategies] or [1])
+def strategies_of(spec: SPLASpec) -> list[Strategy]:
+    part = oracle(to_toml(spec)).partition
+    return [*range(max([len(c.options) for c in part.strategies] or [1])), *(["direct"] if part.direct else [])]
 
 
 QUICK = [
@@ -151,13 +160,15 @@ QUICK = [
     pytest.param(SPARSE, 2, torch.float32, (1, 50, 0, 17), 2, id="no residual, by union"),
     pytest.param(TILES, 0, torch.float32, (0, 70, 1), 2, id="tiles, not causal, all parameters"),
     pytest.param(DENSE, 0, torch.float32, (1, 70, 0), 2, id="no selection"),
+    pytest.param(SPLA, "direct", torch.float32, (66, 0, 1), 1, id="few blocks"),
+    pytest.param(TILES, "direct", torch.float32, (50, 0, 70), 1, id="few blocks, tiles, all parameters"),
 ]
 
 
 @pytest.mark.parametrize(("spec", "strategy", "dtype", "lengths", "kv_heads"), QUICK)
 def test_a_sequence_gets_the_bits_that_it_gets_alone(
     spec: SPLASpec,
-    strategy: int,
+    strategy: Strategy,
     dtype: torch.dtype,
     lengths: tuple[int, ...],
     kv_heads: int,
@@ -174,15 +185,15 @@ def test_every_spec_and_strategy_packs(case, device: torch.device, tmp_path: Pat
     block = case.spec.select.block_size if case.spec.select else 64
     longest = max(length for _, _, length in case.shapes)
     lengths = (longest // 2 + 3, 0, 1, longest, block)
-    for strategy in range(strategies_of(case.spec)):
+    for strategy in strategies_of(case.spec):
         for dtype in case.dtypes:
             check_alone(case.spec, strategy, dtype, lengths, device, tmp_path)
 
 
 @pytest.mark.slow
 @settings(max_examples=8)
-@given(st.lists(st.integers(0, 90), min_size=1, max_size=4).filter(any), st.integers(0, 2))
-def test_any_lengths_pack(lengths: list[int], strategy: int) -> None:
+@given(st.lists(st.integers(0, 90), min_size=1, max_size=4).filter(any), st.sampled_from([0, 1, 2, "direct"]))
+def test_any_lengths_pack(lengths: list[int], strategy: Strategy) -> None:
     with tempfile.TemporaryDirectory() as folder:
         check_alone(SPLA, strategy, torch.float32, tuple(lengths), torch.device("cpu"), Path(folder))
 
@@ -437,9 +448,9 @@ def test_every_kernel_compiles_ahead_of_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("strategy", [0, 1, 2])
+@pytest.mark.parametrize("strategy", [0, 1, 2, "direct"])
 def test_the_gpu_gives_a_sequence_the_bits_that_it_gets_alone(
-    strategy: int, device: torch.device, tmp_path: Path
+    strategy: Strategy, device: torch.device, tmp_path: Path
 ) -> None:
     check_alone(REAL, strategy, torch.bfloat16, REAL_LENGTHS, device, tmp_path)
 

@@ -1,0 +1,150 @@
+"""What no query chose summed block by block, where blocks are few: as exact as what was chosen."""
+
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from splagen import library as lib
+from splagen.codegen.tile_code import BITS_OF_A_MASK
+from splagen.errors import WrongResult
+from splagen.kinds import oracle
+from splagen.pipeline import generate, kernels
+from splagen.spec import Residual, Select, SPLASpec, to_toml
+from splagen.verification import Report, compare, random_inputs
+from tests.kernels.cases import GPU, SMALL, Case, Shape, select
+from tests.kernels.embedding import embedded, fill_empty_with_nan
+
+pytestmark = pytest.mark.usefixtures("fast_sort")
+
+QUICK = {"default", "identity add", "normaliser hedgehog rms", "everything at once", "non-causal", "group 3"} | {
+    "tile 32 non-causal",
+    "sums apart non-causal",
+    "own rows of both, head 24, tile 16",
+}
+
+
+def fits(case: Case, shape: Shape) -> bool:
+    select = case.spec.select
+    return bool(select and case.spec.linear) and shape[2] <= BITS_OF_A_MASK * select.block_size
+
+
+def pairs(cases: tuple[Case, ...], *, quick: bool) -> list[object]:
+    return [
+        pytest.param(
+            case,
+            dtype,
+            id=f"{case.name}-{str(dtype)[6:]}",
+            marks=[] if quick or case.name in QUICK else [pytest.mark.slow],
+        )
+        for case in cases
+        for dtype in case.dtypes
+        if any(fits(case, s) for s in case.shapes)
+    ]
+
+
+def directly(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here to the end of the test the module takes all sequences to have few blocks."""
+    monkeypatch.setattr(module, "takes_direct", lambda _: True)
+
+
+def check(case: Case, dtype: torch.dtype, device: torch.device, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, truth = generate(case.spec, folder).module, oracle(to_toml(case.spec))
+    fill_empty_with_nan(module, monkeypatch)
+    directly(module, monkeypatch)
+    rows = []
+    for seed, shape in enumerate(s for s in case.shapes if fits(case, s)):
+        rows += compare(module, truth, embedded(random_inputs(truth, shape, dtype, device, seed)), shape)
+    Report(case.spec.name, tuple(rows)).raise_if_wrong()
+
+
+@pytest.mark.parametrize(("case", "dtype"), pairs(SMALL, quick=False))
+def test_the_direct_sum_is_what_the_oracle_gives(
+    case: Case, dtype: torch.dtype, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(case, dtype, device, tmp_path, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("case", "dtype"), pairs(GPU, quick=True))
+def test_the_direct_sum_on_the_gpu(
+    case: Case, dtype: torch.dtype, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check(case, dtype, device, tmp_path, monkeypatch)
+
+
+def left_over(head_dim: int, group: int, tile: int) -> SPLASpec:
+    """Of three blocks each query sees its own, chooses one, and leaves one."""
+    few = select(block_size=32, sinks=0, local=0, **({"tile": tile} if tile > 1 else {}))
+    linear = Residual(lib.elu1, temperature=True)
+    return SPLASpec(head_dim=head_dim, group_size=group, causal=False, select=few, linear=linear, combine="add")
+
+
+@pytest.mark.usefixtures("bf16_interpreter")
+@pytest.mark.parametrize("tile", [1, 32])
+def test_what_is_left_over_is_as_exact_as_what_was_chosen(tile: int, device: torch.device, tmp_path: Path) -> None:
+    """The op takes the direct sum by itself; the difference of sums, of 16-bit scores, is beyond the limits there."""
+    spec, shape = left_over(16, 2, tile), (1, 4, 67)
+    module, truth = generate(spec, tmp_path).module, oracle(to_toml(spec))
+    inputs = random_inputs(truth, shape, torch.bfloat16, device, 0)
+    Report(spec.name, tuple(compare(module, truth, inputs, shape))).raise_if_wrong()
+    with pytest.raises(WrongResult):
+        Report(spec.name, tuple(compare(module, truth, inputs, shape, schedules={}))).raise_if_wrong()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tile", [1, 32])
+def test_what_is_left_over_is_exact_on_the_gpu(tile: int, device: torch.device, tmp_path: Path) -> None:
+    spec, shape = left_over(64, 4, tile), (1, 8, 67)
+    module, truth = generate(spec, tmp_path).module, oracle(to_toml(spec))
+    rows = compare(module, truth, random_inputs(truth, shape, torch.bfloat16, device, 0), shape)
+    Report(spec.name, tuple(rows)).raise_if_wrong()
+
+
+def test_the_op_takes_it_for_few_blocks_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token less or more decides, forward and backward alike."""
+    spec = SPLASpec(head_dim=16, group_size=1, select=Select(block_size=16, budget=1), combine="add")
+    library = generate(spec, tmp_path)
+    module, direct = library.module, kernels(spec).direct
+    assert direct
+    assert direct.blocks == 8
+    taken: list[str] = []
+    for name in ("forward", "direct_forward", "backward", "direct_backward"):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, f=function: (taken.append(name), f(*a))[1])
+    for length, expected in ((128, ["direct_forward", "direct_backward"]), (129, ["forward", "backward"])):
+        q, k, v = (torch.randn(1, length, 1, 16, requires_grad=True) for _ in range(3))
+        library.op(q, k, v).sum().backward()
+        assert taken == expected
+        taken.clear()
+
+
+def test_few_blocks_are_no_more_than_a_mask_has_bits() -> None:
+    for budget in (1, 4, 13, 31, 33, 62):
+        spec = SPLASpec(head_dim=16, group_size=1, select=Select(block_size=16, budget=budget))
+        direct = kernels(spec).direct
+        assert direct
+        assert direct.blocks == min(64, max(8, 2 * budget))
+
+
+def test_there_is_none_without_a_residual() -> None:
+    assert (
+        kernels(SPLASpec(head_dim=16, group_size=1, select=Select(block_size=16, budget=1), linear=None)).direct is None
+    )
+
+
+@pytest.mark.slow
+@settings(max_examples=12)
+@given(st.integers(1, 150), st.integers(1, 5), st.sampled_from([0, 1]), st.booleans(), st.integers(0, 2**16))
+def test_any_length_and_budget(length: int, budget: int, sinks: int, causal: bool, seed: int) -> None:
+    few = Select(block_size=16, budget=budget, sinks=sinks, local=sinks, metric=lib.taylor(covariance="diag"))
+    spec = SPLASpec(head_dim=16, group_size=1, causal=causal, select=few)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patches:
+        module, truth = generate(spec, folder).module, oracle(to_toml(spec))
+        directly(module, patches)
+        inputs = random_inputs(truth, (1, 1, length), torch.float32, "cpu", seed)
+        Report(spec.name, tuple(compare(module, truth, inputs, (1, 1, length)))).raise_if_wrong()
