@@ -191,11 +191,11 @@ class Attention:
                 return pairs * self.blocks
             case "score_lse" | "score_topk", "cell_rows":
                 return count * g.cells * (self.usable if kernel.template == "score_lse" else self.far)
-            case "score_topk", "query_rows" | "query_scalars" if _hole(kernel, "rows_of_tile") > schedule["BLOCK_M"]:
+            case "score_topk", "query_rows" | "query_scalars" if kernel.number_of("rows_of_tile") > schedule["BLOCK_M"]:
                 # a tile of more rows than fit passes by piece by piece, for every tile of blocks
                 return once * self.far * g.cells / schedule["BLOCK_C"]
             case "block_states", "query_rows" | "key_rows" | "query_scalars" if "e" not in a.features:
-                return once * sp.Rational(_hole(kernel, "right_size"), schedule["BLOCK_E"])
+                return once * sp.Rational(kernel.number_of("right_size"), schedule["BLOCK_E"])
             case "state_scan", "states":  # in place
                 return 2 * once
             case "read_out", "states":  # the ends of intervals that are not 0, or slices of them, by every program
@@ -208,7 +208,7 @@ class Attention:
 
     def _slices(self, kernel: Kernel, schedule: Schedule) -> sp.Expr:
         """Programs that share the columns of a read-out."""
-        return sp.S.One if kernel.holes["held"] else sp.Rational(_hole(kernel, "kept_size"), schedule["BLOCK_E"])
+        return sp.S.One if kernel.holes["held"] else sp.Rational(kernel.number_of("kept_size"), schedule["BLOCK_E"])
 
     def _blocks_read(self, kernel: Kernel, a: Array) -> sp.Expr:
         if _merges(kernel):
@@ -256,10 +256,6 @@ def _depends_on_choice(program: Program, v: Var) -> bool:
 def _merges(kernel: Kernel) -> bool:
     """True for a kernel that adds what chosen blocks gave to a row elsewhere."""
     return any(a.layout == "parts" for a in kernel.inputs)
-
-
-def _hole(kernel: Kernel, name: str) -> int:
-    return int(str(kernel.holes[name]))
 
 
 # -- intervals -----------------------------------------------------------------------------------------------------

@@ -31,13 +31,13 @@ def shared_floor(kernel: Kernel, schedule: Schedule, dtype: str) -> int:
         case "score_lse" | "score_topk":
             rows = schedule["BLOCK_C"] * _columns(a for a in kernel.inputs if a.layout == "cell_rows")
         case "read_out" if kernel.holes["held"]:  # the states at one end of an interval
-            size, rows = FLOAT, schedule["BLOCK_E"] * _hole(kernel, "summed_size")
+            size, rows = FLOAT, schedule["BLOCK_E"] * kernel.number_of("summed_size")
         case "read_out":
             rows = schedule["BLOCK_M"] * _columns(a for a in kernel.inputs if a.layout in ("query_rows", "key_rows"))
         case "block_states":
-            steps = -(-_hole(kernel, "chunk") // schedule["BLOCK_M"])  # times the heads of a group
+            steps = -(-kernel.number_of("chunk") // schedule["BLOCK_M"])  # times the heads of a group
             ahead = min(ahead, steps - 1)
-            rows = schedule["BLOCK_M"] * (_hole(kernel, "left_size") + schedule["BLOCK_E"])
+            rows = schedule["BLOCK_M"] * (kernel.number_of("left_size") + schedule["BLOCK_E"])
         case _:  # loads that are short, or that the compiler does not buffer
             return 0
     return size * ahead * rows
@@ -51,21 +51,17 @@ def carried(kernel: Kernel, schedule: Schedule) -> int:
         case "block_sparse_dkv":
             return schedule["BLOCK_N"] * _columns(a for a in kernel.outputs if a.layout == "segments")
         case "decode_append" if kernel.holes["states"]:
-            return schedule["BLOCK_E"] * _hole(kernel, "left_size")
+            return schedule["BLOCK_E"] * kernel.number_of("left_size")
         case "decode_score":
             return max(carried(k, schedule) for k in kernel.calls)
         case "decode_attend":
-            return _hole(kernel, "heads") * _columns(kernel.outputs)
+            return kernel.number_of("heads") * _columns(kernel.outputs)
         case "block_states":
-            return schedule["BLOCK_E"] * _hole(kernel, "left_size")
+            return schedule["BLOCK_E"] * kernel.number_of("left_size")
         case "chunk_loop" if "carried" in str(kernel.holes["begin"]):
-            return schedule["BLOCK_E"] * _hole(kernel, "d_extent")
+            return schedule["BLOCK_E"] * kernel.number_of("d_extent")
     return 0
 
 
 def _columns(arrays: Iterable[Array]) -> int:
     return sum(a.width[-1] for a in arrays if a.width)
-
-
-def _hole(kernel: Kernel, name: str) -> int:
-    return int(str(kernel.holes[name]))

@@ -210,9 +210,9 @@ class _Kernel:
         if a.name in ("sums", "totals"):  # as many as their producer makes
             kernel = self.whole.producers[a.name]
             if a.name == "totals":
-                return sp.Integer(len(_items(kernel.holes["kinds"])) * int(str(kernel.holes["padded"])))
+                return sp.Integer(len(_items(kernel.holes["kinds"])) * kernel.number_of("padded"))
             sizes = self._sizes() | dict(self.schedules[kernel.name])
-            return programs(kernel.grid, sizes) * int(str(kernel.holes["sums"]))
+            return programs(kernel.grid, sizes) * kernel.number_of("sums")
         if a.name in ("balance", "dbalance"):
             return sp.S.One
         each = {"chosen": self.whole.part.choices, "slots": 1}.get(a.name, self.whole.partitions)

@@ -221,7 +221,7 @@ def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -
             # tiles of 64 keys are what a group of 4 warps multiplies; two programs fit a multiprocessor
             block_n = min(geometry.block, 16 if wide else 64 if widest <= 128 else 32)
             much = widest <= 128 and not wide and arch != "gfx942"  # of registers and shared memory for what is read
-            left_size = int(str(kernel.holes["left_size"]))
+            left_size = kernel.number_of("left_size")
             rows = {"BLOCK_D": min(left_size, 32 if much else 16)} if left_size else {}
             return {"BLOCK_N": block_n, **rows, "num_warps": 4, "num_stages": 3 if much else 2}
         case "decode_merge":
@@ -234,10 +234,10 @@ def check_decode_schedule(kernel: Kernel, geometry: Geometry, schedule: Schedule
     check_fields(kernel, schedule)
     divided = {"BLOCK_N": ("block", geometry.block)} if "BLOCK_N" in kernel.tunable else {}
     if "BLOCK_D" in kernel.tunable:
-        divided["BLOCK_D"] = ("rows of a state", int(str(kernel.holes["left_size"])))
+        divided["BLOCK_D"] = ("rows of a state", kernel.number_of("left_size"))
     for k in (kernel, *kernel.calls):
         if k.holes.get("right_size"):
-            divided["BLOCK_E"] = ("columns of a state", int(str(k.holes["right_size"])))
+            divided["BLOCK_E"] = ("columns of a state", k.number_of("right_size"))
     for name, (what, size) in divided.items():
         if size % schedule[name]:
             raise ScheduleError(f"{name}={schedule[name]} of {kernel.name} does not divide the {size} of {what}")

@@ -145,6 +145,10 @@ class Kernel:
         pointers = [name for a in self.arrays for name in a.pointers]
         return f"{self.name}_kernel({', '.join([*pointers, *strides, *self.scalars, *self.tunable])})"
 
+    def number_of(self, hole: str) -> int:
+        """The value of a hole that is a number."""
+        return int(str(self.holes[hole]))
+
     @property
     def unspecialised(self) -> tuple[str, ...]:
         """Scalars of any value with which the same machine code runs."""

@@ -112,7 +112,7 @@ def rule_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> 
         case "read_out":
             schedule = _read_schedule(kernel, geometry, size, shared)
         case "statistics":
-            width, cell = (int(str(kernel.holes[x])) for x in ("width", "cell_size"))
+            width, cell = (kernel.number_of(x) for x in ("width", "cell_size"))
             block_n = geometry.block
             while block_n > max(cell, 16) and block_n // cell * width * kernel.outputs[0].width[0] > 8192:
                 block_n //= 2
@@ -128,7 +128,7 @@ def rule_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> 
 
 def _read_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) -> dict[str, int]:
     """Many rows pass by a slice of the state, both halves of which stay in shared memory; few rows are held there."""
-    summed, kept = (int(str(kernel.holes[x])) for x in ("summed_size", "kept_size"))
+    summed, kept = (kernel.number_of(x) for x in ("summed_size", "kept_size"))
     rows = max(16, 1 << (_rows_of_chunk(kernel, geometry).bit_length() - 1))
     if "BLOCK_R" not in kernel.tunable:
         block_m, block_e = min(rows, 128) if size == 2 else 32, min(32, kept)
@@ -157,7 +157,7 @@ def _read_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) -
 
 def _rows_of_chunk(kernel: Kernel, geometry: Geometry) -> int:
     """Rows that sum to one state, or that read one."""
-    return int(str(kernel.holes["chunk"])) * (geometry.group if "GROUP" in str(kernel.holes) else 1)
+    return kernel.number_of("chunk") * (geometry.group if "GROUP" in str(kernel.holes) else 1)
 
 
 def _columns(kernel: Kernel) -> int:
@@ -282,7 +282,7 @@ def _score_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) 
             block_c = min(block_c, 32)
         least = 16
     else:
-        rows_of_tile, kept = (int(str(kernel.holes[x])) for x in ("rows_of_tile", "kept"))
+        rows_of_tile, kept = (kernel.number_of(x) for x in ("rows_of_tile", "kept"))
         block_m, block_j = (128 if rows_of_tile >= 16 else 64, 32) if rows_of_tile > 1 else (32, 64)
         while block_m > 16 and block_m // rows_of_tile * max(kept, block_j) > 2048:
             block_m //= 2
@@ -321,7 +321,7 @@ def check_schedule(kernel: Kernel, geometry: Geometry, schedule: Schedule) -> No
         what = f"BLOCK_N={block_n} of {kernel.name} is not a multiple of the cell of {geometry.cell}"
         raise ScheduleError(what)
     if kernel.template in ("block_states", "read_out"):
-        columns = int(str(kernel.holes["right_size" if kernel.template == "block_states" else "kept_size"]))
+        columns = kernel.number_of("right_size" if kernel.template == "block_states" else "kept_size")
         if columns % schedule["BLOCK_E"]:
             what = f"BLOCK_E={schedule['BLOCK_E']} does not divide the {columns} columns of a state in {kernel.name}"
             raise ScheduleError(what)

@@ -33,7 +33,7 @@ def default_schedule(kernel: Kernel, spec: SSESpec, arch: str, dtype: str) -> di
 def _fit(schedule: dict[str, int], kernel: Kernel, size: int, shared: int) -> None:
     """Fewer rows ahead, then shorter chunks, until the rows of a loop and its state as an operand fit."""
     rows = sum(a.width[-1] for a in kernel.inputs if a.layout in ("token_rows", "value_rows") and a.width)
-    d, e = (int(str(kernel.holes[x])) for x in ("d_extent", "e_extent"))
+    d, e = (kernel.number_of(x) for x in ("d_extent", "e_extent"))
 
     def used() -> int:
         return size * (schedule["CHUNK"] * (schedule["num_stages"] * rows + d) + d * e)
