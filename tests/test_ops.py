@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from splagen import library as lib
@@ -116,6 +121,84 @@ def test_opcheck_through_the_interpreter(name: str, make: Callable[[SPLASpec], L
     module = make(spec).module
     given = tensors(spec, 19, torch.float32, device)
     torch.library.opcheck(module.forward_op, tuple(leaves(spec, given)), test_utils=OPCHECKS)
+
+
+class Watching(TorchDispatchMode):
+    """Notes the ops that torch's dispatcher is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Labelled(Tensor):
+    """A kind of tensor of its own."""
+
+
+def names_seen(how: str, run: Callable[..., Tensor], inputs: list[Tensor]) -> list[str]:
+    """What whoever looks on sees of a call."""
+    match how:
+        case "mode":
+            with Watching() as watching:
+                run(*inputs)
+            return watching.seen
+        case "profiler":
+            with profile(activities=[ProfilerActivity.CPU]) as seen:
+                run(*inputs)
+            return [event.key for event in seen.key_averages()]
+        case "trace":
+            return [str(node.target) for node in make_fx(run)(*(x.detach() for x in inputs)).graph.nodes]
+    raise AssertionError(how)
+
+
+@pytest.mark.parametrize("how", ["mode", "profiler", "trace"])
+def test_whoever_looks_on_sees_the_op(how: str, make: Callable[[SPLASpec], Library], device: torch.device) -> None:
+    library = make(SPECS["dense"])
+    name = library.module.forward_op.name().partition("::")[2]
+    inputs = leaves(SPECS["dense"], tensors(SPECS["dense"], 20, torch.float32, device))
+    assert [x for x in names_seen(how, op_of(library), inputs) if name in x and "backward" not in x]
+
+
+@pytest.mark.parametrize("kind", ["fake", "subclass"])
+def test_tensors_of_another_kind_go_through_the_dispatcher(
+    kind: str, make: Callable[[SPLASpec], Library], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = make(SPECS["dense"])
+    inputs = [x.detach() for x in leaves(SPECS["dense"], tensors(SPECS["dense"], 20, torch.float32, device))]
+    monkeypatch.setattr(library.module, "EAGER", {})
+    with FakeTensorMode() if kind == "fake" else nullcontext():
+        if kind == "subclass":
+            inputs = [x.as_subclass(Labelled) for x in inputs]
+        else:
+            inputs = [torch.empty(x.shape, device=device) for x in inputs]
+        assert op_of(library)(*inputs).shape == inputs[0].shape
+
+
+@pytest.mark.parametrize("name", ["dense", "rms temperature"])
+def test_a_plain_call_gives_what_the_op_gives(
+    name: str, make: Callable[[SPLASpec], Library], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, forward and backward; and it runs what the op runs without torch's dispatcher."""
+    library, spec = make(SPECS[name]), SPECS[name]
+    given = tensors(spec, 37, torch.float32, device)
+    found = []
+    for op in (lambda *x: library.module.forward_op(*x)[0], op_of(library)):
+        inputs = leaves(spec, given)
+        o = op(*inputs)
+        asked = [x for x in inputs if x.requires_grad]
+        found.append([o, *torch.autograd.grad(o, asked, cotangent(spec, given))])
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+    run, _ = library.module.EAGER[library.module.forward_op]
+    ran: list[int] = []
+    spied = {library.module.forward_op: (lambda *x: (ran.append(1), run(*x))[1], None)}
+    monkeypatch.setattr(library.module, "EAGER", spied)
+    with torch.no_grad():
+        assert torch.equal(op_of(library)(*leaves(spec, given)), found[0][0])
+    assert ran
 
 
 @pytest.mark.gpu

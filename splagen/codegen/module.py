@@ -340,7 +340,7 @@ def _dense_text(part: Partition, dense: Dense, op: str, constants: dict[str, int
 
 def _returned(op: str, inputs: Sequence[str], gradients: Sequence[str], cotangents: Sequence[str]) -> str:
     """Lines that return what autograd wants of an op's backward: None in the place of an input without a gradient."""
-    call = f"{op}(*ctx.saved_tensors, {cotangents[0]})"
+    call = f"apply({op}, *ctx.saved_tensors, {cotangents[0]})"
     if len(gradients) == len(inputs):
         return f"return {call}"
     placed = ", ".join(f"d_{x}" if x in gradients else "None" for x in inputs)

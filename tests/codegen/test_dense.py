@@ -97,7 +97,7 @@ def test_what_selects_blocks_is_no_dense_attention(name: str) -> None:
 def test_without_a_limit_there_is_no_second_path() -> None:
     text = source(spec_of(dense_below=0))
     assert "dense" not in text.replace("dense_below = 0", "")
-    assert "return forward_op(q, k, v, gamma_s, gamma_r)[0]" in text
+    assert "return apply(forward_op, q, k, v, gamma_s, gamma_r)[0]" in text
 
 
 def test_what_stands_behind_it_must_be_rows() -> None:
