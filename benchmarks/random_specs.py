@@ -127,13 +127,13 @@ def ways(
 
     Sequences of few blocks have kernels of their own (None), and strategies longer ones on a GPU.
     """
-    few = part.direct and -(-length // Geometry.of(part.program).block) <= part.direct.blocks
+    most = part.direct.blocks * Geometry.of(part.program).block if part.direct else 0
+    few: list[Strategies | None] = [None] if length <= most else []
     if device == "cpu":
-        return [(length, torch.float32, x) for x in ([wide(module, part), None] if few else [wide(module, part)])]
+        return [(length, torch.float32, x) for x in (wide(module, part), *few)]
     strategies = every_strategy(part) or [DEFAULT]
-    most = part.direct.blocks * Geometry.of(part.program).block if few and part.direct else 0
-    own = [(length, dtype, None) for dtype in (torch.float32, torch.bfloat16)] if few else []
-    longer = most + length
+    own = [(length, dtype, x) for dtype in (torch.float32, torch.bfloat16) for x in few]
+    longer = length + most if few else length
     return [*own, (longer, torch.float32, strategies[0]), *((longer, torch.bfloat16, s) for s in strategies)]
 
 
