@@ -34,6 +34,13 @@ class Interval:
     highs: tuple[Bound, ...]
     guards: tuple[Atom, ...]
 
+    def count(self, at: Mapping[sp.Symbol, sp.Integer], extent: int) -> int:
+        """How many x there are where the other symbols have these values."""
+        if any(guard.xreplace(at) < 0 for guard in self.guards):
+            return 0
+        low, high = ([int(b.numerator.xreplace(at)) // b.divisor for b in some] for some in (self.lows, self.highs))
+        return max(0, min([extent, *high]) - max([0, *low]))
+
 
 def atom(relation: sp.Basic) -> tuple[Atom, ...]:
     """A comparison of integers as expressions that are all >= 0."""

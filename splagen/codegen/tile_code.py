@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import sympy as sp
+
 from splagen.codegen.base_two import exponent, to_base2
 from splagen.codegen.geometry import (
     Geometry,
@@ -20,7 +22,7 @@ from splagen.codegen.geometry import (
     is_tile_value,
 )
 from splagen.codegen.kernel import Array
-from splagen.codegen.predicates import J, Predicates, T, visit
+from splagen.codegen.predicates import LENGTH, J, Predicates, T, visit
 from splagen.codegen.region import Dim, Region, slice_back
 from splagen.errors import PartitionError
 from splagen.ir.passes import followed, signed_terms
@@ -90,7 +92,11 @@ class Walk:
     @property
     def few_blocks(self) -> int:
         """Blocks of a sequence up to which those left over are few, or no more than the chosen: their sum is direct."""
-        return min(BITS_OF_A_MASK, max(8, 2 * self.budget))
+        tile = sp.Integer(2**16)  # it sees as many by position as any
+        length = 2 * tile * self.geometry.tile
+        found = self.predicates.intervals(self.seen, J, {self.chosen: False} if self.chosen else {})
+        forced = sum(i.count({T: tile, LENGTH: length}, int(length) // self.geometry.block) for i in found)
+        return min(BITS_OF_A_MASK, max(8, forced + 2 * self.budget))
 
     def every(self, variable: object, names: Mapping[str, str], extent: str, index: str) -> tuple[list[str], str, str]:
         """The loop over blocks (or tiles) that are seen by position or may be chosen."""

@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -77,18 +78,23 @@ def test_the_direct_sum_on_the_gpu(
     check(case, dtype, device, tmp_path, monkeypatch)
 
 
-def left_over(head_dim: int, group: int, tile: int) -> SPLASpec:
-    """Of three blocks each query sees its own, chooses one, and leaves one."""
-    few = select(block_size=32, sinks=0, local=0, **({"tile": tile} if tile > 1 else {}))
-    linear = Residual(lib.elu1, temperature=True)
+LEFT_OVER = [(1, 32, 67), (32, 32, 67), (128, 16, 150)]  # tile, block, length
+
+
+def left_over(head_dim: int, group: int, tile: int, block: int) -> SPLASpec:
+    """Each query sees its tile's own blocks, chooses one of the others, and leaves one."""
+    few = select(block_size=block, sinks=0, local=0, **({"tile": tile} if tile > 1 else {}))
+    linear = Residual(lib.elu1, temperature=True, normaliser=tile > 32)
     return SPLASpec(head_dim=head_dim, group_size=group, causal=False, select=few, linear=linear, combine="add")
 
 
 @pytest.mark.usefixtures("bf16_interpreter")
-@pytest.mark.parametrize("tile", [1, 32])
-def test_what_is_left_over_is_as_exact_as_what_was_chosen(tile: int, device: torch.device, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tile", "block", "length"), LEFT_OVER)
+def test_what_is_left_over_is_as_exact_as_what_was_chosen(
+    tile: int, block: int, length: int, device: torch.device, tmp_path: Path
+) -> None:
     """The op takes the direct sum by itself; the difference of sums, of 16-bit scores, is beyond the limits there."""
-    spec, shape = left_over(16, 2, tile), (1, 4, 67)
+    spec, shape = left_over(16, 2, tile, block), (1, 4, length)
     module, truth = generate(spec, tmp_path).module, oracle(to_toml(spec))
     inputs = random_inputs(truth, shape, torch.bfloat16, device, 0)
     Report(spec.name, tuple(compare(module, truth, inputs, shape))).raise_if_wrong()
@@ -97,9 +103,11 @@ def test_what_is_left_over_is_as_exact_as_what_was_chosen(tile: int, device: tor
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tile", [1, 32])
-def test_what_is_left_over_is_exact_on_the_gpu(tile: int, device: torch.device, tmp_path: Path) -> None:
-    spec, shape = left_over(64, 4, tile), (1, 8, 67)
+@pytest.mark.parametrize(("tile", "block", "length"), LEFT_OVER)
+def test_what_is_left_over_is_exact_on_the_gpu(
+    tile: int, block: int, length: int, device: torch.device, tmp_path: Path
+) -> None:
+    spec, shape = left_over(64, 4, tile, block), (1, 8, length)
     module, truth = generate(spec, tmp_path).module, oracle(to_toml(spec))
     rows = compare(module, truth, random_inputs(truth, shape, torch.bfloat16, device, 0), shape)
     Report(spec.name, tuple(rows)).raise_if_wrong()
@@ -123,12 +131,23 @@ def test_the_op_takes_it_for_few_blocks_alone(tmp_path: Path, monkeypatch: pytes
         taken.clear()
 
 
-def test_few_blocks_are_no_more_than_a_mask_has_bits() -> None:
-    for budget in (1, 4, 13, 31, 33, 62):
-        spec = SPLASpec(head_dim=16, group_size=1, select=Select(block_size=16, budget=budget))
-        direct = kernels(spec).direct
-        assert direct
-        assert direct.blocks == min(64, max(8, 2 * budget))
+@pytest.mark.parametrize(
+    ("causal", "axes", "blocks"),
+    [
+        (True, {"budget": 1}, 8),
+        (True, {"budget": 13}, 3 + 26),  # the first, the one before and the query's own
+        (True, {"budget": 13, "sinks": 2, "local": 4}, 7 + 26),
+        (False, {"budget": 13}, 4 + 26),  # and the one behind
+        (False, {"budget": 3, "sinks": 0, "local": 0, "granularity": "tile", "tile": 128}, 8 + 6),
+        (True, {"budget": 62}, 64),  # bits of a mask
+    ],
+)
+def test_what_are_few_blocks(causal: bool, axes: dict[str, Any], blocks: int) -> None:
+    """Those that a query sees by position, and twice as many as it chooses."""
+    spec = SPLASpec(head_dim=16, group_size=1, causal=causal, select=Select(block_size=16, **axes))
+    direct = kernels(spec).direct
+    assert direct
+    assert direct.blocks == blocks
 
 
 def test_there_is_none_without_a_residual() -> None:

@@ -311,13 +311,13 @@ def test_the_specs_have_every_kernel_family() -> None:
         "inverse_index",
         *("index", "index_tally", "index_starts", "index_entries"),
         *("packed_module", "packed_index", "segment_lengths", "prefill_module", "prefill_places"),
-        *("carried_state", "as_paged", "key_visits"),
+        *("carried_state", "as_paged", "key_visits", "key_segment", "takes_direct"),
         *FUNCTIONS,
         *decode_module.FUNCTIONS,
         *sequence_module.FUNCTIONS,
     }
     families = {p.stem for p in template_directory().glob("*.jinja")} - others
     for table in (SPECS, REAL):
-        found = {k.template for spec, _ in table.values() for k in oracle(to_toml(spec)).partition.kernels}
+        found = {k.template for spec, _ in table.values() for k in oracle(to_toml(spec)).partition.op_kernels}
         assert found | sequence | steps == families
         assert not found & (sequence | steps)
