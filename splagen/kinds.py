@@ -104,6 +104,11 @@ def _oracle(spec: SPLASpec) -> Oracle:
     return Oracle(derive_gradient(spla_program(spec)), _partition(spec))
 
 
+def _shapes(spec: SPLASpec, device: str) -> list[Shape]:
+    direct = _partition(spec).direct
+    return verification.default_shapes(spec, device, direct.blocks if direct else 0)
+
+
 KINDS: Mapping[str, Kind[Any]] = {
     "spla": Kind[SPLASpec](
         definition=spla_program,
@@ -112,7 +117,7 @@ KINDS: Mapping[str, Kind[Any]] = {
         source=_source,
         oracle=_oracle,
         verify=verification.verify,
-        shapes=verification.default_shapes,
+        shapes=_shapes,
     ),
     "sse": Kind[SSESpec](
         definition=sse_program,

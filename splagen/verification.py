@@ -93,12 +93,20 @@ def verify(
     return Report(module.__name__, tuple(rows))
 
 
-def default_shapes(spec: SPLASpec, device: str) -> list[Shape]:
-    """Lengths off the block grid; few and short where kernels are interpreted."""
+INTERPRETED = 512  # tokens that Triton's interpreter takes in a minute or so
+
+
+def default_shapes(spec: SPLASpec, device: str, few: int = 0) -> list[Shape]:
+    """Lengths off the block grid, with more than a `few` blocks, which have kernels of their own, and with fewer.
+
+    Few and short where kernels are interpreted: longer ones only where `few` blocks are at most INTERPRETED tokens.
+    """
     block = spec.select.block_size if spec.select else 64
     if device == "cpu":
-        return [(1, spec.group_size, 6 * block + 3)]
-    return [(1, 2 * spec.group_size, 1000), (2, spec.group_size, 64 * block - 1)]
+        lengths = [6 * block + 3, *([few * block + 3] if 6 < few <= INTERPRETED // block else [])]
+        return [(1, spec.group_size, length) for length in lengths]
+    lengths = [*([few * block - 5] if 0 < few * block < 1000 else []), 1000]
+    return [*((1, 2 * spec.group_size, x) for x in lengths), (2, spec.group_size, max(64, few + 1) * block - 1)]
 
 
 def random_inputs(

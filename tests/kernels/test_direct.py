@@ -14,7 +14,7 @@ from splagen import library as lib
 from splagen.codegen.tile_code import BITS_OF_A_MASK
 from splagen.errors import WrongResult
 from splagen.kinds import oracle
-from splagen.pipeline import generate, kernels
+from splagen.pipeline import default_shapes, generate, kernels
 from splagen.spec import Residual, Select, SPLASpec, to_toml
 from splagen.verification import Report, compare, random_inputs
 from tests.kernels.cases import GPU, SMALL, Case, Shape, select
@@ -148,6 +148,17 @@ def test_what_are_few_blocks(causal: bool, axes: dict[str, Any], blocks: int) ->
     direct = kernels(spec).direct
     assert direct
     assert direct.blocks == blocks
+
+
+def test_verify_takes_both_kinds_of_kernels_if_it_is_told_no_shape() -> None:
+    spec = SPLASpec(head_dim=16, group_size=1, select=Select(block_size=16, budget=2))
+    few = kernels(spec).direct.blocks  # type: ignore[union-attr]
+    for device in ("cpu", "cuda"):
+        blocks = [-(-length // 16) for _, _, length in default_shapes(spec, device)]
+        assert min(blocks) <= few < max(blocks)
+    large = SPLASpec(head_dim=16, group_size=1, select=Select(block_size=128, budget=62))
+    assert default_shapes(large, "cpu") == [(1, 1, 6 * 128 + 3)], "the interpreter would take an hour for more"
+    assert max(length for _, _, length in default_shapes(large, "cuda")) > 64 * 128
 
 
 def test_there_is_none_without_a_residual() -> None:
