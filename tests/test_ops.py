@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -176,6 +177,15 @@ def test_tensors_of_another_kind_go_through_the_dispatcher(
         else:
             inputs = [torch.empty(x.shape, device=device) for x in inputs]
         assert op_of(library)(*inputs).shape == inputs[0].shape
+
+
+def test_a_tangent_is_refused_and_not_lost(make: Callable[[SPLASpec], Library], device: torch.device) -> None:
+    library = make(SPECS["dense"])
+    inputs = [x.detach() for x in leaves(SPECS["dense"], tensors(SPECS["dense"], 20, torch.float32, device))]
+    with forward_ad.dual_level():
+        inputs[0] = forward_ad.make_dual(inputs[0], torch.ones_like(inputs[0]))
+        with pytest.raises((NotImplementedError, RuntimeError), match="forward"):
+            op_of(library)(*inputs)
 
 
 @pytest.mark.parametrize("name", ["dense", "rms temperature"])
