@@ -86,7 +86,7 @@ def times() -> Iterator[dict[str, Any]]:
     for name, spec in TIMED.items():
         for length in LENGTHS:
             both = Both(spec, 32, length)
-            few = both.part.direct is not None and length <= both.part.direct.blocks * 64
+            few = both.module.takes_direct(both.arguments[0])
             for way in (DIFFERENCE, DIRECT):
                 results = both.forward(way)
                 forward = time_ms(partial(both.forward, way))

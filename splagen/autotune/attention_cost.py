@@ -20,7 +20,7 @@ from splagen.codegen.affine import Bound, Interval, intervals
 from splagen.codegen.geometry import Geometry
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.moments import BLOCK, predicate
-from splagen.codegen.predicates import LENGTH, J, T
+from splagen.codegen.predicates import LENGTH, T
 from splagen.codegen.schedule import DTYPES, Schedule
 from splagen.codegen.selection import CELL, PLACES, QUERY, TILE, Selection
 from splagen.codegen.tile_code import Walk
@@ -62,9 +62,7 @@ class Attention:
     @cached_property
     def forced(self) -> sp.Expr:
         """Blocks that a tile sees by position, on average."""
-        walk = Walk.of(self.program)
-        facts = {walk.chosen: False} if walk.chosen else {}
-        return mean_length(walk.predicates.intervals(walk.seen, J, facts), T, self.tiles, self.blocks)
+        return mean_length(Walk.of(self.program).intervals("J"), T, self.tiles, self.blocks)
 
     @cached_property
     def far(self) -> sp.Expr:

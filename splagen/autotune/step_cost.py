@@ -19,7 +19,7 @@ from splagen.codegen.affine import intervals
 from splagen.codegen.decoding import LEAST_SPLIT, Decoding
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.moments import BLOCK, predicate
-from splagen.codegen.predicates import LENGTH, J, T
+from splagen.codegen.predicates import LENGTH, T
 from splagen.codegen.schedule import DTYPES, Schedule
 from splagen.codegen.selection import CELL, PLACES, QUERY, TILE
 from splagen.codegen.tile_code import Walk
@@ -66,9 +66,7 @@ class Step(Attention):
     @cached_property
     def forced(self) -> sp.Expr:
         """Blocks that the query sees by position."""
-        walk = Walk.of(self.program)
-        facts = {walk.chosen: False} if walk.chosen else {}
-        return last_length(walk.predicates.intervals(walk.seen, J, facts), T, self.blocks)
+        return last_length(Walk.of(self.program).intervals("J"), T, self.blocks)
 
     @cached_property
     def far(self) -> sp.Expr:

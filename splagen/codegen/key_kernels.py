@@ -74,36 +74,24 @@ def key_kernels(
     groups: Sequence[Group],
     wanted: Sequence[Var],
     finished: Outputs = (),
+    *,
+    direct: bool = False,
 ) -> KeyGradients:
     """Gradients of key rows from tiles, as partial sums per segment of the inverse index; parts of rows with them.
 
     `finished` are stored by the kernel itself where a block has one segment: a single one has to form all sums.
+    `direct`: what is left over is summed too, and each block is one segment, met by all rows that see it.
     """
-    suffix = "dqkv" if any(g.to_rows for g in groups) else "dkv"
+    suffix = "dqkv" if any(g.to_rows for g in groups) else "dkv_direct" if direct else "dkv"
     found = KeyGradients([], {}, {})
     for group in groups:
-        made = _KeyKernel(walk, available, group)
-        found.kernels.append(made.kernel(_name(walk, group, suffix, found.kernels), wanted, finished))
+        name = ("block_sparse_" if _softmax(walk, group) else "linear_") + suffix
+        name += f"_{len(found.kernels)}" if any(k.name == name for k in found.kernels) else ""
+        made = (_DirectKeyKernel if direct else _KeyKernel)(walk, available, group)
+        found.kernels.append(made.kernel(name, wanted, finished))
         found.sums.update(made.sums)
         found.parts.update(made.parts)
     return found
-
-
-def direct_key_kernels(
-    walk: Walk, available: Mapping[Var, Array], groups: Sequence[Group], wanted: Sequence[Var]
-) -> KeyGradients:
-    """The same where what is left over is summed directly: each block is one segment, met by all that see it."""
-    found = KeyGradients([], {}, {})
-    for group in groups:
-        made = _DirectKeyKernel(walk, available, group)
-        found.kernels.append(made.kernel(_name(walk, group, "dkv_direct", found.kernels), wanted))
-        found.sums.update(made.sums)
-    return found
-
-
-def _name(walk: Walk, group: Group, suffix: str, before: Sequence[Kernel]) -> str:
-    name = ("block_sparse_" if _softmax(walk, group) else "linear_") + suffix
-    return name + (f"_{len(before)}" if any(k.name == name for k in before) else "")
 
 
 def _softmax(walk: Walk, group: Group) -> bool:

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import sympy as sp
 
-from splagen.codegen.affine import Interval
 from splagen.codegen.dense import Dense
 from splagen.codegen.geometry import Geometry, is_parameter
 from splagen.codegen.head_rounds import bytes_by_strategy, heads_are_alike, parts_text, rounds_text
@@ -28,7 +27,6 @@ from splagen.codegen.module_holes import (
     sources,
 )
 from splagen.codegen.partition import Partition
-from splagen.codegen.predicates import T
 from splagen.codegen.render import kernel_text, render, unique
 from splagen.codegen.schedule import default_schedules
 from splagen.codegen.tile_code import Walk
@@ -154,8 +152,7 @@ def constants_of(geometry: Geometry, walk: Walk) -> dict[str, int]:
 
 def _host_count(walk: Walk) -> tuple[str, str]:
     """Python that counts the tiles that see block j by position."""
-    facts = {walk.chosen: False} if walk.chosen else {}
-    found: list[Interval] = walk.predicates.intervals(walk.seen, T, facts)
+    found = walk.intervals("T")
     lines: list[str] = []
     names = {"J": "j", "L": "L"}
     for k, interval in enumerate(found):

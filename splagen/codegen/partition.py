@@ -23,7 +23,7 @@ from splagen.codegen.geometry import (
 )
 from splagen.codegen.index_kernels import choices_kernel
 from splagen.codegen.kernel import Array, Choice, Kernel
-from splagen.codegen.key_kernels import direct_key_kernels, key_groups, key_kernels, merge_kernel
+from splagen.codegen.key_kernels import key_groups, key_kernels, merge_kernel
 from splagen.codegen.module_kernels import ProgramKernels
 from splagen.codegen.part_kernels import parts_kernels
 from splagen.codegen.query_kernels import dq_kernel, dq_kernels, forward_kernel, forward_kernels
@@ -101,7 +101,7 @@ class Direct:
 
 def partition(program: Program) -> Partition:
     """Cut a lowered forward-and-gradient Program into kernels; PartitionError prints equations that no family takes."""
-    return _Partitioner(check(settle_names(join_sums(is_sum_of_tiles)(program)))).run()
+    return _Partitioner(program).run()
 
 
 def direct_partition(program: Program, longer: Partition) -> Direct:
@@ -109,7 +109,7 @@ def direct_partition(program: Program, longer: Partition) -> Direct:
 
     A kernel with the text of one of those is that one; others have names of their own.
     """
-    found = _DirectPartitioner(check(settle_names(join_sums(is_sum_of_tiles)(program)))).run()
+    found = _DirectPartitioner(program).run()
     known = {k.name: k for k in longer.kernels}
 
     def own(k: Kernel) -> Kernel:
@@ -123,6 +123,7 @@ def direct_partition(program: Program, longer: Partition) -> Direct:
 
 class _Partitioner:
     def __init__(self, program: Program) -> None:
+        program = check(settle_names(join_sums(is_sum_of_tiles)(program)))
         self.program = program
         self.geometry = Geometry.of(program)
         self.walk = Walk.of(program)
@@ -355,7 +356,7 @@ class _DirectPartitioner(_Partitioner):
         kernels.append(choices_kernel(self.walk.budget))
         kernels += dq_kernels(self.walk, available, rows, "direct")
         groups = key_groups(self.walk, available, wanted, direct=True)
-        by_key = direct_key_kernels(self.walk, available, groups, wanted)
+        by_key = key_kernels(self.walk, available, groups, wanted, direct=True)
         kernels += by_key.kernels
         kernels.append(rows_kernel("key_gradients", self.program, "key", {**available, **by_key.sums}, keys))
         available.update([*rows, *keys])

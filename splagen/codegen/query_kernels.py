@@ -26,7 +26,7 @@ from splagen.codegen.tile_code import (
     row_scalars,
     sums_of_tiles,
 )
-from splagen.codegen.unions import PICKED, SPAN, UNION, union_walk
+from splagen.codegen.unions import SPAN, UNION, union_walk
 from splagen.ir.program import Equation, Lse, Reduce, Var
 
 FULL = 32  # query rows that share a list of blocks: a tile of so many fills its registers
@@ -67,7 +67,7 @@ class QuerySide:
         self.use([INDICES, COUNTS])
         if chosen == "union":
             self.scratch = (UNION,)
-            code = TileCode(self.walk, self.walk.eligible_facts, to_keys=False, read={self.walk.chosen: PICKED})
+            code = TileCode.picking(self.walk, self.walk.eligible_facts, to_keys=False)
             union = union_walk(geometry, self.walk.budget)
             return [*found, (code, self._walk("blocks that any of the rows chose", *union))]
         return [*found, *self._listed()]
@@ -244,10 +244,10 @@ def _apart(
     equations = slice_back(program, asked, [*program.inputs, *available])
     sums = sums_of_tiles(program, equations, to_keys=False)
     linear = [s for s in sums if not follows_softmax(program, s)]
-    rows = (geometry.chunk if chosen == "direct" else geometry.tile) * geometry.group
+    direct = chosen == "direct"
+    rows = (geometry.chunk if direct else geometry.tile) * geometry.group
     if not walk.chosen or rows < FULL or not 0 < len(linear) < len(sums):
         return {}
-    direct = chosen == "direct"
     code = TileCode.direct(walk, to_keys=False) if direct else TileCode(walk, walk.chosen_facts, to_keys=False)
     held = [s.into for s in sums] + operands(code.body(code.wanted(sums)).products, [], of_queries=True)
     if sum(geometry.width(f, pad=True) for v in dict.fromkeys(held) if (f := features_of(v))) <= HELD:

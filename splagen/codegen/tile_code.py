@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import sympy as sp
 
+from splagen.codegen.affine import Interval
 from splagen.codegen.base_two import exponent, to_base2
 from splagen.codegen.geometry import (
     Geometry,
@@ -94,21 +96,26 @@ class Walk:
         """Blocks of a sequence up to which those left over are few, or no more than the chosen: their sum is direct."""
         tile = sp.Integer(2**16)  # it sees as many by position as any
         length = 2 * tile * self.geometry.tile
-        found = self.predicates.intervals(self.seen, J, {self.chosen: False} if self.chosen else {})
-        forced = sum(i.count({T: tile, LENGTH: length}, int(length) // self.geometry.block) for i in found)
+        at, extent = {T: tile, LENGTH: length}, int(length) // self.geometry.block
+        forced = sum(i.count(at, extent) for i in self.intervals("J"))
         return min(BITS_OF_A_MASK, max(8, forced + 2 * self.budget))
 
-    def every(self, variable: object, names: Mapping[str, str], extent: str, index: str) -> tuple[list[str], str, str]:
-        """The loop over blocks (or tiles) that are seen by position or may be chosen."""
-        facts = {self.chosen: True} if self.chosen else {}
-        found = self.predicates.intervals(self.seen, J if variable == "J" else T, facts)
-        return visit(found, "seen", names, extent, index)
+    def intervals(self, variable: Literal["T", "J"], *, chosen: bool = False) -> list[Interval]:
+        """The blocks J, or tiles T, that are seen by position, or with those that may be chosen."""
+        facts = {self.chosen: chosen} if self.chosen else {}
+        return self.predicates.intervals(self.seen, J if variable == "J" else T, facts)
 
-    def forced(self, variable: object, names: Mapping[str, str], extent: str, index: str) -> tuple[list[str], str, str]:
+    def every(
+        self, variable: Literal["T", "J"], names: Mapping[str, str], extent: str, index: str
+    ) -> tuple[list[str], str, str]:
+        """The loop over blocks (or tiles) that are seen by position or may be chosen."""
+        return visit(self.intervals(variable, chosen=True), "seen", names, extent, index)
+
+    def forced(
+        self, variable: Literal["T", "J"], names: Mapping[str, str], extent: str, index: str
+    ) -> tuple[list[str], str, str]:
         """The loop over blocks (or tiles) seen by position: set-up, count, and source of the visited one."""
-        facts = {self.chosen: False} if self.chosen else {}
-        found = self.predicates.intervals(self.seen, J if variable == "J" else T, facts)
-        return visit(found, "forced", names, extent, index)
+        return visit(self.intervals(variable), "forced", names, extent, index)
 
     def eligible_count(self) -> list[str]:
         """Lines that count the blocks a tile may choose from, as `eligible`."""
@@ -255,11 +262,16 @@ class TileCode:
         return bool(inside) and all(self.body(inside).names[v] == "True" for v in inside)
 
     @classmethod
-    def direct(cls, walk: Walk, *, to_keys: bool) -> TileCode:
-        """That of a loop over blocks that rows see by position, chose or left over: CHOSEN_HERE tells which."""
+    def picking(cls, walk: Walk, facts: Mapping[Var, bool], *, to_keys: bool) -> TileCode:
+        """That of a loop over blocks of which each row chose some: `picked` [BLOCK_M] tells which rows chose one."""
         assert walk.chosen
         view = "[None, :]" if to_keys else "[:, None]"
-        return cls(walk, {}, to_keys=to_keys, read={walk.chosen: f"picked{view}"})
+        return cls(walk, facts, to_keys=to_keys, read={walk.chosen: f"picked{view}"})
+
+    @classmethod
+    def direct(cls, walk: Walk, *, to_keys: bool) -> TileCode:
+        """That of a loop over blocks that rows see by position, chose or left over: CHOSEN_HERE tells which."""
+        return cls.picking(walk, {}, to_keys=to_keys)
 
     def body(self, wanted: Sequence[Var]) -> Tile:
         """Products and equations that give the wanted tile values and masks; row scalars stand as vectors by name."""

@@ -11,7 +11,6 @@ from splagen.codegen.kernel import Array, Kernel
 
 UNION = Array("union", "unions", width=(2,), dtype="int64")  # a block, and a bit for each list that has it
 MOST_LISTS = 64  # bits of a mask
-PICKED = "picked[:, None]"  # which rows chose the visited block
 SPAN = "CHUNK"  # the rows among which a program has its own: they see the same blocks by position
 
 

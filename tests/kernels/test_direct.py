@@ -16,7 +16,7 @@ from splagen.errors import WrongResult
 from splagen.kinds import oracle
 from splagen.pipeline import default_shapes, generate, kernels
 from splagen.spec import Residual, Select, SPLASpec, to_toml
-from splagen.verification import Report, compare, random_inputs
+from splagen.verification import Report, compare, random_inputs, verify
 from tests.kernels.cases import GPU, SMALL, Case, Shape, select
 from tests.kernels.embedding import embedded, fill_empty_with_nan
 
@@ -88,6 +88,15 @@ def left_over(head_dim: int, group: int, tile: int, block: int) -> SPLASpec:
     return SPLASpec(head_dim=head_dim, group_size=group, causal=False, select=few, linear=linear, combine="add")
 
 
+def report_of(
+    spec: SPLASpec, shape: Shape, device: torch.device, folder: Path, schedules: dict[str, dict[str, int]] | None = None
+) -> Report:
+    library, dtypes = generate(spec, folder), [torch.bfloat16]
+    return verify(
+        library.module, oracle(to_toml(spec)), shapes=[shape], dtypes=dtypes, device=device, schedules=schedules
+    )
+
+
 @pytest.mark.usefixtures("bf16_interpreter")
 @pytest.mark.parametrize(("tile", "block", "length"), LEFT_OVER)
 def test_what_is_left_over_is_as_exact_as_what_was_chosen(
@@ -95,11 +104,9 @@ def test_what_is_left_over_is_as_exact_as_what_was_chosen(
 ) -> None:
     """The op takes the direct sum by itself; the difference of sums, of 16-bit scores, is beyond the limits there."""
     spec, shape = left_over(16, 2, tile, block), (1, 4, length)
-    module, truth = generate(spec, tmp_path).module, oracle(to_toml(spec))
-    inputs = random_inputs(truth, shape, torch.bfloat16, device, 0)
-    Report(spec.name, tuple(compare(module, truth, inputs, shape))).raise_if_wrong()
+    report_of(spec, shape, device, tmp_path).raise_if_wrong()
     with pytest.raises(WrongResult):
-        Report(spec.name, tuple(compare(module, truth, inputs, shape, schedules={}))).raise_if_wrong()
+        report_of(spec, shape, device, tmp_path, schedules={}).raise_if_wrong()
 
 
 @pytest.mark.gpu
@@ -107,10 +114,7 @@ def test_what_is_left_over_is_as_exact_as_what_was_chosen(
 def test_what_is_left_over_is_exact_on_the_gpu(
     tile: int, block: int, length: int, device: torch.device, tmp_path: Path
 ) -> None:
-    spec, shape = left_over(64, 4, tile, block), (1, 8, length)
-    module, truth = generate(spec, tmp_path).module, oracle(to_toml(spec))
-    rows = compare(module, truth, random_inputs(truth, shape, torch.bfloat16, device, 0), shape)
-    Report(spec.name, tuple(rows)).raise_if_wrong()
+    report_of(left_over(64, 4, tile, block), (1, 8, length), device, tmp_path).raise_if_wrong()
 
 
 def test_the_op_takes_it_for_few_blocks_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
