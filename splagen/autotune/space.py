@@ -263,6 +263,8 @@ def _values(kernel: Kernel, device: Device) -> dict[str, Sequence[int]]:
     long = {"BLOCK_R": ROWS} | ({"BLOCK_E": CELLS} if scan else {})
     found: dict[str, Sequence[int]] = {n: long.get(n, TILES) for n in kernel.tunable}
     found["num_warps"] = WARPS[:-1] if kernel.template in PRODUCTS else WARPS
+    if "launch_pdl" in found:  # a kernel timed alone has none to overlap with: the default
+        found["launch_pdl"] = ()
     stages = (1,) if kernel.template in LOOPLESS else STAGES if device.nvidia else STAGES[:2]
     found["num_stages"] = stages[1:] if kernel.template in STAGED else stages
     if kernel.template in REGISTER_BOUND and device.nvidia:

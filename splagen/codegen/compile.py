@@ -43,6 +43,7 @@ _TYPES = {
     "int64": "i64",
     "e4m3": "fp8e4nv",
 }
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")  # of the compiler, among the numbers of a Schedule
 _INTEGERS = frozenset({"offsets", "tokens", "places", "writes", "reads", "chosen", "slots"})
 _LENGTH, _KV_HEADS = 65_536, 2  # the sizes whose strides decide what the JIT would specialise on
 _LENGTHS, _HEADS = (_LENGTH, 65_537), (_KV_HEADS, 1, 3, 4, 8, 16)  # all that it would
@@ -301,7 +302,7 @@ def _request(
         "tunable": list(kernel.tunable),
         "unspecialised": list(kernel.unspecialised),
         "target": _GPU[arch],
-        "options": {name: schedule[name] for name in ("num_warps", "num_stages", "maxnreg") if name in schedule},
+        "options": {name: schedule[name] for name in _OPTIONS if name in schedule},
     }
 
 

@@ -46,6 +46,7 @@ from splagen.ir.program import Equation, Iota, Lse, Program, Reduce, Var
 ROW_MAX = Array("row_max_parts", "sequences", dtype="float32")  # [B * tokens, Hkv, splits, GROUP]
 ROW_SUM = Array("row_sum_parts", "sequences", dtype="float32")
 MULTIPROCESSORS = 132  # of an H200
+WAIT = "wait_for_earlier(launch_pdl)"  # for what the kernel launched before writes
 _COLUMNS = (("d",), ("e",))
 
 
@@ -266,6 +267,7 @@ class DecodeCode:
         holes = {
             "heads": self.heads,
             "columns": self.columns,
+            "lengths": "\n".join([*([] if self.walk.chosen else [WAIT]), "L = tl.load(lengths_ptr + r)"]),
             "prologue": "\n".join(piece.lines),
             "loops": loops,
             "accumulators": [self._sum(v, a) for v, a in made.items() if v not in read],
@@ -288,7 +290,7 @@ class DecodeCode:
             holes,
             "(TOKENS, B * Hkv, SPLITS)",
             scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES", "SPLITS"),
-            tunable=("BLOCK_N", *(("BLOCK_D",) if states else ())),
+            tunable=("BLOCK_N", *(("BLOCK_D",) if states else ()), "launch_pdl"),
             fixed=("PAGE",),
             narrow=(Narrow("BLOCK_D", f"cdiv({left_size}, SPLITS)", (16,)),) if states else (),
         )
@@ -326,7 +328,11 @@ class DecodeCode:
         return masks[0]
 
     def _walks(self) -> list[tuple[str, dict[Var, bool], dict[str, object]]]:
-        """The loops: title, facts, and how a block is found one visit ahead of its keys."""
+        """The loops: title, facts, which part a split takes, and how a block is found one visit ahead of its keys.
+
+        Those before what is chosen are walked while it is being chosen, the last splits first: they have the fewest of
+        the blocks chosen.
+        """
         names = {"T": "tile", "L": "L"}
         settled = dict.fromkeys(self.late_masks, False)
         setup, count, block = self.walk.forced("J", names, "nJ", "i")
@@ -335,6 +341,7 @@ class DecodeCode:
         forced: dict[str, object] = {
             "setup": "\n".join(setup),
             "count": count,
+            "part": "(SPLITS - 1 - split)",
             "ahead": f"following = first // PARTS\nahead = {page.format(following, 'first < last')}",
             "visit": "\n".join([
                 f"j = {block}",
@@ -353,8 +360,9 @@ class DecodeCode:
             "ahead_place = tl.load(block_places_ptr + list_at + following, mask={0}, other=0)"
         )
         chosen: dict[str, object] = {
-            "setup": f"list_at = {at}\nchosen = tl.load(block_counts_ptr + r * Hkv + h)",
+            "setup": f"{WAIT}\nlist_at = {at}\nchosen = tl.load(block_counts_ptr + r * Hkv + h)",
             "count": "chosen",
+            "part": "split",
             "ahead": "following = first // PARTS\n" + loads.format("first < last"),
             "visit": "\n".join([
                 "j = ahead",
@@ -411,7 +419,7 @@ class DecodeCode:
             holes,
             "(TOKENS, B * Hq)",
             scalars=("Hkv", "SPLITS"),
-            tunable=("BLOCK_S",),
+            tunable=("BLOCK_S", "launch_pdl"),
             narrow=(Narrow("BLOCK_S", "SPLITS", (2, 8)), Narrow("num_warps", "cdiv(SPLITS, 8)", (1,))),
         )
 

@@ -14,7 +14,10 @@ from splagen.codegen.step_rows import PageType
 from splagen.errors import PartitionError
 from splagen.spec import SPLASpec
 
-FUNCTIONS = ("log1p", "tanh", "dot_split", "largest_in_order", "leading_factor", "one_of", "load_both", "round_e4m3")
+FUNCTIONS = (
+    *("log1p", "tanh", "dot_split", "largest_in_order", "leading_factor", "one_of", "load_both", "round_e4m3"),
+    *("wait_for_earlier", "let_next_begin"),
+)
 
 
 def decode_module_text(part: Decoding, spec: SPLASpec, *, digest: str, spec_text: str) -> str:
@@ -28,9 +31,10 @@ def decode_module_text(part: Decoding, spec: SPLASpec, *, digest: str, spec_text
     scales = [a.name for a in part.scales]
     kept = (*part.pages, *part.states, *part.scales, *part.scratch)
     cache = ["page_table", "seqlens", "settled", *(a.name for a in kept)]
-    constants = {"GROUP": geometry.group, "TILE": 1, "BLOCK": geometry.block}
+    constants: dict[str, object] = {"GROUP": geometry.group, "TILE": 1, "BLOCK": geometry.block}
     if part.budget:
         constants["BUDGET"] = part.budget
+    constants["COMPILED"] = "not triton.knobs.runtime.interpret"
     return render(
         "decode_module",
         {

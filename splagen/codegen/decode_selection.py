@@ -158,7 +158,7 @@ def _score(code: SelectionCode, append: Kernel, columns: str) -> Kernel:
         holes,
         re.sub(r"\)$", " + SPLITS)", append.grid),
         scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES", "SPLITS"),
-        tunable=("BLOCK_C", *append.tunable),
+        tunable=("BLOCK_C", *append.tunable, "launch_pdl"),
         fixed=("PAGE",),
         calls=(append,),
     )
@@ -190,7 +190,7 @@ def _select(code: SelectionCode) -> Kernel:
         holes,
         "(TOKENS, B * Hkv, CHUNKS)",
         scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES", "SPLITS", "CHUNKS", "CHUNK"),
-        tunable=("BLOCK_S",),
+        tunable=("BLOCK_S", "launch_pdl"),
         fixed=("PAGE", "CHUNK"),
     )
 

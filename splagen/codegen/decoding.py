@@ -191,6 +191,13 @@ def _check_coverage(program: Program, kernels: list[Kernel]) -> None:
 
 def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> dict[str, int]:
     """The Schedule of one kernel of a step."""
+    # programmatic dependent launch: what the step's kernels do before they need each other's results overlaps
+    overlaps = {"launch_pdl": int(arch in ("sm_90", "sm_100"))} if "launch_pdl" in kernel.tunable else {}
+    return _tiles(kernel, geometry, arch, dtype) | overlaps
+
+
+def _tiles(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> dict[str, int]:
+    """How a kernel runs alone."""
     wide = DTYPES[dtype] == 4
     widest = max(geometry.width(("d",), pad=True), geometry.width(("e",), pad=True))
     match kernel.template:

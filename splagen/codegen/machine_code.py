@@ -45,8 +45,7 @@ def machine_code(kernel: Any, job: dict[str, Any]) -> dict[str, Any]:
         pointers |= {"i32": torch.int32, "i64": torch.int64, "fp8e4nv": torch.float8_e4m3fn}
         compiled = kernel.warmup(
             *(_argument(job, name, pointers) for name in job["types"] if name not in job["tunable"]),
-            **{name: job["constants"][name] for name in job["tunable"]},
-            **job["options"],
+            **{name: job["constants"][name] for name in job["tunable"]} | job["options"],
             grid=(1,),
         )
     finally:

@@ -1,6 +1,8 @@
 """Every causal spec that selects by token has the kernels of a step, and its module is Python."""
 
 import ast
+import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,8 @@ import torch
 
 from splagen import pipeline
 from splagen.codegen.decode_module import decode_module_text
-from splagen.codegen.decoding import decoding
+from splagen.codegen.decoding import decode_schedules, decoding
+from splagen.codegen.render import kernel_text
 from splagen.codegen.schedule import check_fields
 from splagen.spec import SPLASpec, digest, to_toml
 from tests.kernels.cases import GPU, SMALL
@@ -62,3 +65,30 @@ def test_a_launch_over_few_splits_takes_a_narrow_tile_and_a_warp_that_builds_hav
     assert [taken[n]["BLOCK_S"] for n in (1, 2, 3, 8, 9, 69)] == [2, 2, 8, 8, schedule["BLOCK_S"], schedule["BLOCK_S"]]
     assert [taken[n]["num_warps"] for n in (1, 8, 9, 69)] == [1, 1, schedule["num_warps"], schedule["num_warps"]]
     assert {**taken[9], "BLOCK_S": 0} == {**schedule, "BLOCK_S": 0}
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=range(len(SPECS)))
+def test_before_a_kernel_waits_it_touches_nothing_that_the_one_before_writes(spec: SPLASpec) -> None:
+    """It may begin while that one runs; the ones before it have ended, for each waits before it lets the next begin."""
+    kernels = decoding(spec).kernels
+    for before, kernel in pairwise([None, *kernels]):
+        if "launch_pdl" not in kernel.tunable:
+            continue  # launched when everything before has ended
+        body = kernel_text(kernel).rpartition(f"def {kernel.name}_kernel(")[2].split('"""')[2]
+        early, waited, late = body.partition("wait_for_earlier(launch_pdl)")
+        assert waited
+        assert "let_next_begin" not in early
+        assert "tl.store" not in early
+        read = {*re.findall(r"(\w+)_ptr", early)}
+        assert not read & ({a.name for a in before.outputs} if before else read)
+        if kernel is not kernels[-1]:
+            assert "let_next_begin(launch_pdl)" in late
+
+
+def test_kernels_overlap_where_the_hardware_has_dependent_launches() -> None:
+    part = decoding(SPLASpec(head_dim=16, group_size=2))
+    overlaps = {
+        arch: {schedules[k.name]["launch_pdl"] for schedules in of_dtypes.values() for k in part.kernels}
+        for arch, of_dtypes in decode_schedules(part).items()
+    }
+    assert overlaps == {"sm_80": {0}, "sm_90": {1}, "sm_100": {1}, "gfx942": {0}}

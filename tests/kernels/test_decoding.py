@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from splagen import random_cache
 from splagen.errors import InputError, SpecError
 from splagen.paged_cache import SPLACache
 from splagen.pipeline import generate_decoding
@@ -338,6 +339,30 @@ def test_a_captured_step_is_replayed_up_to_the_capacity(tmp_path: Path, device: 
         assert torch.equal(out.nan_to_num(7.0), made[1].step(*static).nan_to_num(7.0))
     assert made[0].seqlens.tolist() == [704, 640]
     assert out[1].isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sequences", [1, 64])
+def test_kernels_that_overlap_give_what_they_give_one_after_the_other(
+    sequences: int, tmp_path: Path, device: torch.device
+) -> None:
+    """Programmatic dependent launches change no bit: nothing is read before it is there."""
+    library, found = generate_decoding(REAL, tmp_path), []
+    rows = inputs(REAL, sequences, 100, 2, torch.bfloat16, device)
+    for overlap in (0, 1):
+        for schedules in every_schedule(library):
+            for schedule in schedules.values():
+                schedule |= {"launch_pdl": overlap} if "launch_pdl" in schedule else {}
+        sizes = {"sequences": sequences, "kv_heads": 2, "tokens": 16384}
+        cache = cache_of(REAL, tmp_path, device, **sizes, page_size=64, dtype=torch.bfloat16)
+        for _ in range(sequences):
+            cache.allocate(16384)
+        cache.seqlens.fill_(16000), cache.settled.fill_(16000)
+        random_cache.fill(cache.made, cache.part, torch.Generator(device=device).manual_seed(0), {})
+        outputs = torch.stack([cache.step(*tokens(rows, t)) for t in range(100)])
+        found.append([outputs, *cache.states.values(), *cache.pages.values()])
+    assert torch.isfinite(found[0][0]).all()
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
 
 
 @pytest.mark.gpu
