@@ -147,9 +147,9 @@ class Run:
         row["host_us"] = {}
         if options.device == "cuda":
             row["host_us"] = {name: host_us(runs[name]) for name in work.passes}
-            count, spent = launches_us(op.module, runs["forward"])
+            count, spent, beside = launches_us(op.module, runs["forward"])
             row["forward_launches"] = count
-            row["host_us"] |= {"in_forward_launches": spent, "forward_beside": row["host_us"]["forward"] - spent}
+            row["host_us"] |= {"in_forward_launches": spent, "forward_beside": beside}
             row["host_us"]["one_launch"] = launch_us()
         if options.device == "cuda" and work.timed == "op" and isinstance(op, BlockSparse) and not strategies:
             given = {n: x.detach().requires_grad_() for n, x in inputs.items() if x.is_floating_point()}

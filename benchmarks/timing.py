@@ -33,6 +33,11 @@ def host_us(run: Callable[[], object], calls: int = 10, rounds: int = 11) -> flo
     The first calls behind a pause take twice as long, until the host's caches hold what they need: a mean would be
     theirs.
     """
+    return 1e6 * statistics.median(_host_seconds(run, calls, rounds))
+
+
+def _host_seconds(run: Callable[[], object], calls: int = 10, rounds: int = 11) -> list[float]:
+    """Of each call."""
     samples = []
     for _ in range(rounds):
         torch.cuda.synchronize()
@@ -42,7 +47,7 @@ def host_us(run: Callable[[], object], calls: int = 10, rounds: int = 11) -> flo
             run()
             samples.append(time.perf_counter() - begun)
     torch.cuda.synchronize()
-    return 1e6 * statistics.median(samples)
+    return samples
 
 
 @triton.jit
@@ -65,10 +70,11 @@ def launch_us() -> float:
     return host_us(run, calls=100)
 
 
-def launches_us(module: ModuleType, run: Callable[[], object]) -> tuple[int, float]:
-    """How many kernels a repeated call of a generated module launches, and the microseconds that its host takes for it.
+def launches_us(module: ModuleType, run: Callable[[], object]) -> tuple[int, float, float]:
+    """How many kernels a repeated call of a generated module launches; the host's microseconds for it, and beside it.
 
-    The rest of `host_us` is what the module does beside: it finds what to repeat, and allocates.
+    Both are of the same calls, for a host may be twice as slow a second later.  Beside launches a call finds what to
+    repeat, and allocates; a clock is read twice for each launch.
     """
     spent: list[float] = []
     launching = module.launching
@@ -89,12 +95,14 @@ def launches_us(module: ModuleType, run: Callable[[], object]) -> tuple[int, flo
         run()  # is recorded
         run()
         each = len(spent)
-        host_us(run)
+        spent.clear()
+        whole = _host_seconds(run)
     finally:
         module.launching = launching
         module.KEPT.clear()
-    sums = [sum(spent[i : i + each]) for i in range(0, len(spent), each or 1)]
-    return each, 1e6 * statistics.median(sums or [0.0])
+    sums = [sum(spent[i * each : (i + 1) * each]) for i in range(len(whole))]
+    beside = [x - y for x, y in zip(whole, sums, strict=True)]
+    return each, 1e6 * statistics.median(sums), 1e6 * statistics.median(beside)
 
 
 def flushing() -> Callable[[], object]:

@@ -1,11 +1,14 @@
 """A call like an earlier one repeats what that one did, on its own tensors: numbers of every strategy."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from splagen import library as lib
@@ -78,7 +81,7 @@ def test_a_repeated_call_gives_what_a_first_one_gives(op: Op, monkeypatch: pytes
     first, other = given(op, 0), given(op, 1)
     want = [op.both(x) for x in (first, other)]
     if op.strategies.get("forward_strategy") == {"strategy": 1}:
-        monkeypatch.setattr(op.module, "SMALL", 0)  # each array by itself
+        monkeypatch.setattr(op.module, "MOST_SHARED", 0)  # each array by itself
     asked, ran = repeatable(op.module, monkeypatch)
     assert equal(op.both(first), want[0])
     assert asked
@@ -92,6 +95,24 @@ def test_a_repeated_call_gives_what_a_first_one_gives(op: Op, monkeypatch: pytes
     assert equal(op.backward(first, results[0]), want[0][-len(op.part.gradients) :]), "forwards in between"
     assert equal(list(results[1].values()), want[1][: len(results[1])]), "results are their own"
     assert not asked
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    return pipeline.generate(SPECS["no selection"], tmp_path_factory.mktemp("repetition")).module
+
+
+@hypothesis.given(st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 9), st.integers(1, 9)), max_size=12))
+def test_arrays_that_one_step_needs_lie_apart(module: ModuleType, arrays: list[tuple[int, int, int]]) -> None:
+    """Bytes, first step and number of steps of each; together they take no less than a step needs."""
+    wanted = [(i, size, first, first + steps) for i, (size, first, steps) in enumerate(arrays)]
+    begins, room = module.room_for(wanted)
+    assert all(begin % 512 == 0 and begin + wanted[i][1] <= room for i, begin in begins.items())
+    for (i, x, first, end), (j, y, f, e) in itertools.combinations(wanted, 2):
+        if f < end and first < e:
+            assert begins[i] + x <= begins[j] or begins[j] + y <= begins[i] or not x * y
+    most = max((sum(-(-x // 512) * 512 for _, x, f, e in wanted if f <= step < e) for step in range(19)), default=0)
+    assert most <= room <= sum(-(-x // 512) * 512 for _, x, *_ in wanted)
 
 
 def test_what_a_call_reads_decides_whether_it_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
