@@ -166,6 +166,22 @@ class FeatureMap:
         """The elementwise part as a sympy expression in `symbol("x")`."""
         return parse(self.expression, ("x",))
 
+    @property
+    def homogeneous(self) -> bool:
+        """True if φ(c x) is a power of c times φ(x) for c > 0, as some points tell: for identity, relu and relu2."""
+        if self.softmax or self.l2norm:
+            return False
+        expr, degrees = self.expr, set()
+        for x in (-8.0, -0.5, -0.01, 0.01, 0.5, 8.0):
+            value = evaluate(expr, {"x": x})
+            for c in (2.0, 3.0):
+                grown = evaluate(expr, {"x": c * x})
+                if value * grown > 0:
+                    degrees.add(round(math.log(grown / value, c), 6))
+                elif value or grown:
+                    return False
+        return len(degrees) == 1
+
     def width(self, head_dim: int) -> int:
         """Number of features of a row of `head_dim` numbers."""
         return self.signs * head_dim

@@ -167,7 +167,8 @@ class Residual:
     Attributes:
         feature_map: phi, of raw (unscaled) queries and keys, without l2norm and topk; a name or a formula is
             converted.
-        temperature: whether x is multiplied by exp(temperature[h]), a learned input per KV head, before phi.
+        temperature: whether x is multiplied by exp(temperature[h]), a learned input per KV head, before phi; not where
+            it would cancel.
         normaliser: whether the branch is divided by phi(q)·Σ phi(k), at least 1e-6; for phi >= 0 only.
         own_rows: whether phi is of rows q_r and k_r that the caller gives, such as those before RoPE (as in
             RAttention), in place of q and k.
@@ -282,6 +283,15 @@ class SPLASpec:
         if self.linear is not None and self.score is not None and self.score.masks:
             what = f"score {self.score.name} masks keys (-oo), which the residual of linear would still contain"
             raise SpecError(what, "set linear to None, or use a score function without -oo")
+        if self.linear is not None and self.linear.temperature and self.linear.feature_map.homogeneous:
+            divides = "linear.normaliser" if self.linear.normaliser else f"combine = {self.combine}"
+            if self.linear.normaliser or self.combine in ("rms", "rms_residual"):
+                what = (
+                    f"linear.temperature scales what linear.feature_map {self.linear.feature_map.name} gives as a whole"
+                )
+                raise SpecError(
+                    f"{what}, and {divides} divides by it", "set temperature to false: nothing depends on it"
+                )
 
 
 # -- text --------------------------------------------------------------------------------------------------

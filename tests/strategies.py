@@ -1,5 +1,7 @@
 """Hypothesis strategies that others build on: `specs()` draws every axis of a spec, valid ones only."""
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from splagen import library, spec
@@ -77,6 +79,9 @@ def specs(draw: st.DrawFn) -> spec.SPLASpec:
     """A valid spec; keep sequences short, since budget, sinks and local may be as large as a spec allows."""
     select = draw(st.none() | selects() | selects() | selects())
     linear = draw(st.none() | residuals() | residuals()) if select else None
+    combine = draw(st.sampled_from(["add", "rms", "rms_residual", "gate"])) if linear else None
+    if linear and linear.feature_map.homogeneous and (linear.normaliser or combine in ("rms", "rms_residual")):
+        linear = replace(linear, temperature=False)  # it would cancel, which a spec refuses
     return spec.SPLASpec(
         head_dim=draw(head_dims()),
         value_dim=draw(st.none() | head_dims()),
@@ -86,7 +91,7 @@ def specs(draw: st.DrawFn) -> spec.SPLASpec:
         score=draw(st.none() | st.sampled_from(SCORES if linear else SCORES + MASKS)),
         select=select,
         linear=linear,
-        combine=draw(st.sampled_from(["add", "rms", "rms_residual", "gate"])) if linear else None,
+        combine=combine,
         dense_below=draw(st.sampled_from([0, 0, 100, 8192])) if select else 0,
         name=draw(st.sampled_from(["spla", "spla_64", "Layer0"])),
     )

@@ -231,3 +231,9 @@ def test_score_functions():
         symbol("m"),
     }
     assert score_function(window) is window
+
+
+def test_which_maps_only_grow_with_a_factor_of_their_row() -> None:
+    assert {m.name for m in FEATURE_MAPS.values() if m.homogeneous} == {"identity", "relu", "relu2"}
+    assert feature_map(lambda x: x**3).homogeneous
+    assert not feature_map(lambda x: x**3 + x).homogeneous

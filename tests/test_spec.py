@@ -156,6 +156,8 @@ BAD = [
     ("linear.temperature", lambda: Residual(temperature=1)),
     ("linear.normaliser", lambda: Residual(normaliser=None)),
     ("linear.normaliser", lambda: Residual("identity", normaliser=True)),
+    ("linear.temperature", lambda: SPLASpec(linear=Residual("relu2", temperature=True), combine="rms")),
+    ("linear.normaliser", lambda: SPLASpec(linear=Residual("relu", True, normaliser=True), combine="gate")),
     ("linear.feature_map has l2norm", lambda: Residual("silu_l2norm")),
     ("linear.feature_map has topk", lambda: Residual(library.topk_softmax(4))),
 ]
