@@ -29,7 +29,6 @@ from splagen.codegen.step_rows import (
     query_heads,
 )
 from splagen.codegen.tile_code import (
-    COUNTS,
     INDICES,
     Tile,
     TileCode,
@@ -278,7 +277,7 @@ class DecodeCode:
         }
         arrays += [*piece.arrays, *used, *(s.array(self.geometry) for s in self.states)]
         arrays += [self.available[s.row] for s in self.states]
-        arrays += [INDICES, PLACES, COUNTS] if self.walk.chosen else []
+        arrays += [INDICES, PLACES] if self.walk.chosen else []
         covers += [*piece.equations, *(s.equation for s in self.sums)]
         covers += [eq for s in self.states for eq in (s.read, s.total, self.totals[s])]
         return Kernel(
@@ -360,7 +359,7 @@ class DecodeCode:
             "ahead_place = tl.load(block_places_ptr + list_at + following, mask={0}, other=0)"
         )
         chosen: dict[str, object] = {
-            "setup": f"{WAIT}\nlist_at = {at}\nchosen = tl.load(block_counts_ptr + r * Hkv + h)",
+            "setup": "\n".join([*self._chosen(), WAIT, f"list_at = {at}"]),
             "count": "chosen",
             "part": "split",
             "ahead": "following = first // PARTS\n" + loads.format("first < last"),
@@ -407,7 +406,6 @@ class DecodeCode:
             "outputs": outs,
         }
         arrays = [LENGTHS, ROW_MAX, ROW_SUM, *parts.values(), *piece.arrays]
-        arrays += [COUNTS] if counts else []
         definitions = self.program.definitions
         weights = [definitions[v] for s in self.softmax for v in s.factors]
         return Kernel(
@@ -434,6 +432,10 @@ class DecodeCode:
         part = f"{part} * weight[:, None]" if weight else part
         return f"{v.name} = {scale} + tl.sum({part}, axis=0, keep_dims=True)"
 
+    def _chosen(self) -> list[str]:
+        """Lines that count the blocks chosen, as `chosen`: all that may be, up to the budget."""
+        return [*self.walk.eligible_count(), "chosen = tl.minimum(eligible, BUDGET)"]
+
     def _counts(self) -> tuple[list[str], dict[Var, str], list[Equation]]:
         lines: list[str] = []
         held: dict[Var, str] = {}
@@ -441,9 +443,7 @@ class DecodeCode:
         for eq in self.forward if self.walk.chosen else ():
             if not isinstance(eq.op, Reduce) or eq.args not in ((self.walk.eligible,), (self.walk.chosen,)):
                 continue
-            lines.append("chosen = tl.load(block_counts_ptr + r * Hkv + h)")
-            if eq.args == (self.walk.eligible,):
-                lines += self.walk.eligible_count()
+            lines += self._chosen()
             name = "eligible" if eq.args == (self.walk.eligible,) else "chosen"
             lines.append(f"{eq.out.name} = ({name} + tl.zeros((1,), tl.int32)).to(tl.float32)")
             held[eq.out] = eq.out.name

@@ -17,8 +17,8 @@ from splagen.codegen.moments import BLOCK, MEAN, VARIANCE, CellStatistics, Momen
 from splagen.codegen.selection import CELL, QUERY, TILE, Selection
 from splagen.codegen.selection_kernels import SelectionCode, kept
 from splagen.codegen.step_rows import (
-    LENGTHS,
     PAGES,
+    SEQLENS,
     NewKeys,
     PagedCells,
     PagedRows,
@@ -185,7 +185,7 @@ def _select(code: SelectionCode) -> Kernel:
         "select",
         "decode_select",
         covers,
-        (LENGTHS, PAGES, SCORES, SCORE_MAX, SCORE_SUM),
+        (SEQLENS, PAGES, SCORES, SCORE_MAX, SCORE_SUM),
         (*CANDIDATES, ARRIVED, INDICES, PLACES, COUNTS),
         holes,
         "(TOKENS, B * Hkv, CHUNKS)",
