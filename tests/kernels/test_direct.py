@@ -82,9 +82,12 @@ LEFT_OVER = [(1, 32, 67), (32, 32, 67), (128, 16, 150)]  # tile, block, length
 
 
 def left_over(head_dim: int, group: int, tile: int, block: int) -> SPLASpec:
-    """Each query sees its tile's own blocks, chooses one of the others, and leaves one."""
+    """Each query sees its tile's own blocks, chooses one of the others, and leaves one.
+
+    No temperature beside a normaliser: of elu1, nearly linear where x > 0, its gradient nearly cancels.
+    """
     few = select(block_size=block, sinks=0, local=0, **({"tile": tile} if tile > 1 else {}))
-    linear = Residual(lib.elu1, temperature=True, normaliser=tile > 32)
+    linear = Residual(lib.elu1, temperature=tile <= 32, normaliser=tile > 32)
     return SPLASpec(head_dim=head_dim, group_size=group, causal=False, select=few, linear=linear, combine="add")
 
 
