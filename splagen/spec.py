@@ -283,15 +283,17 @@ class SPLASpec:
         if self.linear is not None and self.score is not None and self.score.masks:
             what = f"score {self.score.name} masks keys (-oo), which the residual of linear would still contain"
             raise SpecError(what, "set linear to None, or use a score function without -oo")
-        if self.linear is not None and self.linear.temperature and self.linear.feature_map.homogeneous:
-            divides = "linear.normaliser" if self.linear.normaliser else f"combine = {self.combine}"
-            if self.linear.normaliser or self.combine in ("rms", "rms_residual"):
-                what = (
-                    f"linear.temperature scales what linear.feature_map {self.linear.feature_map.name} gives as a whole"
-                )
-                raise SpecError(
-                    f"{what}, and {divides} divides by it", "set temperature to false: nothing depends on it"
-                )
+        if self.linear is not None:
+            _check_temperature(self.linear, self.combine)
+
+
+def _check_temperature(linear: Residual, combine: str) -> None:
+    """Raise SpecError where nothing depends on the temperature: φ(c x) = cⁿ φ(x), and cⁿ is divided away."""
+    divides = "linear.normaliser" if linear.normaliser else f"combine = {combine}"
+    cancels = linear.normaliser or combine in ("rms", "rms_residual")
+    if linear.temperature and cancels and linear.feature_map.homogeneous:
+        what = f"linear.temperature scales what linear.feature_map {linear.feature_map.name} gives as a whole"
+        raise SpecError(f"{what}, and {divides} divides by it", "set temperature to false: nothing depends on it")
 
 
 # -- text --------------------------------------------------------------------------------------------------

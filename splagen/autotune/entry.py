@@ -24,7 +24,7 @@ RANGES: Mapping[str, tuple[int, int]] = {
     "num_stages": (1, 16),
     "maxnreg": (16, 255),
     "strategy": (0, 15),
-    "launch_pdl": (0, 1),
+    **dict.fromkeys(("launch_pdl", "next_pdl"), (0, 1)),
 }
 LONGEST_MS = 1e9
 ENTRY_BYTES = 1 << 16

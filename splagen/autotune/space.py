@@ -13,7 +13,7 @@ from splagen.autotune.footprint import carried, shared_floor
 from splagen.codegen import schedule as attention
 from splagen.codegen import sequence_schedule as recurrences
 from splagen.codegen.compile import Module
-from splagen.codegen.decoding import Decoding, check_decode_schedule, decode_schedule
+from splagen.codegen.decoding import OVERLAPS, Decoding, check_decode_schedule, decode_schedule
 from splagen.codegen.geometry import Geometry
 from splagen.codegen.kernel import Choice, Kernel, Splitting
 from splagen.codegen.schedule import REGISTER_BOUND, Agreement, Constraint, Schedule, check_constraints
@@ -263,8 +263,7 @@ def _values(kernel: Kernel, device: Device) -> dict[str, Sequence[int]]:
     long = {"BLOCK_R": ROWS} | ({"BLOCK_E": CELLS} if scan else {})
     found: dict[str, Sequence[int]] = {n: long.get(n, TILES) for n in kernel.tunable}
     found["num_warps"] = WARPS[:-1] if kernel.template in PRODUCTS else WARPS
-    if "launch_pdl" in found:  # a kernel timed alone has none to overlap with: the default
-        found["launch_pdl"] = ()
+    found |= dict.fromkeys({*OVERLAPS} & found.keys(), ())  # alone a kernel has none to overlap with: the default
     stages = (1,) if kernel.template in LOOPLESS else STAGES if device.nvidia else STAGES[:2]
     found["num_stages"] = stages[1:] if kernel.template in STAGED else stages
     if kernel.template in REGISTER_BOUND and device.nvidia:

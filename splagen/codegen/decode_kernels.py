@@ -45,6 +45,7 @@ from splagen.ir.program import Equation, Iota, Lse, Program, Reduce, Var
 ROW_MAX = Array("row_max_parts", "sequences", dtype="float32")  # [B * tokens, Hkv, splits, GROUP]
 ROW_SUM = Array("row_sum_parts", "sequences", dtype="float32")
 MULTIPROCESSORS = 132  # of an H200
+LEAST_ROWS = 16  # of a state that a program reads at a time
 WAIT = "wait_for_earlier(launch_pdl)"  # for what the kernel launched before writes
 _COLUMNS = (("d",), ("e",))
 
@@ -274,6 +275,7 @@ class DecodeCode:
             "states": states,
             "late": late.holes if late else None,
             "left_size": left_size,
+            "least_rows": LEAST_ROWS,
         }
         arrays += [*piece.arrays, *used, *(s.array(self.geometry) for s in self.states)]
         arrays += [self.available[s.row] for s in self.states]
@@ -291,7 +293,7 @@ class DecodeCode:
             scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES", "SPLITS"),
             tunable=("BLOCK_N", *(("BLOCK_D",) if states else ()), "launch_pdl"),
             fixed=("PAGE",),
-            narrow=(Narrow("BLOCK_D", f"cdiv({left_size}, SPLITS)", (16,)),) if states else (),
+            narrow=(Narrow("BLOCK_D", f"cdiv({left_size}, SPLITS)", (LEAST_ROWS,)),) if states else (),
         )
 
     @property

@@ -158,7 +158,7 @@ def _score(code: SelectionCode, append: Kernel, columns: str) -> Kernel:
         holes,
         re.sub(r"\)$", " + SPLITS)", append.grid),
         scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES", "SPLITS"),
-        tunable=("BLOCK_C", *append.tunable, "launch_pdl"),
+        tunable=("BLOCK_C", *append.tunable, "next_pdl"),
         fixed=("PAGE",),
         calls=(append,),
     )

@@ -189,10 +189,17 @@ def _check_coverage(program: Program, kernels: list[Kernel]) -> None:
         raise PartitionError("no kernel of a step computes " + "; ".join(map(equation_text, left)))
 
 
+OVERLAPS = ("launch_pdl", "next_pdl")
+"""Programmatic dependent launch, from Hopper on: may a kernel begin while the one before runs, does it let the next.
+
+What the kernels of a step do before they need each other's results overlaps.  The first one begins when everything
+before the step has ended, whatever that is.
+"""
+
+
 def decode_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> dict[str, int]:
     """The Schedule of one kernel of a step."""
-    # programmatic dependent launch: what the step's kernels do before they need each other's results overlaps
-    overlaps = {"launch_pdl": int(arch in ("sm_90", "sm_100"))} if "launch_pdl" in kernel.tunable else {}
+    overlaps = dict.fromkeys({*OVERLAPS} & {*kernel.tunable}, int(arch in ("sm_90", "sm_100")))
     return _tiles(kernel, geometry, arch, dtype) | overlaps
 
 

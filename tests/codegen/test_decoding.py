@@ -10,7 +10,7 @@ import torch
 
 from splagen import pipeline
 from splagen.codegen.decode_module import decode_module_text
-from splagen.codegen.decoding import decode_schedules, decoding
+from splagen.codegen.decoding import OVERLAPS, decode_schedules, decoding
 from splagen.codegen.render import kernel_text
 from splagen.codegen.schedule import check_fields
 from splagen.spec import SPLASpec, digest, to_toml
@@ -71,24 +71,20 @@ def test_a_launch_over_few_splits_takes_a_narrow_tile_and_a_warp_that_builds_hav
 def test_before_a_kernel_waits_it_touches_nothing_that_the_one_before_writes(spec: SPLASpec) -> None:
     """It may begin while that one runs; the ones before it have ended, for each waits before it lets the next begin."""
     kernels = decoding(spec).kernels
-    for before, kernel in pairwise([None, *kernels]):
-        if "launch_pdl" not in kernel.tunable:
-            continue  # launched when everything before has ended
+    assert "launch_pdl" not in kernels[0].tunable, "it begins when everything before the step has ended"
+    for before, kernel in pairwise(kernels):
         body = kernel_text(kernel).rpartition(f"def {kernel.name}_kernel(")[2].split('"""')[2]
-        early, waited, late = body.partition("wait_for_earlier(launch_pdl)")
+        early, waited, _ = body.partition("wait_for_earlier(launch_pdl)")
         assert waited
         assert "let_next_begin" not in early
         assert "tl.store" not in early
-        read = {*re.findall(r"(\w+)_ptr", early)}
-        assert not read & ({a.name for a in before.outputs} if before else read)
-        if kernel is not kernels[-1]:
-            assert "let_next_begin(launch_pdl)" in late
+        assert not {*re.findall(r"(\w+)_ptr", early)} & {a.name for a in before.outputs}
 
 
 def test_kernels_overlap_where_the_hardware_has_dependent_launches() -> None:
     part = decoding(SPLASpec(head_dim=16, group_size=2))
     overlaps = {
-        arch: {schedules[k.name]["launch_pdl"] for schedules in of_dtypes.values() for k in part.kernels}
+        arch: {s[n] for by_name in of_dtypes.values() for s in by_name.values() for n in s.keys() & {*OVERLAPS}}
         for arch, of_dtypes in decode_schedules(part).items()
     }
     assert overlaps == {"sm_80": {0}, "sm_90": {1}, "sm_100": {1}, "gfx942": {0}}

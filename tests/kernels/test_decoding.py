@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from splagen import random_cache
+from splagen.codegen.decoding import OVERLAPS
 from splagen.errors import InputError, SpecError
 from splagen.paged_cache import SPLACache
 from splagen.pipeline import generate_decoding
@@ -352,7 +353,7 @@ def test_kernels_that_overlap_give_what_they_give_one_after_the_other(
     for overlap in (0, 1):
         for schedules in every_schedule(library):
             for schedule in schedules.values():
-                schedule |= {"launch_pdl": overlap} if "launch_pdl" in schedule else {}
+                schedule.update(dict.fromkeys({*OVERLAPS} & schedule.keys(), overlap))
         sizes = {"sequences": sequences, "kv_heads": 2, "tokens": 16384}
         cache = cache_of(REAL, tmp_path, device, **sizes, page_size=64, dtype=torch.bfloat16)
         for _ in range(sequences):
