@@ -1,4 +1,9 @@
-"""Run the GPU tests and keep the counts: python -m benchmarks.gpu_tests [--workers N] [--ignore FILE ...]."""
+"""Run the GPU tests and keep the counts.
+
+    python -m benchmarks.gpu_tests [--workers N] [--ignore FILE ...] [--seconds N]
+
+Workers share the GPUs that there are; tests of several GPUs at once run without workers (`pytest -m gpu`).
+"""
 
 from __future__ import annotations
 
@@ -18,12 +23,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--ignore", nargs="+", default=[], help="files that are left out; the record names them")
+    parser.add_argument("--seconds", type=int, help="no test begins later than this; the record says so")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-n", str(args.workers), "--dist", "worksteal"]
         command += [f"--ignore={name}" for name in args.ignore]
+        command += [f"--session-timeout={args.seconds}"] if args.seconds else []
         start = time.perf_counter()
         status = subprocess.run([*command, f"--junitxml={report}", "--tb=short"], cwd=ROOT, check=False).returncode
         seconds = time.perf_counter() - start
@@ -34,6 +41,7 @@ def main() -> None:
     wrong = [f"{c.get('classname')}::{c.get('name')}" for c in cases if c.find("failure") is not None]
     slowest = sorted(((float(c.get("time", 0)), str(c.get("name"))) for c in cases), reverse=True)[:10]
     listed = {"failing": wrong, "ignored": args.ignore, "slowest": [[n, t] for t, n in slowest]}
+    listed |= {"none_begun_after_seconds": args.seconds}
     figures = {**counts, "seconds": seconds, **listed}
     write("gpu_tests", figures, args.out)
     print({k: figures[k] for k in ("passed", "failed", "skipped", "seconds")})
