@@ -8,14 +8,38 @@ Workers share the GPUs that there are; tests of several GPUs at once run without
 from __future__ import annotations
 
 import argparse
+import os
+import re
+import signal
 import subprocess
 import sys
-import tempfile
+import threading
 import time
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from xml.etree import ElementTree
+from typing import Any
 
 from benchmarks.record import ROOT, write
+
+OUTCOME = re.compile(r"\[gw\d+\] \[ *\d+%\] (PASSED|FAILED|ERROR|SKIPPED) (.*\S)")
+DURATION = re.compile(r"([\d.]+)s (?:call|setup) +(.*\S)")
+ITEMS = re.compile(r"\d+ workers? \[(\d+) items\]")
+
+
+def figures_of(lines: Iterable[str]) -> dict[str, Any]:
+    """What pytest-xdist says with -v: outcomes, those that failed, those that never ended, and the slowest tests."""
+    items, outcomes, failing, slowest = 0, Counter[str](), list[str](), list[tuple[float, str]]()
+    for line in lines:
+        if found := OUTCOME.match(line):
+            outcomes[found[1]] += 1
+            failing += [found[2]] if found[1] in ("FAILED", "ERROR") else []
+        elif found := DURATION.match(line):
+            slowest.append((float(found[1]), found[2]))
+        elif found := ITEMS.match(line):
+            items = int(found[1])
+    counts = {"passed": outcomes["PASSED"], "failed": len(failing), "skipped": outcomes["SKIPPED"]}
+    return {**counts, "not_ended": items - sum(counts.values()), "failing": failing, "slowest": slowest}
 
 
 def main() -> None:
@@ -23,29 +47,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--ignore", nargs="+", default=[], help="files that are left out; the record names them")
-    parser.add_argument("--seconds", type=int, help="no test begins later than this; the record says so")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="what has not ended by then is counted as such")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-n", str(args.workers), "--dist", "worksteal"]
-        command += [f"--ignore={name}" for name in args.ignore]
-        command += [f"--session-timeout={args.seconds}"] if args.seconds else []
-        start = time.perf_counter()
-        status = subprocess.run([*command, f"--junitxml={report}", "--tb=short"], cwd=ROOT, check=False).returncode
-        seconds = time.perf_counter() - start
-        cases = list(ElementTree.parse(report).getroot().iter("testcase"))
-    kinds = {"failed": ("failure", "error"), "skipped": ("skipped",)}
-    counts = {k: sum(any(c.find(t) is not None for t in tags) for c in cases) for k, tags in kinds.items()}
-    counts["passed"] = len(cases) - sum(counts.values())
-    wrong = [f"{c.get('classname')}::{c.get('name')}" for c in cases if c.find("failure") is not None]
-    slowest = sorted(((float(c.get("time", 0)), str(c.get("name"))) for c in cases), reverse=True)[:10]
-    listed = {"failing": wrong, "ignored": args.ignore, "slowest": [[n, t] for t, n in slowest]}
-    listed |= {"none_begun_after_seconds": args.seconds}
-    figures = {**counts, "seconds": seconds, **listed}
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-n", str(args.workers), "--dist", "worksteal"]
+    command += [f"--ignore={name}" for name in args.ignore]
+    start = time.perf_counter()
+    run = subprocess.Popen(
+        [*command, "--tb=short", "--durations=10"], cwd=ROOT, text=True, stdout=subprocess.PIPE, start_new_session=True
+    )
+    stop = threading.Timer(args.seconds, lambda: os.killpg(run.pid, signal.SIGKILL))
+    stop.start()
+    lines = []
+    for line in run.stdout or ():
+        print(line, end="", flush=True)
+        lines.append(line)
+    status = run.wait()
+    stop.cancel()
+    figures = figures_of(lines) | {"seconds": time.perf_counter() - start, "ignored": args.ignore}
     write("gpu_tests", figures, args.out)
-    print({k: figures[k] for k in ("passed", "failed", "skipped", "seconds")})
-    raise SystemExit(status)
+    print({k: figures[k] for k in ("passed", "failed", "skipped", "not_ended", "seconds")})
+    raise SystemExit(abs(status))
 
 
 if __name__ == "__main__":
