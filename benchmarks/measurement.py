@@ -154,6 +154,7 @@ class Run:
         if options.device == "cuda" and work.timed == "op" and isinstance(op, BlockSparse) and not strategies:
             given = {n: x.detach().requires_grad_() for n, x in inputs.items() if x.is_floating_point()}
             row["host_us"]["registered_op"] = host_us(lambda: op.call(given))
+            row["host_us"]["registered_op_beside"] = launches_us(op.module, lambda: op.call(given))[2]
         results.clear()
         peak = peak_bytes(both if "backward" in work.passes else forward)
         row["peak_gib_beyond_inputs"] = peak / 2**30
