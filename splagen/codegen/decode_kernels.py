@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from splagen.codegen.base_two import LN_2
 from splagen.codegen.decode_selection import PLACES, Statistics
 from splagen.codegen.decode_states import State, fold_code, read_code
+from splagen.codegen.decode_walks import WAIT, chosen_count, walks
 from splagen.codegen.geometry import Rows, features_of
 from splagen.codegen.kernel import Array, Kernel, Narrow
 from splagen.codegen.predicates import J, visit
@@ -46,7 +47,6 @@ ROW_MAX = Array("row_max_parts", "sequences", dtype="float32")  # [B * tokens, H
 ROW_SUM = Array("row_sum_parts", "sequences", dtype="float32")
 MULTIPROCESSORS = 132  # of an H200
 LEAST_ROWS = 16  # of a state that a program reads at a time
-WAIT = "wait_for_earlier(launch_pdl)"  # for what the kernel launched before writes
 _COLUMNS = (("d",), ("e",))
 
 
@@ -231,7 +231,7 @@ class DecodeCode:
         loops, used = [], []
         tiles, arrays = [], [LENGTHS, PAGES]
         covers: list[Equation] = []
-        for title, facts, walk in self._walks():
+        for title, facts, walk in walks(self.walk, self.late_masks):
             code = TileCode(self.walk, facts, to_keys=True)
             active = [s for s in self.linear if s.in_loop(code.facts)]
             tile, scores = code.scores(self.lse, code.wanted(active))
@@ -328,52 +328,6 @@ class DecodeCode:
             raise PartitionError(f"states take in different blocks: {', '.join(map(str, masks))}")
         return masks[0]
 
-    def _walks(self) -> list[tuple[str, dict[Var, bool], dict[str, object]]]:
-        """The loops: title, facts, which part a split takes, and how a block is found one visit ahead of its keys.
-
-        Those before what is chosen are walked while it is being chosen, the last splits first: they have the fewest of
-        the blocks chosen.
-        """
-        names = {"T": "tile", "L": "L"}
-        settled = dict.fromkeys(self.late_masks, False)
-        setup, count, block = self.walk.forced("J", names, "nJ", "i")
-        _, _, following = self.walk.forced("J", names, "nJ", "following")
-        page = "tl.load(page_table_ptr + b * MAX_PAGES + ({}) * BLOCK // PAGE, mask={}, other=0)"
-        forced: dict[str, object] = {
-            "setup": "\n".join(setup),
-            "count": count,
-            "part": "(SPLITS - 1 - split)",
-            "ahead": f"following = first // PARTS\nahead = {page.format(following, 'first < last')}",
-            "visit": "\n".join([
-                f"j = {block}",
-                "page = tl.where((ahead >= 0) & (ahead < PAGES), ahead, 0).to(tl.int64)",
-                "origin_of_block = (page * Hkv + h) * PAGE + j * BLOCK % PAGE",
-                "following = (step + 1) // PARTS",
-                f"ahead = {page.format(following, 'step + 1 < last')}",
-            ]),
-        }  # fmt: skip
-        found = [("blocks seen by position", self.walk.forced_facts | settled, forced)]
-        if not self.walk.chosen:
-            return found
-        at = "(r * Hkv + h) * BUDGET"
-        loads = (
-            "ahead = tl.load(block_indices_ptr + list_at + following, mask={0}, other=0)\n"
-            "ahead_place = tl.load(block_places_ptr + list_at + following, mask={0}, other=0)"
-        )
-        chosen: dict[str, object] = {
-            "setup": "\n".join([*self._chosen(), WAIT, f"list_at = {at}"]),
-            "count": "chosen",
-            "part": "split",
-            "ahead": "following = first // PARTS\n" + loads.format("first < last"),
-            "visit": "\n".join([
-                "j = ahead",
-                "origin_of_block = ahead_place.to(tl.int64) * BLOCK",
-                "following = (step + 1) // PARTS",
-                loads.format("step + 1 < last"),
-            ]),
-        }  # fmt: skip
-        return [*found, ("blocks chosen", self.walk.chosen_facts | settled, chosen)]
-
     def _sum(self, v: Var, a: Array) -> dict[str, str]:
         features = features_of(v)
         shape = f"({self.geometry.width(features, pad=True)}, BLOCK_M)" if features else "(BLOCK_M,)"
@@ -434,10 +388,6 @@ class DecodeCode:
         part = f"{part} * weight[:, None]" if weight else part
         return f"{v.name} = {scale} + tl.sum({part}, axis=0, keep_dims=True)"
 
-    def _chosen(self) -> list[str]:
-        """Lines that count the blocks chosen, as `chosen`: all that may be, up to the budget."""
-        return [*self.walk.eligible_count(), "chosen = tl.minimum(eligible, BUDGET)"]
-
     def _counts(self) -> tuple[list[str], dict[Var, str], list[Equation]]:
         lines: list[str] = []
         held: dict[Var, str] = {}
@@ -445,7 +395,7 @@ class DecodeCode:
         for eq in self.forward if self.walk.chosen else ():
             if not isinstance(eq.op, Reduce) or eq.args not in ((self.walk.eligible,), (self.walk.chosen,)):
                 continue
-            lines += self._chosen()
+            lines += chosen_count(self.walk)
             name = "eligible" if eq.args == (self.walk.eligible,) else "chosen"
             lines.append(f"{eq.out.name} = ({name} + tl.zeros((1,), tl.int32)).to(tl.float32)")
             held[eq.out] = eq.out.name
