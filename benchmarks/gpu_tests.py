@@ -59,11 +59,15 @@ def main() -> None:
     stop = threading.Timer(args.seconds, lambda: os.killpg(run.pid, signal.SIGKILL))
     stop.start()
     lines = []
-    for line in run.stdout or ():
-        print(line, end="", flush=True)
-        lines.append(line)
-    status = run.wait()
-    stop.cancel()
+    try:
+        for line in run.stdout or ():
+            print(line, end="", flush=True)
+            lines.append(line)
+        status = run.wait()
+    finally:
+        stop.cancel()
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
     figures = figures_of(lines) | {"seconds": time.perf_counter() - start, "ignored": args.ignore}
     write("gpu_tests", figures, args.out)
     print({k: figures[k] for k in ("passed", "failed", "skipped", "not_ended", "seconds")})

@@ -37,7 +37,7 @@ def host_us(run: Callable[[], object], calls: int = 10, rounds: int = 11) -> flo
 
 
 def _host_seconds(run: Callable[[], object], calls: int = 10, rounds: int = 11) -> list[float]:
-    """Of each call."""
+    """Seconds of the host for each call, in order."""
     samples = []
     for _ in range(rounds):
         torch.cuda.synchronize()

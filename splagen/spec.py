@@ -179,6 +179,16 @@ class Residual:
     normaliser: bool = False
     own_rows: bool = later(False)
 
+    def divided_by(self, combine: str) -> str | None:
+        """What divides the branch by a factor that all of it has; None where nothing does."""
+        if self.normaliser:
+            return "linear.normaliser"
+        return f"combine = {combine}" if combine in ("rms", "rms_residual") else None
+
+    def temperature_cancels(self, combine: str) -> bool:
+        """True where nothing would depend on a temperature: φ(c x) = cⁿ φ(x), and cⁿ is divided away."""
+        return self.feature_map.homogeneous and self.divided_by(combine) is not None
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "feature_map", make_feature_map(self.feature_map))
         option = "l2norm" if self.feature_map.l2norm else "topk" if self.feature_map.topk is not None else None
@@ -283,17 +293,10 @@ class SPLASpec:
         if self.linear is not None and self.score is not None and self.score.masks:
             what = f"score {self.score.name} masks keys (-oo), which the residual of linear would still contain"
             raise SpecError(what, "set linear to None, or use a score function without -oo")
-        if self.linear is not None:
-            _check_temperature(self.linear, self.combine)
-
-
-def _check_temperature(linear: Residual, combine: str) -> None:
-    """Raise SpecError where nothing depends on the temperature: φ(c x) = cⁿ φ(x), and cⁿ is divided away."""
-    divides = "linear.normaliser" if linear.normaliser else f"combine = {combine}"
-    cancels = linear.normaliser or combine in ("rms", "rms_residual")
-    if linear.temperature and cancels and linear.feature_map.homogeneous:
-        what = f"linear.temperature scales what linear.feature_map {linear.feature_map.name} gives as a whole"
-        raise SpecError(f"{what}, and {divides} divides by it", "set temperature to false: nothing depends on it")
+        if self.linear is not None and self.linear.temperature and self.linear.temperature_cancels(self.combine):
+            what = f"linear.temperature scales what linear.feature_map {self.linear.feature_map.name} gives as a whole"
+            by = self.linear.divided_by(self.combine)
+            raise SpecError(f"{what}, and {by} divides by it", "set temperature to false: nothing depends on it")
 
 
 # -- text --------------------------------------------------------------------------------------------------

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from splagen.pipeline import Library
 
 # Of several GPUs each worker of pytest-xdist takes one, before anything is on it.
-if (_worker := os.environ.get("PYTEST_XDIST_WORKER")) and torch.cuda.device_count() > 1:
-    _gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    os.environ["CUDA_VISIBLE_DEVICES"] = _gpus.split(",")[int(_worker.removeprefix("gw")) % (_gpus.count(",") + 1)]
+if (_worker := os.environ.get("PYTEST_XDIST_WORKER")) and (_count := torch.cuda.device_count()) > 1:
+    _gpus = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(_count)))).split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = _gpus[int(_worker.removeprefix("gw")) % len(_gpus)]
 
 # Drawing a spec or a Program with two workers on two cores is slow without being wrong, and `device` is the
 # same for every example of a test.

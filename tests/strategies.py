@@ -80,8 +80,8 @@ def specs(draw: st.DrawFn) -> spec.SPLASpec:
     select = draw(st.none() | selects() | selects() | selects())
     linear = draw(st.none() | residuals() | residuals()) if select else None
     combine = draw(st.sampled_from(["add", "rms", "rms_residual", "gate"])) if linear else None
-    if linear and linear.feature_map.homogeneous and (linear.normaliser or combine in ("rms", "rms_residual")):
-        linear = replace(linear, temperature=False)  # it would cancel, which a spec refuses
+    if linear and linear.temperature_cancels(combine):
+        linear = replace(linear, temperature=False)  # a spec refuses it
     return spec.SPLASpec(
         head_dim=draw(head_dims()),
         value_dim=draw(st.none() | head_dims()),
