@@ -62,7 +62,7 @@ def run(
     inputs: Mapping[str, Tensor],
     schedules: Mapping[str, Mapping[str, int]],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Of every step o [B, L, Hq, E], block_indices [B, Hkv, L, budget] and block_counts; None without a selection."""
+    """Of every step o [B, L, Hq, E], block_indices [B, Hkv, L, budget] and how many; None without a selection."""
     q, k = inputs["q"], inputs["k"]
     batch, length, kv_heads = k.shape[:3]
     page = part.default_page_size
@@ -79,7 +79,7 @@ def run(
         cache.scratch = module.scratch(chosen, batch, kv_heads, width * page, q.dtype, q.device)
     given = [inputs[a.name] for a in part.tokens]
     by_token = [a.layout == "token_rows" for a in part.tokens]
-    rows, indices, counts = [], [], []
+    rows, indices = [], []
     for t in range(length):
         token = [x[:, t] if moves else x for x, moves in zip(given, by_token, strict=True)]
         o = torch.full((*q[:, 0].shape[:2], part.geometry.value_dim), torch.nan, dtype=q.dtype, device=q.device)
@@ -87,6 +87,7 @@ def run(
         rows.append(o)
         if part.budget:
             indices.append(cache.scratch["block_indices"].clone())
-            counts.append(cache.scratch["block_counts"].clone())
-    lists = (torch.stack(indices, 2), torch.stack(counts, 2)) if part.budget else (None, None)
-    return torch.stack(rows, 1), *lists
+    if not part.budget:
+        return torch.stack(rows, 1), None, None
+    lists = torch.stack(indices, 2)
+    return torch.stack(rows, 1), lists, (lists >= 0).sum(-1)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from splagen.autotune.key import Key, is_text
+from splagen.codegen.decoding import OVERLAPS
 from splagen.codegen.schedule import Schedule
 from splagen.errors import InputError
 
@@ -24,7 +25,7 @@ RANGES: Mapping[str, tuple[int, int]] = {
     "num_stages": (1, 16),
     "maxnreg": (16, 255),
     "strategy": (0, 15),
-    **dict.fromkeys(("launch_pdl", "next_pdl"), (0, 1)),
+    **dict.fromkeys(OVERLAPS, (0, 1)),
 }
 LONGEST_MS = 1e9
 ENTRY_BYTES = 1 << 16

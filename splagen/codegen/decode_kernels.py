@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from splagen.codegen.base_two import LN_2
 from splagen.codegen.decode_selection import PLACES, Statistics
-from splagen.codegen.decode_states import State, fold_code, read_code
+from splagen.codegen.decode_states import State, fold_code, joined_sums, read_code
 from splagen.codegen.decode_walks import WAIT, chosen_count, walks
 from splagen.codegen.geometry import Rows, features_of
 from splagen.codegen.kernel import Array, Kernel, Narrow
@@ -40,8 +40,7 @@ from splagen.codegen.tile_code import (
     sums_of_tiles,
 )
 from splagen.errors import PartitionError
-from splagen.ir.passes import signed_terms
-from splagen.ir.program import Equation, Iota, Lse, Program, Reduce, Var
+from splagen.ir.program import Equation, Iota, Lse, Reduce, Var
 
 ROW_MAX = Array("row_max_parts", "sequences", dtype="float32")  # [B * tokens, Hkv, splits, GROUP]
 ROW_SUM = Array("row_sum_parts", "sequences", dtype="float32")
@@ -60,17 +59,6 @@ class _Late:
     holes: Mapping[str, str]
 
 
-def _totals(program: Program, states: Sequence[State]) -> dict[State, Equation]:
-    """What each state's reading is added up to: one sum where readings are only added to each other."""
-    found = {s: s.total for s in states}
-    alone = {s.total.out: s for s in states}
-    for eq in program.equations:
-        terms = signed_terms(eq)
-        if terms and terms.keys() <= alone.keys() and set(terms.values()) == {1}:
-            found.update({alone[v]: eq for v in terms})
-    return found
-
-
 @dataclass
 class DecodeCode:
     """What the three kernels have in common; `available` has tokens, pages and features of queries."""
@@ -87,13 +75,16 @@ class DecodeCode:
         self.output = self.program.outputs[0]
         stop = [*self.program.inputs, *(s.after for s in self.states)]
         self.forward = slice_back(self.program, [self.output], stop)
-        self.sums = sums_of_tiles(self.program, self.forward, to_keys=False)
-        self.totals = _totals(self.program, self.states)
-        totals = {s.late: self.totals[s].out for s in self.states}  # shared with what is read of the state
-        self.sums = [replace(s, into=totals.get(s.equation, s.into)) for s in self.sums]
-        self.softmax = [s for s in self.sums if follows_softmax(self.program, s)]
-        self.late = [s for s in self.sums if s.equation in totals]
-        self.linear = [s for s in self.sums if s not in self.softmax and s not in self.late]
+        sums = sums_of_tiles(self.program, self.forward, to_keys=False)
+        self.softmax = [s for s in sums if follows_softmax(self.program, s)]
+        totals = {s.late: s.total.out for s in self.states}  # shared with what is read of the state
+        linear = [replace(s, into=totals.get(s.equation, s.into)) for s in sums if s not in self.softmax]
+        goes, self.joined = joined_sums(self.forward, [s.into for s in linear], self.states)
+        linear = [replace(s, into=goes[s.into][0], sign=s.sign * goes[s.into][1]) for s in linear]
+        self.read = {s: goes[s.total.out][0] for s in self.states}  # the sum to which each state's reading is added
+        self.late = [s for s in linear if s.equation in totals]
+        self.linear = [s for s in linear if s.equation not in totals]
+        self.sums = [*self.softmax, *linear]
 
     def row_code(
         self,
@@ -218,7 +209,7 @@ class DecodeCode:
     @property
     def accumulated(self) -> list[Var]:
         """What each split adds up: sums of tiles, and what the queries read of the states."""
-        return list(dict.fromkeys([*(s.into for s in self.sums), *(eq.out for eq in self.totals.values())]))
+        return list(dict.fromkeys([*(s.into for s in self.sums), *self.read.values()]))
 
     def part(self, v: Var) -> Array:
         """[B * tokens, Hkv, splits, GROUP(, width)] float32: a sum of each split."""
@@ -260,10 +251,11 @@ class DecodeCode:
         queries = self.row_code("query", "BLOCK_M", StepRows, self.available)
         wanted = operands([eq for t in tiles for eq in t.products], [], of_queries=True)
         piece = queries.operands([*wanted, *row_scalars(tiles, [*self.linear, *self.late])])
-        states = [read_code(s, s.array(self.geometry), self.available[s.row], self.totals[s].out) for s in self.states]
+        states = [read_code(s, s.array(self.geometry), self.available[s.row], self.read[s]) for s in self.states]
         made = {v: self.part(v) for v in self.accumulated}
-        read = [eq.out for eq in self.totals.values()]
+        read = {*self.read.values()}
         left_size = self.states[0].array(self.geometry).width[0] if states else 0
+        few_heads = max(8, query_heads(self.geometry, product=False))
         holes = {
             "heads": self.heads,
             "columns": self.columns,
@@ -271,17 +263,18 @@ class DecodeCode:
             "prologue": "\n".join(piece.lines),
             "loops": loops,
             "accumulators": [self._sum(v, a) for v, a in made.items() if v not in read],
-            "read": [self._sum(v, a) for v, a in made.items() if v in read],
+            "sums_read": [self._sum(v, a) for v, a in made.items() if v in read],
             "states": states,
             "late": late.holes if late else None,
             "left_size": left_size,
             "least_rows": LEAST_ROWS,
+            "few_heads": few_heads,
         }
         arrays += [*piece.arrays, *used, *(s.array(self.geometry) for s in self.states)]
         arrays += [self.available[s.row] for s in self.states]
         arrays += [INDICES, PLACES] if self.walk.chosen else []
         covers += [*piece.equations, *(s.equation for s in self.sums)]
-        covers += [eq for s in self.states for eq in (s.read, s.total, self.totals[s])]
+        covers += [*self.joined, *(eq for s in self.states for eq in (s.read, s.total))]
         return Kernel(
             "attend",
             "decode_attend",
@@ -293,7 +286,7 @@ class DecodeCode:
             scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES", "SPLITS"),
             tunable=("BLOCK_N", *(("BLOCK_D",) if states else ()), "launch_pdl"),
             fixed=("PAGE",),
-            narrow=(Narrow("BLOCK_D", f"cdiv({left_size}, SPLITS)", (LEAST_ROWS,)),) if states else (),
+            narrow=(Narrow("BLOCK_D", f"cdiv({left_size}, SPLITS)", ({"BLOCK_D": LEAST_ROWS},)),) if states else (),
         )
 
     @property
@@ -374,7 +367,7 @@ class DecodeCode:
             "(TOKENS, B * Hq)",
             scalars=("Hkv", "SPLITS"),
             tunable=("BLOCK_S", "launch_pdl"),
-            narrow=(Narrow("BLOCK_S", "SPLITS", (2, 8)), Narrow("num_warps", "cdiv(SPLITS, 8)", (1,))),
+            narrow=(Narrow("BLOCK_S", "SPLITS", tuple({"BLOCK_S": x, "num_warps": 1} for x in (2, 8))),),
         )
 
     def _merge(self, v: Var, a: Array) -> str:

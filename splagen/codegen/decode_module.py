@@ -109,7 +109,7 @@ def _shape(a: Array, part: Decoding) -> str:
             return f"rows, Hkv, chunks, {part.kept}"
         case "block_indices" | "block_places":
             return f"rows, Hkv, {part.budget}"
-        case "block_counts" | "arrived":
+        case "arrived":
             return "rows, Hkv"
     raise PartitionError(f"nobody allocates {a.name}")
 

@@ -28,7 +28,7 @@ from splagen.codegen.step_rows import (
     paged_array,
     query_heads,
 )
-from splagen.codegen.tile_code import COUNTS, INDICES
+from splagen.codegen.tile_code import INDICES
 from splagen.codegen.triton_expr import triton_text
 from splagen.ir.program import Equation, LowRank, Program, Var
 
@@ -186,7 +186,7 @@ def _select(code: SelectionCode) -> Kernel:
         "decode_select",
         covers,
         (SEQLENS, PAGES, SCORES, SCORE_MAX, SCORE_SUM),
-        (*CANDIDATES, ARRIVED, INDICES, PLACES, COUNTS),
+        (*CANDIDATES, ARRIVED, INDICES, PLACES),
         holes,
         "(TOKENS, B * Hkv, CHUNKS)",
         scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES", "SPLITS", "CHUNKS", "CHUNK"),

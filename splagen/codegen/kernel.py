@@ -99,14 +99,15 @@ class Array:
 
 @dataclass(frozen=True)
 class Narrow:
-    """A number of a Schedule that a launch takes smaller where it goes over less: the first of `values` that holds it.
+    """Numbers of a Schedule that a launch takes otherwise where it goes over less: the first of `values` that holds it.
 
-    `over` is host source.  Of a tile for many most would be masked, and cost as much as what is there.
+    `over` is host source, and held by `number` of the values.  Of a tile for many most would be masked, and cost as
+    much as what is there.
     """
 
     number: str
     over: str
-    values: tuple[int, ...]
+    values: tuple[Mapping[str, int], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,8 +159,8 @@ class Kernel:
         """Every Schedule with which a launch may run that is given this one."""
         found = [dict(schedule)]
         for n in self.narrow:
-            found += [{**s, n.number: x} for s in found for x in n.values if x < s[n.number]]
-        return found
+            found += [{**s, **x} for s in found for x in n.values if x[n.number] <= s[n.number]]
+        return [s for i, s in enumerate(found) if s not in found[:i]]
 
     @property
     def arrays(self) -> list[Array]:

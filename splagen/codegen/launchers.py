@@ -20,8 +20,8 @@ def launcher_text(kernel: Kernel, grid: str, allocation: Callable[[Array], str],
     inputs = dict.fromkeys(a.name for a in kernel.inputs)
     lines = [f"def launch_{kernel.name}(n, schedule, {', '.join(inputs)}):"]
     for x in kernel.narrow:
-        number = f'next((x for x in {x.values} if {x.over} <= x), schedule["{x.number}"])'
-        lines.append(f'    schedule = {{**schedule, "{x.number}": {number}}}')
+        found = f'next((x for x in {x.values} if {x.over} <= x["{x.number}"]), {{}})'
+        lines.append(f"    schedule = {{**schedule, **{found}}}")
     made = {a.name: allocation(a) for a in (*kernel.scratch, *kernel.outputs)}
     allocations = [f"    {name} = {text}" for name, text in made.items()]
     empty = [name for name, text in made.items() if text.startswith("torch.empty")]

@@ -13,7 +13,7 @@ from splagen.codegen.decode_module import decode_module_text
 from splagen.codegen.decoding import OVERLAPS, decode_schedules, decoding
 from splagen.codegen.render import kernel_text
 from splagen.codegen.schedule import check_fields
-from splagen.spec import SPLASpec, digest, to_toml
+from splagen.spec import Residual, SPLASpec, digest, to_toml
 from tests.kernels.cases import GPU, SMALL
 
 SPECS = [c.spec for c in (*SMALL, *GPU) if c.spec.causal and not (c.spec.select and c.spec.select.tile > 1)]
@@ -88,3 +88,12 @@ def test_kernels_overlap_where_the_hardware_has_dependent_launches() -> None:
         for arch, of_dtypes in decode_schedules(part).items()
     }
     assert overlaps == {"sm_80": {0}, "sm_90": {1}, "sm_100": {1}, "gfx942": {0}}
+
+
+@pytest.mark.parametrize("normaliser", [False, True])
+def test_a_split_stores_one_sum_of_the_residual_and_what_it_is_divided_by(normaliser: bool) -> None:
+    """All far blocks less the chosen ones is one sum: merge adds up no two that it would subtract from each other."""
+    part = decoding(SPLASpec(head_dim=16, group_size=2, linear=Residual("elu1", normaliser=normaliser)))
+    (attend,) = [k for k in part.kernels if k.name == "attend"]
+    sums = [a for a in attend.outputs if a.name not in ("row_max_parts", "row_sum_parts")]
+    assert [len(a.width) for a in sums] == [1, 1] + [0] * normaliser

@@ -117,8 +117,7 @@ def chosen_blocks(cache: SPLACache, blocks: int) -> Tensor | None:
     """The choice of the last step, [B, Hkv, 1, blocks]; None where a spec chooses nothing."""
     if "block_indices" not in cache.scratch:
         return None
-    indices, counts = cache.scratch["block_indices"].long(), cache.scratch["block_counts"]
-    assert torch.equal((indices >= 0).sum(-1), counts.long())
+    indices = cache.scratch["block_indices"].long()
     mask = torch.zeros(*indices.shape[:2], blocks + 1, dtype=torch.bool, device=indices.device)
     return mask.scatter(2, torch.where(indices < 0, blocks, indices), True)[:, :, None, :blocks]
 
