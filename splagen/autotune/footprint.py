@@ -55,7 +55,8 @@ def carried(kernel: Kernel, schedule: Schedule) -> int:
         case "decode_score":
             return max(carried(k, schedule) for k in kernel.calls)
         case "decode_attend":
-            return kernel.number_of("heads") * _columns(kernel.outputs)
+            few = schedule.get("BLOCK_D") == kernel.number_of("least_rows")
+            return kernel.number_of("few_heads" if few else "heads") * _columns(kernel.outputs)
         case "block_states":
             return schedule["BLOCK_E"] * kernel.number_of("left_size")
         case "chunk_loop" if "carried" in str(kernel.holes["begin"]):

@@ -69,7 +69,7 @@ class DecodeCode:
 
     def __post_init__(self) -> None:
         self.program, self.geometry = self.walk.program, self.walk.geometry
-        self.heads = query_heads(self.geometry, product=True)
+        self.heads = query_heads(self.geometry, 16)
         self.columns = "\n".join(line for f in _COLUMNS for line in self.geometry.columns(f))
         (self.lse,) = [eq for eq in self.program.equations if isinstance(eq.op, Lse) and "n" in eq.op.axes]
         self.output = self.program.outputs[0]
@@ -255,9 +255,9 @@ class DecodeCode:
         made = {v: self.part(v) for v in self.accumulated}
         read = {*self.read.values()}
         left_size = self.states[0].array(self.geometry).width[0] if states else 0
-        few_heads = max(8, query_heads(self.geometry, product=False))
         holes = {
             "heads": self.heads,
+            "few_heads": query_heads(self.geometry, 8),
             "columns": self.columns,
             "lengths": "\n".join([*([] if self.walk.chosen else [WAIT]), "L = tl.load(lengths_ptr + r)"]),
             "prologue": "\n".join(piece.lines),
@@ -268,7 +268,6 @@ class DecodeCode:
             "late": late.holes if late else None,
             "left_size": left_size,
             "least_rows": LEAST_ROWS,
-            "few_heads": few_heads,
         }
         arrays += [*piece.arrays, *used, *(s.array(self.geometry) for s in self.states)]
         arrays += [self.available[s.row] for s in self.states]
@@ -286,7 +285,9 @@ class DecodeCode:
             scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES", "SPLITS"),
             tunable=("BLOCK_N", *(("BLOCK_D",) if states else ()), "launch_pdl"),
             fixed=("PAGE",),
-            narrow=(Narrow("BLOCK_D", f"cdiv({left_size}, SPLITS)", ({"BLOCK_D": LEAST_ROWS},)),) if states else (),
+            narrow=(Narrow("BLOCK_D", f"cdiv({left_size}, SPLITS)", ({"BLOCK_D": LEAST_ROWS, "num_stages": 2},)),)
+            if states
+            else (),
         )
 
     @property

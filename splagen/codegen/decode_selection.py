@@ -133,7 +133,7 @@ def _score(code: SelectionCode, append: Kernel, columns: str) -> Kernel:
     if weight != 1:
         score = f"{score} + tl.log2({triton_text(weight, names)})"
     holes = {
-        "heads": query_heads(geometry, product=True),
+        "heads": query_heads(geometry, 16),
         "cells": geometry.cells,
         "cell_size": geometry.cell,
         "columns": columns,
@@ -168,7 +168,7 @@ def _select(code: SelectionCode) -> Kernel:
     selection, geometry = code.selection, code.geometry
     carried, pool = code.pool()
     holes = {
-        "heads": query_heads(geometry, product=False),
+        "heads": query_heads(geometry),
         "kept": kept(selection),
         "reach": reach(selection),
         "cells": geometry.cells,

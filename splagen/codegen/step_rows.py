@@ -151,7 +151,6 @@ def scaled(kernel: Kernel) -> Kernel:
     return replace(kernel, inputs=(*kernel.inputs, *scales), holes=holes)
 
 
-def query_heads(geometry: Geometry, *, product: bool) -> int:
-    """Rows of a tile of the query heads of a KV head; a product of tiles takes 16 or more."""
-    rows = 1 << (geometry.group - 1).bit_length()
-    return max(16, rows) if product else rows
+def query_heads(geometry: Geometry, least: int = 1) -> int:
+    """Rows of a tile of the query heads of a KV head; products of tiles take 8 at the least, and most rather 16."""
+    return max(least, 1 << (geometry.group - 1).bit_length())

@@ -48,23 +48,38 @@ def test_the_same_spec_gives_the_same_text() -> None:
     assert text(SPECS[0]) == text(SPECS[0])
 
 
-def test_a_launch_over_few_splits_takes_a_narrow_tile_and_a_warp_that_builds_have_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = SPLASpec(head_dim=16, group_size=2)
-    module, part = pipeline.generate_decoding(spec, tmp_path).module, pipeline.decode_kernels(spec)
-    (merge,) = [k for k in part.kernels if k.name == "merge"]
-    schedule, taken = module.SCHEDULES["sm_90"]["bf16"]["merge"], {}
-    monkeypatch.setattr(
-        module, "launch", lambda n, kernel, grid, schedule, *_: taken.update({n.ATTEND_SPLITS: schedule})
-    )
+def launched_over(spec: SPLASpec, name: str, folder: Path, patch: pytest.MonkeyPatch) -> dict[int, dict[str, int]]:
+    """What a launch takes of its default Schedule, by the number of splits; builds have machine code for just these."""
+    module, part = pipeline.generate_decoding(spec, folder).module, pipeline.decode_kernels(spec)
+    (kernel,) = [k for k in part.kernels if k.name == name]
+    schedule, taken = module.SCHEDULES["sm_90"]["bf16"][name], {}
+    patch.setattr(module, "launch", lambda n, kernel, grid, schedule, *_: taken.update({n.ATTEND_SPLITS: schedule}))
+    launch, inputs = getattr(module, f"launch_{name}"), [torch.zeros(1, 1, 1) for _ in kernel.arrays]
     for splits in range(1, 70):
         n = module.Sizes(1, 1, 2, 1, 32, 4, 4, 1, splits, 1, 1, torch.bfloat16, torch.device("cpu"))
-        module.launch_merge(n, schedule, *(torch.zeros(1, 1) for _ in merge.arrays))
-    assert all(s in merge.launched(schedule) for s in taken.values())
-    assert [taken[n]["BLOCK_S"] for n in (1, 2, 3, 8, 9, 69)] == [2, 2, 8, 8, schedule["BLOCK_S"], schedule["BLOCK_S"]]
-    assert [taken[n]["num_warps"] for n in (1, 8, 9, 69)] == [1, 1, schedule["num_warps"], schedule["num_warps"]]
-    assert {**taken[9], "BLOCK_S": 0} == {**schedule, "BLOCK_S": 0}
+        launch(n, schedule, *inputs)
+    ahead = kernel.launched(schedule)
+    assert all(s in ahead for s in taken.values())
+    assert all(s in taken.values() for s in ahead)
+    return taken
+
+
+def test_a_launch_over_few_splits_takes_a_narrow_tile_and_a_warp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = launched_over(SPLASpec(head_dim=16, group_size=2), "merge", tmp_path, monkeypatch)
+    wide = taken[69]
+    assert [taken[n]["BLOCK_S"] for n in (1, 2, 3, 8, 9)] == [2, 2, 8, 8, wide["BLOCK_S"]]
+    assert [taken[n]["num_warps"] for n in (1, 8, 9)] == [1, 1, wide["num_warps"]]
+    assert {**taken[8], "BLOCK_S": 0, "num_warps": 0} == {**wide, "BLOCK_S": 0, "num_warps": 0}
+
+
+def test_a_launch_over_many_splits_reads_a_piece_of_the_states_and_little_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = launched_over(SPLASpec(head_dim=128, group_size=2), "attend", tmp_path, monkeypatch)
+    assert [taken[n]["BLOCK_D"] for n in (1, 7, 8, 69)] == [32, 32, 16, 16]
+    assert [taken[n]["num_stages"] for n in (1, 7, 8, 69)] == [3, 3, 2, 2]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=range(len(SPECS)))
