@@ -99,10 +99,8 @@ def gate(library: DecodingLibrary) -> None:
     report.raise_if_wrong()
 
 
-def replay_us(cache: SPLACache, tokens: list[Tensor], repeats: int = 50) -> float:
-    """Median microseconds of one replay, L2 flushed before; with one token per step the lengths stay within a block."""
-    out = torch.empty_like(tokens[0])
-    start = cache.seqlens.clone()
+def captured(cache: SPLACache, tokens: list[Tensor], out: Tensor) -> torch.cuda.CUDAGraph:
+    """A graph of one step, after a few that warm it up."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -112,6 +110,14 @@ def replay_us(cache: SPLACache, tokens: list[Tensor], repeats: int = 50) -> floa
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         cache.step(*tokens, out=out)
+    return graph
+
+
+def replay_us(cache: SPLACache, tokens: list[Tensor], repeats: int = 50) -> float:
+    """Median microseconds of one replay, L2 flushed before; with one token per step the lengths stay within a block."""
+    out = torch.empty_like(tokens[0])
+    start = cache.seqlens.clone()
+    graph = captured(cache, tokens, out)
     found = []
     for _ in range(repeats // 10):
         cache.seqlens.copy_(start)
