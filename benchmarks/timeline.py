@@ -81,9 +81,8 @@ def timeline(case: int) -> list[dict[str, object]]:
     library = generate_decoding(spec, "build")
     kernels = [k.name for k in library.part.kernels]
     stamps = torch.zeros(len(kernels), MOST_PROGRAMS, len(POINTS), dtype=torch.int64, device="cuda")
-    path = Path(library.path)
-    path = path.with_name(f"{path.stem}_stamped.py")
-    path.write_text(stamped(Path(library.path).read_text(), kernels, stamps.data_ptr()))
+    path = library.path.with_name(f"{library.path.stem}_stamped.py")
+    path.write_text(stamped(library.path.read_text(), kernels, stamps.data_ptr()))
     cache, tokens = filled(DecodingLibrary(spec, path), batch, kv_heads, length), given(spec, batch, kv_heads)
     start = cache.seqlens.clone()
     graph = captured(cache, tokens, torch.empty_like(tokens[0]))
