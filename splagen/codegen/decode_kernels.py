@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from splagen.codegen.base_two import LN_2
 from splagen.codegen.decode_selection import PLACES, Statistics
-from splagen.codegen.decode_states import State, fold_code, joined_sums, read_code
+from splagen.codegen.decode_states import State, fold_code, read_code
 from splagen.codegen.decode_walks import WAIT, chosen_count, walks
 from splagen.codegen.geometry import Rows, features_of
 from splagen.codegen.kernel import Array, Kernel, Narrow
@@ -35,6 +35,7 @@ from splagen.codegen.tile_code import (
     TileCode,
     Walk,
     follows_softmax,
+    joined_sums,
     operands,
     row_scalars,
     sums_of_tiles,
@@ -79,8 +80,8 @@ class DecodeCode:
         self.softmax = [s for s in sums if follows_softmax(self.program, s)]
         totals = {s.late: s.total.out for s in self.states}  # shared with what is read of the state
         linear = [replace(s, into=totals.get(s.equation, s.into)) for s in sums if s not in self.softmax]
-        goes, self.joined = joined_sums(self.forward, [s.into for s in linear], self.states)
-        linear = [replace(s, into=goes[s.into][0], sign=s.sign * goes[s.into][1]) for s in linear]
+        goes, self.joined = joined_sums(self.forward, [s.into for s in linear], [s.total.out for s in self.states])
+        linear = [s.joined(goes) for s in linear]
         self.read = {s: goes[s.total.out][0] for s in self.states}  # the sum to which each state's reading is added
         self.late = [s for s in linear if s.equation in totals]
         self.linear = [s for s in linear if s.equation not in totals]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from splagen.codegen.geometry import Geometry, features_of, is_key_row
@@ -67,28 +65,6 @@ class State:
         left = geometry.width([a for a in features if a != "e"], pad=True)
         width = (left, geometry.width(["e"], pad=True)) if self.right else (left,)
         return Array(self.before.name, "sequences", features, width, "float32", True)
-
-
-def joined_sums(
-    equations: Sequence[Equation], sums: Iterable[Var], states: Sequence[State]
-) -> tuple[dict[Var, tuple[Var, int]], list[Equation]]:
-    """Where each sum goes and with which sign, and by which equations: what is only added and subtracted is one sum.
-
-    `sums` are of tiles, beside what is read of states, which is only ever added.
-    """
-    uses = Counter(v for eq in equations for v in eq.args)
-    read = [s.total.out for s in states]
-    goes = {v: (v, 1) for v in (*sums, *read)}
-    joined = []
-    for eq in equations:
-        terms = signed_terms(eq)
-        if not terms or any(uses[v] > 1 for v in terms) or not terms.keys() <= {into for into, _ in goes.values()}:
-            continue
-        moved = {v: (eq.out, sign * terms[into]) for v, (into, sign) in goes.items() if into in terms}
-        if all(moved[v][1] > 0 for v in read if v in moved):
-            goes |= moved
-            joined.append(eq)
-    return goes, joined
 
 
 def fold_code(s: State, array: Array) -> dict[str, str]:

@@ -7,6 +7,7 @@ a walk into loops: blocks that a query sees by position, and blocks that it chos
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -148,12 +149,17 @@ class Sum:
             raise PartitionError(f"`{equation_text(eq)}` is not one product of a tile and a row")
         return cls(eq, masks, factors, operands[0] if operands else None, eq.out)
 
+    def joined(self, goes: Mapping[Var, tuple[Var, int]]) -> Sum:
+        """The same sum, added to or taken from what `joined_sums` says."""
+        into, sign = goes[self.into]
+        return replace(self, into=into, sign=self.sign * sign)
+
     def in_loop(self, facts: Mapping[Var, bool]) -> bool:
         """False where a mask of the sum never holds."""
         return all(facts.get(v, True) for v in self.masks)
 
 
-def sums_of_tiles(program: Program, equations: Iterable[Equation], to_keys: bool) -> list[Sum]:
+def sums_of_tiles(program: Program, equations: Sequence[Equation], to_keys: bool) -> list[Sum]:
     """Contractions to rows of one side that consume a tile value or apply a mask that depends on data."""
     found = []
     for eq in equations:
@@ -174,15 +180,31 @@ def _of_data(program: Program, v: Var) -> bool:
     return isinstance(eq.op, TopK) or any(_of_data(program, x) for x in eq.args)
 
 
-def _joined(sums: list[Sum], equations: Iterable[Equation]) -> list[Sum]:
+def _joined(sums: list[Sum], equations: Sequence[Equation]) -> list[Sum]:
     """Sums whose results are only added up share the accumulator of the total (see passes.join_sums)."""
-    by_out = {s.equation.out: s for s in sums}
+    goes, _ = joined_sums(equations, [s.into for s in sums])
+    return [s.joined(goes) for s in sums]
+
+
+def joined_sums(
+    equations: Sequence[Equation], sums: Iterable[Var], added: Sequence[Var] = ()
+) -> tuple[dict[Var, tuple[Var, int]], list[Equation]]:
+    """Where each sum goes and with which sign, and by which equations: what is only added and subtracted is one sum.
+
+    Those of `added` have no sign: where one would be subtracted, sums stay apart.
+    """
+    uses = Counter(v for eq in equations for v in eq.args)
+    goes = {v: (v, 1) for v in (*sums, *added)}
+    joined = []
     for eq in equations:
         terms = signed_terms(eq)
-        if terms and terms.keys() <= by_out.keys():
-            for v, sign in terms.items():
-                by_out[v] = replace(by_out[v], into=eq.out, sign=sign)
-    return list(by_out.values())
+        if not terms or any(uses[v] > 1 for v in terms) or not terms.keys() <= {into for into, _ in goes.values()}:
+            continue
+        moved = {v: (eq.out, sign * terms[into]) for v, (into, sign) in goes.items() if into in terms}
+        if all(moved[v][1] > 0 for v in added if v in moved):
+            goes |= moved
+            joined.append(eq)
+    return goes, joined
 
 
 def is_sum_of_tiles(eq: Equation) -> bool:

@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splagen.codegen.decode_states import joined_sums
+from splagen.codegen.tile_code import joined_sums
 from splagen.ir.build import Builder
 from splagen.ir.program import Equation, Var, placeholder
 
@@ -27,7 +27,7 @@ def chains(draw: st.DrawFn) -> tuple[list[Var], list[Equation], dict[Var, int]]:
 @given(chains())
 def test_what_is_added_up_is_what_the_equations_say(drawn: tuple[list[Var], list[Equation], dict[Var, int]]) -> None:
     sums, equations, value = drawn
-    goes, joined = joined_sums(equations, sums, [])
+    goes, joined = joined_sums(equations, sums)
     found: Counter[Var] = Counter()
     for v, (into, sign) in goes.items():
         found[into] += sign * value[v]
@@ -42,5 +42,5 @@ def test_one_sum_of_several() -> None:
     far, late, chosen = (b.input(n, ("T",)) for n in ("far", "late", "chosen"))
     total = b.map("total", placeholder(0) + placeholder(1), far, late)
     rest = b.map("rest", placeholder(0) - placeholder(1), total, chosen)
-    goes, _ = joined_sums(b.equations, [far, late, chosen], [])
+    goes, _ = joined_sums(b.equations, [far, late, chosen])
     assert goes == {far: (rest, 1), late: (rest, 1), chosen: (rest, -1)}
