@@ -19,6 +19,7 @@ from splagen.ir.frontend_sse import sse_program
 from splagen.ir.gradient import derive_gradient
 from splagen.ir.passes import DIRECT, LOWERING, Pass, run
 from splagen.ir.program import Program
+from splagen.ir.remaining import forward_reads_states
 from splagen.ops import Oracle
 from splagen.sequence import SSEOracle
 from splagen.spec import Spec, SPLASpec, digest, from_toml, to_toml
@@ -68,7 +69,7 @@ def _lowerings(spec: SPLASpec) -> Lowerings:
     """The definition and, where the spec has another in short sequences, what becomes of it there."""
     whole = spla_program(spec)
     found: dict[str, tuple[Program, tuple[Pass, ...]]] = {"": (whole, (derive_gradient, *LOWERING))}
-    if spec.select and spec.linear:
+    if spec.select and spec.linear and not forward_reads_states(whole):
         found["direct"] = whole, (derive_gradient, *DIRECT)
     if spec.dense_below:
         found["short"] = whole, below(LENGTH, spec.dense_below)

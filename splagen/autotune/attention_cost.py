@@ -194,6 +194,12 @@ class Attention:
                 return once * self.far * g.cells / schedule["BLOCK_C"]
             case "block_states", "query_rows" | "key_rows" | "query_scalars" if "e" not in a.features:
                 return once * sp.Rational(kernel.number_of("right_size"), schedule["BLOCK_E"])
+            case "remaining_state", "states" if a in kernel.inputs:  # those of each list, which is one of either side
+                return pairs * self.tiles * (self.forced + self.budget)
+            case "remaining_state", "sequences":
+                return pairs * LENGTH / kernel.number_of("chunk")
+            case "remaining_state", "query_rows" | "key_rows" if a in kernel.inputs:
+                return once * sp.Rational(kernel.number_of("right_size"), schedule["BLOCK_E"])
             case "state_scan", "states":  # in place
                 return 2 * once
             case "read_out", "states":  # the ends of intervals that are not 0, or slices of them, by every program
@@ -230,6 +236,8 @@ class Attention:
                 return HEADS
             case "states":
                 return pairs * (LENGTH / a.chunk + 1)
+            case "sequences":
+                return pairs
             case "indices":
                 return pairs * self.tiles * self.budget
             case "counts":

@@ -57,7 +57,7 @@ def carried(kernel: Kernel, schedule: Schedule) -> int:
         case "decode_attend":
             few = schedule.get("BLOCK_D") == kernel.number_of("least_rows")
             return kernel.number_of("few_heads" if few else "heads") * _columns(kernel.outputs)
-        case "block_states":
+        case "block_states" | "remaining_state":
             return schedule["BLOCK_E"] * kernel.number_of("left_size")
         case "chunk_loop" if "carried" in str(kernel.holes["begin"]):
             return schedule["BLOCK_E"] * kernel.number_of("d_extent")

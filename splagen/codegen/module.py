@@ -119,6 +119,8 @@ def _allocation(a: Array, constants: dict[str, int]) -> str:
             shape = ["n.B", length, f"n.{_HEADS[a.layout]}", *map(str, a.width)]
         case "states":
             shape = ["n.B", "n.Hkv", f"cdiv(n.L, {a.chunk}) + 1", *map(str, a.width)]
+        case "sequences":
+            shape = ["n.B", "n.Hkv", *map(str, a.width)]
         case "segments":
             shape = ["n.B", "n.Hkv", "work.segments", str(constants["BLOCK"]), *map(str, a.width)]
         case "parts":

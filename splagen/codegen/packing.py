@@ -259,6 +259,8 @@ class Packing:
                 return ["1", "n.T", heads, *map(str, a.width)]
             case "cell_rows":
                 return ["1", self.room(a).text("n.T", "n.B"), heads, *map(str, a.width)]
+            case "sequences":
+                return ["n.B", heads, *map(str, a.width)]
             case "partials" if kernel:
                 return [self._programs_before(kernel, host=True), f"n.{a.features[-1]}", *map(str, a.width)]
             case "unions" if kernel:

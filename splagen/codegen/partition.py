@@ -28,11 +28,12 @@ from splagen.codegen.module_kernels import ProgramKernels
 from splagen.codegen.part_kernels import parts_kernels
 from splagen.codegen.query_kernels import dq_kernel, dq_kernels, forward_kernel, forward_kernels
 from splagen.codegen.region import slice_back
+from splagen.codegen.remaining_kernels import Remaining, remaining_kernel, remaining_states, states_total_kernel
 from splagen.codegen.render import kernel_text
 from splagen.codegen.row_kernels import partial_array, rows_kernel
 from splagen.codegen.selection import Selection
 from splagen.codegen.selection_kernels import selection_kernels
-from splagen.codegen.state_kernels import read_kernel, scan_kernel, state_array, state_chains, states_kernel
+from splagen.codegen.state_kernels import read_kernel, scan_kernel, state_chains, states_kernel
 from splagen.codegen.tile_code import COUNTS, INDICES, Walk, is_sum_of_tiles
 from splagen.codegen.unions import has_unions
 from splagen.errors import PartitionError
@@ -127,6 +128,7 @@ class _Partitioner:
         self.program = program
         self.geometry = Geometry.of(program)
         self.walk = Walk.of(program)
+        self.remaining = remaining_states(program)
         self.result = Partition(program)
         cotangents = {dy for _, dy in program.cotangents}
         self.arrays = {v: array_of(v, self.geometry, internal=False) for v in program.inputs}
@@ -152,12 +154,13 @@ class _Partitioner:
         if selection := Selection.of(self.program):
             kernels += selection_kernels(selection, available)
             self.result.saved += [INDICES, COUNTS]
-        self._key_features(kernels, available)
-        self._query_features(kernels, available)
+        self._key_features(kernels, available, self.forward_equations)
+        self._query_features(kernels, available, self.forward_equations)
         self._states(kernels, available, self.forward_equations)
         outputs = [(v, array_of(v, self.geometry, internal=False)) for v in self.program.outputs]
-        saved = [(v, self._saved_array(v)) for v in self._saved() if v not in self.program.outputs]
-        self._tiles(kernels, available, [*outputs, *saved])
+        wanted = [v for v in self._saved() if v not in self.program.outputs]
+        saved = [(v, available.get(v) or self._saved_array(v)) for v in wanted]
+        self._tiles(kernels, available, [*outputs, *((v, a) for v, a in saved if v not in available)])
         self.result.outputs = [a for _, a in outputs]
         self.result.saved += [a for _, a in saved]
         self.arrays.update(saved)
@@ -181,18 +184,26 @@ class _Partitioner:
         return replace(array, missing='float("inf")') if is_lse else array
 
     def _saved(self) -> list[Var]:
-        """Row variables that backward reads and cannot form again from inputs and other saved rows.
+        """Row variables that backward reads and cannot form again from inputs and other saved rows, and differences.
 
-        Backward forms tile values again, so what forward's tiles read of a row (lse) counts as read.
+        Backward forms tile values again, so what forward's tiles read of a row (lse) counts as read.  What lies in
+        memory anyway is saved in the place of what follows from it.
         """
         backward = set(self.backward_equations)
         readers = [eq for eq in self.program.equations if eq in backward or is_tile_value(eq.out)]
         read = {v for eq in readers for v in eq.args}
+        differences = [r.difference.out for r in self.remaining]
+        products = [eq.out for r in self.remaining if (eq := r.product())]
         saved: list[Var] = []
         for eq in self.forward_equations:
             v = eq.out
-            if v in read and is_query_row(v) and v.kind != "bool" and not is_state(v) and not self._again(v, saved):
-                saved.append(v)
+            if v not in read or not is_query_row(v) or v.kind == "bool" or (is_state(v) and v not in differences):
+                continue
+            if self._again(v, saved):
+                continue
+            behind = slice_back(self.program, [v], [*self.program.inputs, *saved, *products])
+            first = [x for x in products if x not in saved and any(x in e.args for e in behind)]
+            saved += first if first and self._again(v, [*saved, *first]) else [v]
         return saved
 
     def _again(self, v: Var, saved: Sequence[Var]) -> bool:
@@ -209,15 +220,15 @@ class _Partitioner:
         kernels = self.result.backward
         available = dict(self.arrays)
         gradients = dict(self.program.gradients)
-        self._key_features(kernels, available)
-        self._query_features(kernels, available)
+        self._key_features(kernels, available, self.backward_equations)
+        self._query_features(kernels, available, self.backward_equations)
         self._row_cotangents(kernels, available)
         self._states(kernels, available, self.backward_equations)
         self._tile_gradients(kernels, available, gradients)
         for x, g in self.program.gradients:
             self.result.gradients.append((x.name, g))
 
-    def _key_features(self, kernels: list[Kernel], available: dict[Var, Array]) -> None:
+    def _key_features(self, kernels: list[Kernel], available: dict[Var, Array], within: Sequence[Equation]) -> None:
         """Feature maps of keys are formed once: a tile of keys is read by many query tiles."""
         wanted = []
         for eq in self.program.equations:
@@ -225,22 +236,33 @@ class _Partitioner:
                 for v in eq.args:
                     if is_key_row(v) and features_of(v) and v not in available and self._again(v, []):
                         wanted.append(v)
+        wanted = [v for v in wanted if not self._formed_there(v, within)]
         outputs = [(v, array_of(v, self.geometry, internal=True)) for v in dict.fromkeys(wanted)]
         if outputs:
             kernels.append(rows_kernel("key_features", self.program, "key", available, outputs))
             available.update(outputs)
 
-    def _query_features(self, kernels: list[Kernel], available: dict[Var, Array]) -> None:
+    def _query_features(self, kernels: list[Kernel], available: dict[Var, Array], within: Sequence[Equation]) -> None:
         """Feature maps of queries are formed once: a row is read with its state and by every block that it chose."""
         wanted: dict[Var, None] = {}
         for eq in self.forward_equations:
             if isinstance(eq.op, Contract) and (is_tile_value(eq.out) or any(is_state(v) for v in eq.args)):
                 wanted.update(dict.fromkeys(v for v in eq.args if is_query_row(v) and not is_state(v)))
         rows = [v for v in wanted if features_of(v) and v not in available and self._again(v, [])]
+        rows = [v for v in rows if not self._formed_there(v, within)]
         outputs = [(v, array_of(v, self.geometry, internal=True)) for v in rows]
         if outputs:
             kernels.append(rows_kernel("query_features", self.program, "query", available, outputs))
             available.update(outputs)
+
+    def _formed_there(self, v: Var, within: Sequence[Equation]) -> bool:
+        """Features that one kernel alone reads, and each row once: for states of a difference, or with one.
+
+        Those of x and of -x take so many registers at once that they are formed before.
+        """
+        once = [eq for r in self.remaining for eq in (r.states, *r.reads)]
+        readers = [eq for eq in within if v in eq.args]
+        return len(readers) == 1 and readers[0] in once and "s" not in v.axes and self._again(v, [])
 
     def _states(self, kernels: list[Kernel], available: dict[Var, Array], equations: Sequence[Equation]) -> None:
         """States, scan and read-outs whose result is among `equations`."""
@@ -250,12 +272,35 @@ class _Partitioner:
             if not reads:
                 continue
             kernels.append(states_kernel(chain, self.program, available))
-            available[chain.states.out] = state_array(chain, self.geometry)
+            available[chain.states.out] = chain.array(self.geometry)
             kernels.append(scan_kernel(chain, self.program, self.walk))
             for eq in reads:
                 output = array_of(eq.out, self.geometry, internal=True, dtype="float32")
                 kernels.append(read_kernel(chain, eq, self.walk, available, output))
                 available[eq.out] = output
+        for remaining in self.remaining:
+            self._remaining(kernels, available, remaining, [eq for eq in remaining.reads if eq in within])
+
+    def _remaining(
+        self, kernels: list[Kernel], available: dict[Var, Array], chain: Remaining, reads: Sequence[Equation]
+    ) -> None:
+        """What lists leave of states, for reads of one direction; forward keeps it for those of backward."""
+        difference = chain.difference.out
+        if reads and difference not in available:
+            kernels += [states_kernel(chain, self.program, available), states_total_kernel(chain, self.geometry)]
+            available[chain.states.out] = chain.array(self.geometry)
+            product = next((eq for eq in reads if eq == chain.product()), None)
+            array = array_of(product.out, self.geometry, internal=True) if product else None
+            others = len(chain.reads) > bool(product)
+            kernels.append(remaining_kernel(chain, self.walk, available, array, kept=others))
+            if product and array:
+                available[product.out] = array
+            available[difference] = chain.read_array(self.geometry)
+            reads = [eq for eq in reads if eq != product]
+        for eq in reads:
+            output = array_of(eq.out, self.geometry, internal=True, dtype="float32")
+            kernels.append(read_kernel(chain, eq, self.walk, available, output))
+            available[eq.out] = output
 
     def _row_cotangents(self, kernels: list[Kernel], available: dict[Var, Array]) -> None:
         """Rows that backward's tiles and states read and that follow from rows in memory.
@@ -269,6 +314,7 @@ class _Partitioner:
                 wanted.update(dict.fromkeys(v for v in eq.args if is_query_row(v) and v not in available))
         late = self._after(cross)
         rows = [v for v in wanted if v not in late and not is_state(v) and v.kind == "real"]
+        rows = [v for v in rows if not self._formed_there(v, self.backward_equations)]
         outputs = [(v, array_of(v, self.geometry, internal=True)) for v in rows]
         for x, g in self.program.gradients:
             if g in late or g in available:

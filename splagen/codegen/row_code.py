@@ -156,8 +156,9 @@ class RowCode:
     def _like(self, piece: Piece) -> str:
         """A row in the input type that the kernel holds: q, or where it is not read another that is."""
         q = self.program.inputs[0]
-        held = [a.name for a in piece.arrays if a.dtype == "input" and a.features and a.layout != "head_rows"]
-        return q.name if self.side == "key" or q in self.loaded or not held else held[0]
+        arrays = [(v.name, self.available[v]) for v in piece.names if v in self.available]
+        held = [n for n, a in arrays if a.dtype == "input" and a.features and a.layout != "head_rows"]
+        return q.name if q in self.loaded or not held else held[0]
 
     def columns_of(self, variables: Iterable[Var]) -> list[str]:
         """Lines that define the columns of these rows, and of their padding, once per kernel."""

@@ -17,6 +17,7 @@ Schedule: TypeAlias = Mapping[str, int]
 # Templates whose products want more registers than a compiler gives them by itself, or fewer: maxnreg may be set.
 REGISTER_BOUND = frozenset(
     {"block_sparse_forward", "block_sparse_dq", "block_sparse_dkv", "block_states", "read_out", "chunk_loop"}
+    | {"remaining_state"}
     | {"decode_append", "decode_score", "decode_attend"}
 )
 REGISTERS = 65_536  # 32 bits each, of an NVIDIA multiprocessor: what one program can have
@@ -100,6 +101,8 @@ def rule_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> 
             most = shared * 2 // 3 if warps == 8 else shared // 2  # 8 warps with such sums: one program, for registers
             while size * stages * block_m * (left + block_e) > most and (stages > 1 or block_m > 16):
                 stages, block_m = (stages - 1, block_m) if stages > 1 else (1, block_m // 2)
+            if size == 2 and kernel.outputs[0].dtype == "input" and left * block_e >= 16384:  # a turn or two in all
+                warps, stages = 12 - warps, 1
             schedule = {"BLOCK_M": block_m, "BLOCK_E": block_e, "num_warps": warps, "num_stages": stages}
         case "choices":
             schedule = {"BLOCK_M": 64, "num_warps": 4, "num_stages": 1}
@@ -108,7 +111,11 @@ def rule_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> 
         case "carried_state":
             schedule = {"BLOCK_E": 1024, "num_warps": 4, "num_stages": 1}
         case "state_total":
-            schedule = {"BLOCK_M": 16, "BLOCK_E": 128, "num_warps": 4, "num_stages": 2}
+            many = kernel.inputs[0].dtype == "input"  # states of all chunks, not parts of a total
+            block_e, stages = (1024, 1) if many else (128, 2)
+            schedule = {"BLOCK_M": 16, "BLOCK_E": block_e, "num_warps": 4, "num_stages": stages}
+        case "remaining_state":
+            schedule = _remaining_schedule(kernel, geometry, size)
         case "read_out":
             schedule = _read_schedule(kernel, geometry, size, shared)
         case "statistics":
@@ -131,7 +138,8 @@ def _read_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) -
     summed, kept = (kernel.number_of(x) for x in ("summed_size", "kept_size"))
     rows = max(16, 1 << (_rows_of_chunk(kernel, geometry).bit_length() - 1))
     if "BLOCK_R" not in kernel.tunable:
-        block_m, block_e = min(rows, 128) if size == 2 else 32, min(32, kept)
+        half = any(a.layout == "states" and a.dtype == "input" for a in kernel.inputs)
+        block_m, block_e = min(rows, 128) if size == 2 else 32, min(64 if half and size == 2 else 32, kept)
         while (block_m + block_e) * summed * 4 > shared and (block_m > 16 or block_e > 16):
             block_m, block_e = (block_m // 2, block_e) if block_m > block_e else (block_m, block_e // 2)
         return {"BLOCK_M": block_m, "BLOCK_E": block_e, "num_warps": 4, "num_stages": 1}
@@ -153,6 +161,17 @@ def _read_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) -
             block_e //= 2
     warps = min(warps, max(4, block_m // 16))
     return {"BLOCK_R": block_r, "BLOCK_M": block_m, "BLOCK_E": block_e, "num_warps": warps, "num_stages": stages}
+
+
+def _remaining_schedule(kernel: Kernel, geometry: Geometry, size: int) -> dict[str, int]:
+    """A program holds some columns of a difference and of the state that it reads ahead: many of them hide latency."""
+    left, right = (kernel.number_of(x) for x in ("left_size", "right_size"))
+    block_e = max(16, min(right, 64 if size == 2 else 4096 // left, 16384 // left))
+    schedule = {"BLOCK_E": block_e, "num_warps": 4, "num_stages": 1}
+    if "BLOCK_M" not in kernel.tunable:
+        return schedule
+    rows = max(16, 1 << (_rows_of_chunk(kernel, geometry).bit_length() - 1))
+    return {"BLOCK_M": min(rows, 64 if size == 2 else 16), **schedule}
 
 
 def _rows_of_chunk(kernel: Kernel, geometry: Geometry) -> int:
@@ -320,8 +339,8 @@ def check_schedule(kernel: Kernel, geometry: Geometry, schedule: Schedule) -> No
     if kernel.template == "statistics" and block_n % geometry.cell:
         what = f"BLOCK_N={block_n} of {kernel.name} is not a multiple of the cell of {geometry.cell}"
         raise ScheduleError(what)
-    if kernel.template in ("block_states", "read_out"):
-        columns = kernel.number_of("right_size" if kernel.template == "block_states" else "kept_size")
+    if kernel.template in ("block_states", "read_out", "remaining_state"):
+        columns = kernel.number_of("kept_size" if kernel.template == "read_out" else "right_size")
         if columns % schedule["BLOCK_E"]:
             what = f"BLOCK_E={schedule['BLOCK_E']} does not divide the {columns} columns of a state in {kernel.name}"
             raise ScheduleError(what)

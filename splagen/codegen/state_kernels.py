@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from splagen.codegen.geometry import ChunkRows, Geometry, features_of, is_key_row, is_query_row, is_state, is_total
 from splagen.codegen.kernel import Array, Kernel
@@ -19,7 +20,7 @@ from splagen.codegen.tile_code import Walk
 from splagen.codegen.triton_expr import interval_text
 from splagen.errors import PartitionError
 from splagen.ir.decoding import carried_name
-from splagen.ir.program import Contract, Equation, Program, Var
+from splagen.ir.program import Contract, Equation, Map, Program, Var
 from splagen.ir.text import equation_text
 
 VECTOR = padded_extent(1)  # columns that a state without a value feature takes; only the first holds data
@@ -50,9 +51,31 @@ class StateChain:
         """Positions that one state in memory sums."""
         return SPAN if self.total else geometry.chunk if self.from_queries else geometry.block
 
+    def array(self, geometry: Geometry) -> Array:
+        """The prefix states, or a total and its parts: [B, Hkv, chunks + 1, left, right] float32."""
+        return states_of(self.states.out, geometry, self.chunk(geometry), "float32")
+
+    def read_array(self, geometry: Geometry) -> Array:
+        """What its reads are given."""
+        return self.array(geometry)
+
+    def readers(self, geometry: Geometry, *, to_queries: bool) -> int:
+        """Positions whose rows read the same states."""
+        return READERS if self.total else geometry.chunk if to_queries else geometry.block
+
+    def ends(self, walk: Walk, state: Var, *, to_queries: bool) -> tuple[list[str], list[dict[str, str]]]:
+        """Lines that define the ends of the intervals that a chunk reads, and the names of the ends."""
+        if self.total:
+            return ["# entry 0 of the states is their sum"], [{"low": "", "high": "0"}]
+        begin = origin(self, walk)
+        summed = next(e for e in self.summed if e.out == state)
+        lines, intervals = _bounds(walk, _mask(summed), to_queries, begin)
+        tile = ["tile = chunk * CHUNK // TILE"] if to_queries else []
+        return [*tile, *lines, f"# entry c of the states sums the chunks from {begin} to before c"], intervals
+
 
 def state_chains(program: Program, equations: list[Equation]) -> list[StateChain]:
-    """Every block state among the equations, with what reads it."""
+    """Every block state among the equations that is read in intervals or in all, with what reads it."""
     chains = []
     for eq in equations:
         if not (isinstance(eq.op, Contract) and is_state(eq.out)) or any(is_state(v) for v in eq.args):
@@ -60,27 +83,29 @@ def state_chains(program: Program, equations: list[Equation]) -> list[StateChain
         summed = tuple(e for e in equations if isinstance(e.op, Contract) and eq.out in e.args and is_state(e.out))
         outs = {e.out for e in summed} or {eq.out}
         reads = tuple(e for e in equations if outs & set(e.args))
-        for e in (*summed, *reads):
+        if any(isinstance(e.op, Map) for e in reads):  # a difference of states: see remaining_kernels.py
+            continue
+        for e in reads:
             if not isinstance(e.op, Contract):
                 raise PartitionError(f"no kernel reads a state as `{equation_text(e)}`")
         chains.append(StateChain(eq, summed, reads, any(is_query_row(v) for v in eq.args)))
     return chains
 
 
-def state_array(chain: StateChain, geometry: Geometry) -> Array:
-    """The prefix states of a chain, or a total and its parts: [B, Hkv, chunks + 1, left, right] float32."""
-    v = chain.states.out
-    return Array(v.name, "states", features_of(v), _widths(v, geometry), "float32", True, chain.chunk(geometry))
+def states_of(v: Var, geometry: Geometry, chunk: int, dtype: Literal["input", "float32"]) -> Array:
+    """An array of states by chunk: [B, Hkv, chunks + 1, left, right]."""
+    return Array(v.name, "states", features_of(v), state_widths(v, geometry), dtype, True, chunk)
 
 
-def _widths(v: Var, geometry: Geometry) -> tuple[int, int]:
+def state_widths(v: Var, geometry: Geometry) -> tuple[int, int]:
+    """Rows and columns of a state: features of the left factor, padded, and of the right one."""
     features = features_of(v)
     left = geometry.width([a for a in features if a != "e"], pad=True)
     return left, geometry.width(["e"], pad=True) if "e" in features else VECTOR
 
 
 @dataclass(frozen=True)
-class _RowIndex:
+class RowIndex:
     """Rows of a chunk of positions, on either side."""
 
     chunk: int
@@ -89,7 +114,8 @@ class _RowIndex:
     side: str
 
 
-def _row_index(chunk: int, of_queries: bool) -> _RowIndex:
+def row_index(chunk: int, of_queries: bool) -> RowIndex:
+    """Those of queries, of all heads of a group, or of keys."""
     if of_queries:
         lines = [
             "place, member = row // GROUP, row % GROUP  # [BLOCK_M]",
@@ -97,16 +123,16 @@ def _row_index(chunk: int, of_queries: bool) -> _RowIndex:
             "head = h * GROUP + member",
             "row_ok = row < rows",
         ]
-        return _RowIndex(chunk, "GROUP", "\n".join(lines), "query")
+        return RowIndex(chunk, "GROUP", "\n".join(lines), "query")
     lines = [
         "place = row  # [BLOCK_M]",
         "kpos = chunk * CHUNK + place",
         "key_ok = row < rows",
     ]
-    return _RowIndex(chunk, "1", "\n".join(lines), "key")
+    return RowIndex(chunk, "1", "\n".join(lines), "key")
 
 
-def _as_columns(vector: str | None, mask: str) -> str:
+def as_columns(vector: str | None, mask: str) -> str:
     """A number per row (or 1) as a matrix whose first column holds it."""
     value = f"{vector}[:, None]" if vector else f"{mask}[:, None].to(tl.float32)"
     return f"tl.where(tl.arange(0, {VECTOR})[None, :] == 0, {value}, 0.0)"
@@ -116,7 +142,7 @@ def states_kernel(chain: StateChain, program: Program, available: Mapping[Var, A
     """The states of all chunks."""
     geometry = Geometry.of(program)
     eq = chain.states
-    index = _row_index(chain.chunk(geometry), chain.from_queries)
+    index = row_index(chain.chunk(geometry), chain.from_queries)
     code = RowCode(program, geometry, index.side, "BLOCK_M", available, row_type=ChunkRows)
     code.defined_columns.add("")
     rows = [v for v in eq.args if v.kind == "real"]
@@ -124,7 +150,7 @@ def states_kernel(chain: StateChain, program: Program, available: Mapping[Var, A
     right = [v for v in rows if v not in left]
     if len(left) != 1 or len(right) > 1:
         raise PartitionError(f"`{equation_text(eq)}` is not one outer product of rows")
-    array = state_array(chain, geometry)
+    array = chain.array(geometry)
     loaded = [left[0], *(v for v in right if not features_of(v))]
     piece = code.operands(loaded)
     lines = list(piece.lines)
@@ -138,7 +164,7 @@ def states_kernel(chain: StateChain, program: Program, available: Mapping[Var, A
     else:
         mask = "row_ok" if chain.from_queries else "key_ok"
         vector = piece.names[right[0]] if right else None
-        lines.append(f"column = {_as_columns(vector, mask)}.to({left[0].name}.dtype)  # [BLOCK_M, {VECTOR}]")
+        lines.append(f"column = {as_columns(vector, mask)}.to({left[0].name}.dtype)  # [BLOCK_M, {VECTOR}]")
         right_name = "column"
     holes = {
         "chunk": index.chunk,
@@ -193,7 +219,7 @@ def scan_kernel(chain: StateChain, program: Program, walk: Walk) -> Kernel:
     Of a total, entry 0 becomes the sum of all.
     """
     geometry = Geometry.of(program)
-    array = state_array(chain, geometry)
+    array = chain.array(geometry)
     size, chunk = array.width[0] * array.width[1], chain.chunk(geometry)
     if chain.total:
         return Kernel(
@@ -202,7 +228,7 @@ def scan_kernel(chain: StateChain, program: Program, walk: Walk) -> Kernel:
             (chain.states,),
             (array,),
             (),
-            {"state": array.name, "size": size, "chunk": chunk},
+            {"state": array.name, "size": size, "chunk": chunk, "into": "at"},
             f"(cdiv({size}, BLOCK_E), B * Hkv)",
             tunable=("BLOCK_M", "BLOCK_E"),
             batch=BOTH,
@@ -248,7 +274,7 @@ def resumed(chain: StateChain, summed: Equation, states: Kernel, scan: Kernel, w
 
     It is one where the far blocks of a query are those from the origin to before one that no later query's precede.
     """
-    geometry, array = walk.geometry, state_array(chain, walk.geometry)
+    geometry, array = walk.geometry, chain.array(walk.geometry)
     found = [] if chain.from_queries or chain.total else walk.predicates.intervals(_mask(summed), J, {})
     if len(found) != 1:
         return None
@@ -274,7 +300,7 @@ def resumed(chain: StateChain, summed: Equation, states: Kernel, scan: Kernel, w
 
 def carried_kernel(chain: StateChain, summed: Equation, walk: Walk) -> Kernel:
     """The sum that the last query reads: what a step that begins with that query's position carries on."""
-    array = state_array(chain, walk.geometry)
+    array = chain.array(walk.geometry)
     name = f"{carried_name(summed.out)}_carried"
     bounds, intervals = _bounds(walk, _mask(summed), True, origin(chain, walk))
     size = array.width[0] * array.width[1]
@@ -306,12 +332,12 @@ def read_kernel(chain: StateChain, eq: Equation, walk: Walk, available: Mapping[
     """
     program, geometry = walk.program, walk.geometry
     to_queries = is_query_row(eq.out)
-    chunk = READERS if chain.total else geometry.chunk if to_queries else geometry.block
-    index = _row_index(chunk, to_queries)
+    chunk = chain.readers(geometry, to_queries=to_queries)
+    index = row_index(chunk, to_queries)
     code = RowCode(program, geometry, index.side, "BLOCK_M", available, row_type=ChunkRows)
     code.defined_columns.add("")
     (state,) = [v for v in eq.args if is_state(v)]
-    array = state_array(chain, geometry)
+    array = chain.read_array(geometry)
     left, right = array.width
     rows = [v for v in eq.args if v.kind == "real" and not is_state(v) and (is_query_row(v) or is_key_row(v))]
     piece = code.operands(rows)
@@ -322,18 +348,13 @@ def read_kernel(chain: StateChain, eq: Equation, walk: Walk, available: Mapping[
         operand = rows[0].name
     else:
         mask = "row_ok" if to_queries else "key_ok"
-        lines.append(f"column = {_as_columns(piece.names[rows[0]] if rows else None, mask)}  # [BLOCK_M, {VECTOR}]")
+        lines.append(f"column = {as_columns(piece.names[rows[0]] if rows else None, mask)}  # [BLOCK_M, {VECTOR}]")
         operand = "column"
-    product = [f"out = dot_split({operand}, state)  # [BLOCK_M, BLOCK_E]"]
-    store = _read_store(output, ChunkRows(geometry, index.side, False))
-    if chain.total:
-        bounds, intervals = ["# entry 0 of the states is their sum"], [{"low": "", "high": "0"}]
-    else:
-        begin = origin(chain, walk)
-        summed = next(e for e in chain.summed if e.out == state)
-        bounds, intervals = _bounds(walk, _mask(summed), to_queries, begin)
-        bounds[:0] = ["tile = chunk * CHUNK // TILE"] if to_queries else []
-        bounds.append(f"# entry c of the states sums the chunks from {begin} to before c")
+    product = f"out = dot_split({operand}, state)  # [BLOCK_M, BLOCK_E]"
+    if array.dtype == "input":
+        product = f'out = tl.dot({operand}, state.to({operand}.dtype), input_precision="ieee")  # [BLOCK_M, BLOCK_E]'
+    store = read_store(output, ChunkRows(geometry, index.side, False), "kept")
+    bounds, intervals = chain.ends(walk, state, to_queries=to_queries)
     address = "kept[None, :] + summed[:, None] * RIGHT" if over_left else "summed[:, None] + kept[None, :] * RIGHT"
     kept = right if over_left else left
     held = chunk * (geometry.group if to_queries else 1) <= FEW
@@ -357,7 +378,7 @@ def read_kernel(chain: StateChain, eq: Equation, walk: Walk, available: Mapping[
         "slices": slices,
         "address": address,
         "intervals": intervals,
-        "product": "\n".join(product),
+        "product": product,
         "store": "\n".join(store),
     }
     inputs = {a.name: a for a in (*piece.arrays, array)}
@@ -390,8 +411,8 @@ def _bounds(walk: Walk, mask: Var, to_queries: bool, origin: int) -> tuple[list[
     return lines, ends
 
 
-def _read_store(output: Array, rows: ChunkRows) -> list[str]:
+def read_store(output: Array, rows: ChunkRows, column: str) -> list[str]:
     """Lines that store one slice of columns, or the one column that a read-out of a vector state has."""
     if output.features:
-        return [rows.store(output, "out", column="kept")]
-    return ["value = tl.sum(tl.where(kept[None, :] == 0, out, 0.0), axis=1)", rows.store(output, "value")]
+        return [rows.store(output, "out", column=column)]
+    return [f"value = tl.sum(tl.where({column}[None, :] == 0, out, 0.0), axis=1)", rows.store(output, "value")]

@@ -27,9 +27,11 @@ from splagen.ir.program import (
     Softmax,
     TopK,
     Var,
+    ancestors,
     placeholder,
     rename_arguments,
 )
+from splagen.ir.remaining import remaining_states
 from splagen.ir.totals import complement, take_from_total
 
 Pass: TypeAlias = Callable[[Program], Program]
@@ -360,7 +362,7 @@ def settle_names(program: Program) -> Program:
 
     The total of a sum is defined last, so that it is the total that reads dq.  Forward equations keep their names.
     """
-    forward = _ancestors(program, program.outputs)
+    forward = ancestors(program, program.outputs)
     taken = {v.name for v in program.inputs} | {v.name for v in forward}
     stems: dict[str, list[Var]] = {}
     for eq in program.equations:
@@ -378,15 +380,6 @@ def settle_names(program: Program) -> Program:
     ]
     gradients = tuple((x, new.get(g, g)) for x, g in program.gradients)
     return replace(program, equations=tuple(equations), gradients=gradients)
-
-
-def _ancestors(program: Program, wanted: Iterable[Var]) -> set[Var]:
-    """The variables that the wanted ones depend on, and they themselves."""
-    found = set(wanted)
-    for eq in reversed(program.equations):
-        if eq.out in found:
-            found.update(eq.args)
-    return found
 
 
 def specialise(sizes: Mapping[str, int]) -> Pass:
@@ -418,6 +411,7 @@ _PRODUCTS: tuple[Pass, ...] = (
 
 LOWERING: tuple[Pass, ...] = (
     share,
+    remaining_states,
     take_from_total,
     split_complement,
     *_PRODUCTS,

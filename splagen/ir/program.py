@@ -280,3 +280,12 @@ def rename_arguments(expr: sp.Basic, old: tuple[Var, ...], new: tuple[Var, ...])
     """`expr` over the arguments `old`, rewritten over the arguments `new` (every old one is in new)."""
     where = {v: i for i, v in enumerate(new)}
     return expr.xreplace({placeholder(i): placeholder(where[v]) for i, v in enumerate(old)})
+
+
+def ancestors(program: Program, wanted: Iterable[Var]) -> set[Var]:
+    """The variables that the wanted ones depend on, and they themselves."""
+    found = set(wanted)
+    for eq in reversed(program.equations):
+        if eq.out in found:
+            found.update(eq.args)
+    return found

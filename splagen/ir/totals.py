@@ -26,16 +26,25 @@ def take_from_total(program: Program) -> Program:
     b._taken = set(program.names())
     for eq in program.equations:
         found = next((c for v in eq.args if (c := complement(definitions.get(v)))), None)
-        if not found or not isinstance(eq.op, Contract) or not _worthwhile(program, eq, *found):
+        if not found or not isinstance(eq.op, Contract) or not is_taken_from_total(program, eq):
             b.equations.append(eq)
             continue
         rest, whole, chosen = found
         others = [v for v in eq.args if v != rest]
-        seen = b.map(f"not_{rest.name}", lambda p, f: sp.Or(sp.Not(p), f), whole, chosen)
+        seen = outside(b, rest, whole, chosen)
         total = _total(b, f"{eq.out.name}_all", set(eq.op.keep), others)
         taken = b.add(f"{eq.out.name}_chosen", eq.op, seen, *others)
         b.equations.append(Equation(eq.out, Map(placeholder(0) - placeholder(1)), (total, taken)))
     return program.with_equations(b.equations)
+
+
+def outside(b: Builder, rest: Var, whole: Var, chosen: Var) -> Var:
+    """The mask of what `rest`, P and not F, leaves out: not P or F, once for all that read it."""
+    expr, name = sp.Or(sp.Not(placeholder(0)), placeholder(1)), f"not_{rest.name}"
+    known = (
+        eq.out for eq in b.equations if eq.args == (whole, chosen) and isinstance(eq.op, Map) and eq.op.expr == expr
+    )
+    return next(known, None) or b.map(name, expr, whole, chosen)
 
 
 def _total(b: Builder, name: str, keep: set[str], factors: list[Var]) -> Var:
@@ -58,7 +67,12 @@ def complement(eq: Equation | None) -> tuple[Var, Var, Var] | None:
     return None
 
 
-def _worthwhile(program: Program, eq: Equation, rest: Var, whole: Var, chosen: Var) -> bool:
+def is_taken_from_total(program: Program, eq: Equation) -> bool:
+    """True for a sum over what a list leaves of a mask of positions that leaves out few blocks."""
+    found = next((c for v in eq.args if (c := complement(program.definitions.get(v)))), None)
+    if not found or not isinstance(eq.op, Contract):
+        return False
+    rest, whole, chosen = found
     chooser = program.definitions.get(chosen)
     carried = {a for v in eq.args if v != rest for a in v.axes}
     if not (chooser and isinstance(chooser.op, TopK) and chooser.args[1:] == (whole,) and set(rest.axes) <= carried):

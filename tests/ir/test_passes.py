@@ -41,6 +41,7 @@ from splagen.ir.passes import (
 from splagen.ir.products import reuse
 from splagen.ir.program import Contract, Equation, Map, Program, Reduce, Softmax, TopK, Var, placeholder
 from splagen.ir.reference import evaluate
+from splagen.ir.remaining import remaining_states
 from splagen.ir.totals import take_from_total
 from splagen.spec import Residual, Select, SPLASpec, windows
 from tests.ir.blocked import evaluated, random_rows
@@ -52,6 +53,7 @@ PASSES: dict[str, Pass] = {
     "copy_prop": copy_prop,
     "expose_lse": expose_lse,
     "factor_out": factor_out,
+    "remaining_states": remaining_states,
     "take_from_total": take_from_total,
     "split_complement": split_complement,
     "associate": associate,

@@ -77,11 +77,8 @@ class Memory:
 
     # -- sums ----------------------------------------------------------------------------------------------
 
-    def chunk(self, v: Var) -> int:
-        return SPAN if is_total(v) else self.geometry.chunk if "T" in v.axes else self.geometry.block
-
-    def chunk_states(self, v: Var, value: Tensor) -> Tensor:
-        """[B * Hkv, chunks, left, right]: what a block or a chunk of query tiles adds, padded."""
+    def chunk_states(self, a: Array, v: Var, value: Tensor) -> Tensor:
+        """[B * Hkv, chunks, left, right]: what a chunk of positions adds, or the total of a sequence, padded."""
         left = [f for f in features_of(v) if f != "e"]
         x = (value.unsqueeze(2) if is_total(v) else value).flatten(0, 1)  # [bh, places, *features]
         if "e" not in v.axes:
@@ -91,31 +88,32 @@ class Memory:
         d = x.shape[-2]
         x = torch.nn.functional.pad(x, (0, 0, 0, padded(d) - d))
         x = x.reshape(*x.shape[:2], -1, x.shape[-1]) if len(left) > 1 else x
-        tiles = self.geometry.chunk // self.geometry.tile if "T" in v.axes else 1
+        tiles = a.chunk // self.geometry.tile if "T" in v.axes else 1
         chunks = -(-x.shape[1] // tiles)
         x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, chunks * tiles - x.shape[1]))
         return x.unflatten(1, (chunks, tiles)).sum(2)
 
-    def store_states(self, v: Var, value: Tensor, origin: int) -> Tensor:
+    def store_states(self, a: Array, v: Var, value: Tensor, origin: int) -> Tensor:
         """The array of states: entry c holds the sum of the chunks from the origin to before c."""
-        one = self.chunk_states(v, value)
+        one = self.chunk_states(a, v, value)
         one[:, :origin] = 0
         return torch.cat([torch.zeros_like(one[:, :1]), one.cumsum(1)], dim=1).to(torch.float32).contiguous()
 
-    def unscanned(self, v: Var, value: Tensor) -> Tensor:
-        """The array of states before the scan: entry c + 1 holds chunk c, entry 0 nothing."""
-        one = self.chunk_states(v, value)
-        return torch.cat([torch.full_like(one[:, :1], NAN), one], dim=1).to(torch.float32).contiguous()
+    def unscanned(self, a: Array, v: Var, value: Tensor) -> Tensor:
+        """The array of states before a scan: entry c + 1 holds chunk c, entry 0 nothing."""
+        one = self.chunk_states(a, v, value)
+        dtype = self.dtype if a.dtype == "input" else torch.float32
+        return torch.cat([torch.full_like(one[:, :1], NAN), one], dim=1).to(dtype).contiguous()
 
-    def parts_of_total(self, v: Var, value: Tensor) -> Tensor:
+    def parts_of_total(self, a: Array, v: Var, value: Tensor) -> Tensor:
         """The array of a total before it is summed: uneven parts that add up to it, entry 0 nothing."""
         share = torch.arange(1.0, -(-self.blocked.length // SPAN) + 1, dtype=value.dtype, device=value.device)
-        parts = self.chunk_states(v, value) * (share / share.sum())[None, :, None, None]
+        parts = self.chunk_states(a, v, value) * (share / share.sum())[None, :, None, None]
         return torch.cat([torch.full_like(parts[:, :1], NAN), parts], dim=1).to(torch.float32).contiguous()
 
-    def store_total(self, v: Var, value: Tensor) -> Tensor:
+    def store_total(self, a: Array, v: Var, value: Tensor) -> Tensor:
         """The array of a total: entry 0 holds it, its parts are not read."""
-        one = self.chunk_states(v, value)
+        one = self.chunk_states(a, v, value)
         parts = one.new_full((len(one), -(-self.blocked.length // SPAN), *one.shape[2:]), NAN)
         return torch.cat([one, parts], dim=1).to(torch.float32).contiguous()
 
@@ -127,9 +125,9 @@ class Memory:
         where = evaluate(self.program, {}, scalars=scalars, sizes=sizes, wanted=[usable])[usable.name]
         return where.flatten(-2).flatten(0, -2).any(0)
 
-    def states_of(self, v: Var, stored: Tensor) -> Tensor:
+    def states_of(self, a: Array, stored: Tensor) -> Tensor:
         """[B * Hkv, chunks + 1, left, right] of a launched array, which may be allocated larger."""
-        chunks = -(-self.blocked.length // self.chunk(v))
+        chunks = -(-self.blocked.length // a.chunk)
         heads = self.blocked.sizes["b"] * self.blocked.sizes["h"]
         left, right = stored.shape[-2:]
         count = heads * (chunks + 1) * left * right

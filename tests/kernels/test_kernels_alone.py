@@ -55,15 +55,26 @@ SPECS: dict[str, tuple[SPLASpec, Shape]] = {
         SPLASpec(head_dim=16, causal=False, select=WINDOWS, linear=Residual(lib.elu1), combine="gate"),
         (1, 2, 150),
     ),
+    "states of tiles": (
+        SPLASpec(head_dim=24, value_dim=40, group_size=2, causal=False, select=TILE, linear=BOTH, combine="add"),
+        (1, 4, 110),
+    ),
     "rank 3": (
         SPLASpec(head_dim=24, group_size=2, select=replace(TILE, metric=lib.taylor(covariance="rank3")), linear=None),
         (1, 2, 110),
     ),
     "sums apart": (SPLASpec(head_dim=80, group_size=2, select=replace(TILE, tile=16), combine="add"), (1, 2, 110)),
 }
+STATES = SPLASpec(
+    head_dim=64,
+    causal=False,
+    select=Select(budget=3, sinks=1, local=0, granularity="tile", tile=64, metric=lib.taylor(covariance="diag")),
+    linear=BOTH,
+)
 REAL = {
     "token": (REAL_SPECS["token"], (2, 8, 1000)),
     "tile": (REAL_SPECS["tile"], (1, 8, 1000)),
+    "states of tiles": (STATES, (1, 8, 1000)),
     "no residual": (replace(REAL_SPECS["tile"], linear=None, combine="none"), (1, 8, 1000)),
 }
 
@@ -124,13 +135,17 @@ class Call:
             if a.layout == "segments":
                 given[v.name] = value
                 passed.append(self.memory.segments(a, v, value, self.work))
-            elif a.layout == "states":
+            elif a.layout == "sequences":
                 given[v.name] = value
-                if kernel.template in ("state_scan", "state_total"):
-                    whole = kernel.template == "state_total"
-                    passed.append((self.memory.parts_of_total if whole else self.memory.unscanned)(v, value))
+                passed.append(self.memory.chunk_states(a, v, value).to(torch.float32))
+            elif a.layout == "states":
+                given[v.name] = value.to(self.dtype).double() if a.dtype == "input" else value
+                if a.dtype == "input" or kernel.template == "state_scan":
+                    passed.append(self.memory.unscanned(a, v, value))
+                elif kernel.template == "state_total":
+                    passed.append(self.memory.parts_of_total(a, v, value))
                 else:
-                    passed.append(self.states(v, value))
+                    passed.append(self.states(a, v, value))
             elif a in in_place:
                 lone = self.lone()[..., None]  # their gradients are there
                 passed.append(self.memory.store(a, v, value).masked_fill(~lone, float("nan")))
@@ -152,12 +167,12 @@ class Call:
         lone = (self.work.firsts.diff(dim=1) == 1).reshape(sizes["b"], sizes["h"], -1)
         return lone.repeat_interleave(self.blocked.block, 2)[..., : self.blocked.length].transpose(1, 2)
 
-    def states(self, v: Var, value: Tensor) -> Tensor:
+    def states(self, a: Array, v: Var, value: Tensor) -> Tensor:
         """The array of states as a read-out finds it."""
         if is_total(v):
-            return self.memory.store_total(v, value)
+            return self.memory.store_total(a, v, value)
         scans = [k for k in self.part.kernels if k.template == "state_scan" and self.variable(k.inputs[0]) == v]
-        return self.memory.store_states(v, value, int(str(scans[0].holes["origin"])))
+        return self.memory.store_states(a, v, value, int(str(scans[0].holes["origin"])))
 
     def errors(self, kernel: Kernel) -> dict[str, float]:
         """Relative RMS error of every output of one kernel, launched alone."""
@@ -166,12 +181,12 @@ class Call:
         assert len(inspect.signature(launch).parameters) == len(passed) + 2
         found = launch(self.n, self.schedules[kernel.name], *passed)
         if kernel.template == "state_scan":
-            (v,) = (self.variable(a) for a in kernel.inputs)
-            return {v.name: relative_error(passed[0], self.states(v, given[v.name]))}  # type: ignore[arg-type]
-        if kernel.template == "state_total":
-            (v,) = (self.variable(a) for a in kernel.inputs)
-            got = self.memory.states_of(v, passed[0])[:, :1]  # type: ignore[arg-type]
-            return {v.name: relative_error(got, self.memory.chunk_states(v, given[v.name]))}
+            ((a, v),) = ((a, self.variable(a)) for a in kernel.inputs)
+            return {v.name: relative_error(passed[0], self.states(a, v, given[v.name]))}  # type: ignore[arg-type]
+        if kernel.template == "state_total" and not kernel.outputs:
+            ((a, v),) = ((a, self.variable(a)) for a in kernel.inputs)
+            got = self.memory.states_of(a, passed[0])[:, :1]  # type: ignore[arg-type]
+            return {v.name: relative_error(got, self.memory.chunk_states(a, v, given[v.name]))}
         in_place = self.in_place(kernel)
         results = found if isinstance(found, tuple) else (found,) if kernel.outputs else ()
         arrays = [*kernel.outputs, *in_place]
@@ -193,10 +208,12 @@ class Call:
         # gradients where a block has one segment, parts of sums where it has several
         finishes = {x.layout for x in kernel.outputs} >= {"segments", "key_rows"}
         match a.layout:
+            case "sequences":
+                return relative_error(got.flatten(0, 1)[:, None], memory.chunk_states(a, v, value))
             case "states":
-                got = memory.states_of(v, got)[:, 1:]
+                got = memory.states_of(a, got)[:, 1:]
                 got = got.sum(1, keepdim=True) if is_total(v) else got
-                return relative_error(got, memory.chunk_states(v, value))
+                return relative_error(got, memory.chunk_states(a, v, value))
             case "segments":
                 inside = torch.arange(self.blocked.blocks * self.blocked.block, device=got.device) < length
                 got = memory.merged(a, got, self.work).flatten(1, 2)[:, inside]
