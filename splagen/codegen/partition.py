@@ -28,7 +28,7 @@ from splagen.codegen.module_kernels import ProgramKernels
 from splagen.codegen.part_kernels import parts_kernels
 from splagen.codegen.query_kernels import dq_kernel, dq_kernels, forward_kernel, forward_kernels
 from splagen.codegen.region import slice_back
-from splagen.codegen.remaining_kernels import Remaining, remaining_kernel, remaining_states, states_total_kernel
+from splagen.codegen.remaining_kernels import Remaining, differences, remaining_kernel, states_total_kernel
 from splagen.codegen.render import kernel_text
 from splagen.codegen.row_kernels import partial_array, rows_kernel
 from splagen.codegen.selection import Selection
@@ -128,7 +128,7 @@ class _Partitioner:
         self.program = program
         self.geometry = Geometry.of(program)
         self.walk = Walk.of(program)
-        self.remaining = remaining_states(program)
+        self.remaining = differences(program)
         self.result = Partition(program)
         cotangents = {dy for _, dy in program.cotangents}
         self.arrays = {v: array_of(v, self.geometry, internal=False) for v in program.inputs}
@@ -192,12 +192,12 @@ class _Partitioner:
         backward = set(self.backward_equations)
         readers = [eq for eq in self.program.equations if eq in backward or is_tile_value(eq.out)]
         read = {v for eq in readers for v in eq.args}
-        differences = [r.difference.out for r in self.remaining]
+        kept = [r.difference.out for r in self.remaining]
         products = [eq.out for r in self.remaining if (eq := r.product())]
         saved: list[Var] = []
         for eq in self.forward_equations:
             v = eq.out
-            if v not in read or not is_query_row(v) or v.kind == "bool" or (is_state(v) and v not in differences):
+            if v not in read or not is_query_row(v) or v.kind == "bool" or (is_state(v) and v not in kept):
                 continue
             if self._again(v, saved):
                 continue

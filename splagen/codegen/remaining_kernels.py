@@ -67,7 +67,7 @@ class Remaining(StateChain):
         return next((eq for eq in self.reads if any("d" in v.axes and not is_state(v) for v in eq.args)), None)
 
 
-def remaining_states(program: Program) -> list[Remaining]:
+def differences(program: Program) -> list[Remaining]:
     """Every difference of a total of states and listed ones, with what reads it."""
     found = []
     definitions = program.definitions

@@ -101,8 +101,10 @@ def rule_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> 
             most = shared * 2 // 3 if warps == 8 else shared // 2  # 8 warps with such sums: one program, for registers
             while size * stages * block_m * (left + block_e) > most and (stages > 1 or block_m > 16):
                 stages, block_m = (stages - 1, block_m) if stages > 1 else (1, block_m // 2)
-            if size == 2 and kernel.outputs[0].dtype == "input" and left * block_e >= 16384:  # a turn or two in all
-                warps, stages = 12 - warps, 1
+            if (
+                size == 2 and kernel.outputs[0].dtype == "input" and left * block_e >= 16384
+            ):  # a turn of the loop in all
+                warps, stages = 4 if left * block_e > 16384 else 8, 1
             schedule = {"BLOCK_M": block_m, "BLOCK_E": block_e, "num_warps": warps, "num_stages": stages}
         case "choices":
             schedule = {"BLOCK_M": 64, "num_warps": 4, "num_stages": 1}
@@ -115,7 +117,7 @@ def rule_schedule(kernel: Kernel, geometry: Geometry, arch: str, dtype: str) -> 
             block_e, stages = (1024, 1) if many else (128, 2)
             schedule = {"BLOCK_M": 16, "BLOCK_E": block_e, "num_warps": 4, "num_stages": stages}
         case "remaining_state":
-            schedule = _remaining_schedule(kernel, geometry, size)
+            schedule = _remaining_schedule(kernel, geometry, arch, size)
         case "read_out":
             schedule = _read_schedule(kernel, geometry, size, shared)
         case "statistics":
@@ -163,11 +165,13 @@ def _read_schedule(kernel: Kernel, geometry: Geometry, size: int, shared: int) -
     return {"BLOCK_R": block_r, "BLOCK_M": block_m, "BLOCK_E": block_e, "num_warps": warps, "num_stages": stages}
 
 
-def _remaining_schedule(kernel: Kernel, geometry: Geometry, size: int) -> dict[str, int]:
+def _remaining_schedule(kernel: Kernel, geometry: Geometry, arch: str, size: int) -> dict[str, int]:
     """A program holds some columns of a difference and of the state that it reads ahead: many of them hide latency."""
     left, right = (kernel.number_of(x) for x in ("left_size", "right_size"))
     block_e = max(16, min(right, 64 if size == 2 else 4096 // left, 16384 // left))
     schedule = {"BLOCK_E": block_e, "num_warps": 4, "num_stages": 1}
+    if size == 2 and left * block_e <= 8192 and arch.startswith("sm_"):
+        schedule["maxnreg"] = 128  # a program more on each multiprocessor
     if "BLOCK_M" not in kernel.tunable:
         return schedule
     rows = max(16, 1 << (_rows_of_chunk(kernel, geometry).bit_length() - 1))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from splagen.ir.build import Builder
 from splagen.ir.program import Equation, Program, Var, ancestors, placeholder
-from splagen.ir.totals import complement, is_taken_from_total, outside
+from splagen.ir.totals import outside, taken_from_total
 
 QUERIES, KEYS, FEATURES = frozenset({"T", "m"}), frozenset({"J", "C", "n"}), ("s", "d", "e")
 ROWS = 32  # of a list, so that a tile of them is full
@@ -65,8 +65,8 @@ class _Sum:
     @classmethod
     def of(cls, program: Program, eq: Equation) -> _Sum | None:
         """The parts of a sum over what is left over, if it is one and every factor is of one side."""
-        masks = next((c for v in eq.args if (c := complement(program.definitions.get(v)))), None)
-        if not masks or not is_taken_from_total(program, eq):
+        masks = taken_from_total(program, eq)
+        if not masks:
             return None
         to_queries = bool(QUERIES & set(eq.out.axes))
         theirs = KEYS if to_queries else QUERIES

@@ -21,12 +21,11 @@ def take_from_total(program: Program) -> Program:
     state for all queries, where the sum over P is a prefix for each; what P leaves out is seen by the softmax anyway.
     Exact for any masks.  Counts stay as they are: they take no states.
     """
-    definitions = program.definitions
     b = Builder(program.name, program.axes)
     b._taken = set(program.names())
     for eq in program.equations:
-        found = next((c for v in eq.args if (c := complement(definitions.get(v)))), None)
-        if not found or not isinstance(eq.op, Contract) or not is_taken_from_total(program, eq):
+        found = taken_from_total(program, eq)
+        if not found or not isinstance(eq.op, Contract):
             b.equations.append(eq)
             continue
         rest, whole, chosen = found
@@ -67,22 +66,22 @@ def complement(eq: Equation | None) -> tuple[Var, Var, Var] | None:
     return None
 
 
-def is_taken_from_total(program: Program, eq: Equation) -> bool:
-    """True for a sum over what a list leaves of a mask of positions that leaves out few blocks."""
+def taken_from_total(program: Program, eq: Equation) -> tuple[Var, Var, Var] | None:
+    """(rest, P, F) of a sum over rest = P and not F, F a top-k among P, where P leaves out few blocks; else None."""
     found = next((c for v in eq.args if (c := complement(program.definitions.get(v)))), None)
     if not found or not isinstance(eq.op, Contract):
-        return False
+        return None
     rest, whole, chosen = found
     chooser = program.definitions.get(chosen)
     carried = {a for v in eq.args if v != rest for a in v.axes}
     if not (chooser and isinstance(chooser.op, TopK) and chooser.args[1:] == (whole,) and set(rest.axes) <= carried):
-        return False
+        return None
     sizes = {a: e for a, e in program.axes if isinstance(e, int)}
     if not {"g", "m", "C", "n"} <= sizes.keys():
-        return False
+        return None
     keys = sizes["C"] * sizes["n"]
-    outside = [_outside(program, whole, blocks, keys, sizes) for blocks in (BLOCKS, 2 * BLOCKS)]
-    return outside[0] is not None and outside[0] == outside[1] and outside[0] * keys * sizes["g"] <= FEW
+    few, more = (_outside(program, whole, blocks, keys, sizes) for blocks in (BLOCKS, 2 * BLOCKS))
+    return found if few is not None and few == more and few * keys * sizes["g"] <= FEW else None
 
 
 def _outside(program: Program, mask: Var, blocks: int, keys: int, sizes: Mapping[str, int]) -> int | None:

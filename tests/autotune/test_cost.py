@@ -54,6 +54,13 @@ SPECS |= {
         select=Select(budget=4, granularity="tile", tile=32),
         linear=Residual("elu1", normaliser=True),
     ),
+    "states of tiles": SPLASpec(
+        head_dim=64,
+        group_size=2,
+        causal=False,
+        select=Select(budget=4, granularity="tile", tile=64),
+        linear=Residual("elu1", normaliser=True),
+    ),
     "no router": SSESpec(head_dim=48, backbone="none", router=None),
     "groups of heads": SSESpec(backbone="scalar", value_dim=256, router=Router(4, 2), group_size=2),
     "masked": SSESpec(head_dim=64, backbone="constant", router=Router(4, 1, 2), form="masked"),
@@ -149,6 +156,22 @@ def test_linear_states() -> None:
         moved, flops, _ = values(found["states_rest_kv_all_states"], spec, (1, 2, 8192))
         assert flops == 2 * 8192 * 128 * 64
         assert moved == 8192 * 2 * (128 * 64 // block_e + 64) + (8192 // 64 + 1) * 128 * 64 * 4
+
+
+def test_states_of_what_tiles_leave_over() -> None:
+    """A list of states and the total for each tile, one product of its rows; the difference is kept for dq."""
+    d, tile, budget, heads, length = 64, 64, 5, 2, 8192
+    select = Select(block_size=64, budget=budget, sinks=0, local=0, granularity="tile", tile=tile)
+    spec = SPLASpec(head_dim=d, causal=False, select=select, linear=Residual("softmax"))
+    for block_e in (16, 64):
+        found = made(spec, rest_kv_remaining={"BLOCK_E": block_e})["rest_kv_remaining"]
+        moved, flops, count = values(found, spec, (1, heads, length))
+        tiles = length // tile
+        assert flops == 2 * heads * length * d * d
+        assert count == heads * tiles * d // block_e
+        states = d * d * (2 * tiles * (1 + budget) + 4 * tiles + 2 * (tiles + 1))
+        rows = 2 * length * d * (d // block_e + 1)
+        assert moved == heads * (states + rows + 4 * tiles * (budget + 1))
 
 
 def test_chunks_of_a_recurrence() -> None:
