@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = [what | {"kv_heads": given.kv_heads, "length": given.length} | row for row in parsed(text)]
     if not rows:
         raise SystemExit(f"ncu measured no kernel:\n{text[-2000:]}")
-    write("_".join(["bounds", *filter(None, what.values())]), {"rows": rows}, given.out)
+    write(re.sub(r"\W+", "_", "_".join(["bounds", *filter(None, what.values())])), {"rows": rows}, given.out)
     for row in rows:
         shares = "  ".join(f"{key} {x:5.1f} %" for key, x in row["busy_percent"].items())
         print(f"{row['kernel']:24} {row['under_ncu_ms']:9.3f} ms  {shares}  {row['bound']}")
