@@ -70,6 +70,7 @@ STATES = SPLASpec(
     causal=False,
     select=Select(budget=3, sinks=1, local=0, granularity="tile", tile=64, metric=lib.taylor(covariance="diag")),
     linear=BOTH,
+    combine="add",  # behind a norm the gradient of a normaliser vanishes: it would be compared with rounding
 )
 REAL = {
     "token": (REAL_SPECS["token"], (2, 8, 1000)),
