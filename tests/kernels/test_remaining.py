@@ -4,7 +4,7 @@ import tempfile
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from splagen import library as lib
@@ -47,7 +47,7 @@ def specs(draw: st.DrawFn) -> SPLASpec:
 @settings(max_examples=20)
 @given(specs(), st.integers(1, 300), st.integers(0, 2**16))
 def test_any_length_list_and_group(spec: SPLASpec, length: int, seed: int) -> None:
-    assert differences(kernels(spec).program)
+    assume(differences(kernels(spec).program))
     shape = (1, spec.group_size, length)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patches:
         module, truth = generate(spec, folder).module, oracle(to_toml(spec))
