@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from splagen.codegen.kernel import Array
 from splagen.codegen.partition import Partition
 from splagen.ir.passes import drop_unused, share
 from splagen.ir.program import Program, Reduce, TopK, Var
@@ -15,6 +16,11 @@ from splagen.ir.reference import evaluate
 from splagen.layout import Blocked, chunked
 
 CHUNK_BYTES = 256 << 20  # of one float64 array of scores in a chunk of queries
+
+
+def no_states(a: Array, length: int, q: Tensor, kv_heads: int) -> Tensor:
+    """An array of states of chunks of `length` positions, all zero: [B, Hkv, chunks + 1, left, right]."""
+    return q.new_zeros(q.shape[0], kv_heads, -(-length // a.chunk) + 1, *a.width)
 
 
 class Oracle:
@@ -35,10 +41,12 @@ class Oracle:
         self.terms = {x.name: _terms(self.definition, g) for x, g in self.definition.gradients if "b" not in x.axes}
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Outputs, then what backward reads, as [B, L, H, ...]."""
+        """Outputs, then what backward reads, as [B, L, H, ...]; states, which it forms again here, are zeros."""
         inputs = dict(zip([a.name for a in self.partition.inputs], tensors, strict=True))
-        wanted = [a.name for a in (*self.partition.outputs, *self.partition.saved)]
-        return self.values(inputs, wanted)
+        q, k = tensors[:2]
+        made = [*self.partition.outputs, *self.partition.saved]
+        rows = iter(self.values(inputs, [a.name for a in made if a.layout != "states"]))
+        return tuple(no_states(a, q.shape[1], q, k.shape[2]) if a.layout == "states" else next(rows) for a in made)
 
     def values(
         self, inputs: Mapping[str, Tensor], wanted: Sequence[str], block_indices: Tensor | None = None

@@ -33,11 +33,12 @@ class Part:
         """A view of the sequence's part as a batch of one has it; parameters as they are."""
         if a.layout in ROWS:
             return x[:, self.first : self.first + self.length]
-        if a.layout not in TILES:
+        if a.layout not in (*TILES, "states"):
             return x
-        heads, tiles = x.shape[1], -(-self.length // self.tile)
-        begin = (self.first // self.tile + self.number) * heads
-        return x.flatten(0, 1)[begin : begin + heads * tiles].view(1, heads, tiles, *x.shape[2:])
+        unit, extra = (a.chunk, 1) if a.layout == "states" else (self.tile, 0)
+        heads, count = x.shape[1], -(-self.length // unit) + extra
+        begin = (self.first // unit + (1 + extra) * self.number) * heads
+        return x.flatten(0, 1)[begin : begin + heads * count].view(1, heads, count, *x.shape[2:])
 
 
 class PackedOracle:
@@ -95,7 +96,9 @@ class PackedOracle:
         dtype = q.dtype if a.dtype == "input" else getattr(torch, a.dtype)
         if a.layout in ROWS:
             return torch.zeros(1, tokens, heads, *a.width, dtype=dtype)
-        shape = self.packing.tiles.count(tokens, sequences), heads
+        shape = self.packing.room(a).count(tokens, sequences), heads
+        if a.layout == "states":
+            return torch.zeros(*shape, *a.width, dtype=dtype)
         if a.layout == "counts":
             return torch.zeros(shape, dtype=dtype)
         return torch.full((*shape, self.packing.budget), -1, dtype=dtype)

@@ -42,6 +42,16 @@ SPECS = {
         linear=Residual(lib.elu1, normaliser=True),
         combine="gate",
     ),
+    "states of tiles": SPLASpec(
+        head_dim=16,
+        value_dim=24,
+        group_size=1,
+        causal=False,
+        select=Select(
+            block_size=16, budget=1, sinks=0, local=0, granularity="tile", tile=32, metric=lib.taylor(covariance="diag")
+        ),
+        linear=Residual(lib.elu1, normaliser=True),
+    ),
     "own rows": SPLASpec(
         head_dim=16,
         group_size=2,
