@@ -25,7 +25,7 @@ from tests.kernels.embedding import embedded, fill_empty_with_nan
 pytestmark = pytest.mark.usefixtures("fast_sort")
 
 QUICK = {"default", "identity add", "normaliser hedgehog rms", "everything at once", "non-causal", "group 3"} | {
-    "non-causal total of two parts",
+    "tile 64 block 16",
     "sums apart non-causal",
     "own rows of both, head 24, tile 16",
 }
