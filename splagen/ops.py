@@ -18,11 +18,6 @@ from splagen.layout import Blocked, chunked
 CHUNK_BYTES = 256 << 20  # of one float64 array of scores in a chunk of queries
 
 
-def no_states(a: Array, length: int, q: Tensor, kv_heads: int) -> Tensor:
-    """An array of states of chunks of `length` positions, all zero: [B, Hkv, chunks + 1, left, right]."""
-    return q.new_zeros(q.shape[0], kv_heads, -(-length // a.chunk) + 1, *a.width)
-
-
 class Oracle:
     """Forward and backward of one spec by evaluating its definition in float64.
 
@@ -44,9 +39,13 @@ class Oracle:
         """Outputs, then what backward reads, as [B, L, H, ...]; states, which it forms again here, are zeros."""
         inputs = dict(zip([a.name for a in self.partition.inputs], tensors, strict=True))
         q, k = tensors[:2]
+
+        def zeros(a: Array) -> Tensor:
+            return q.new_zeros(q.shape[0], k.shape[2], -(-q.shape[1] // a.chunk) + 1, *a.width)
+
         made = [*self.partition.outputs, *self.partition.saved]
         rows = iter(self.values(inputs, [a.name for a in made if a.layout != "states"]))
-        return tuple(no_states(a, q.shape[1], q, k.shape[2]) if a.layout == "states" else next(rows) for a in made)
+        return tuple(zeros(a) if a.layout == "states" else next(rows) for a in made)
 
     def values(
         self, inputs: Mapping[str, Tensor], wanted: Sequence[str], block_indices: Tensor | None = None

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -36,9 +37,7 @@ SPECS = {
     "gate normaliser": SPLASpec(
         head_dim=24,
         group_size=2,
-        select=Select(
-            block_size=16, budget=1, sinks=0, local=0, granularity="tile", tile=16, metric=lib.taylor(covariance="diag")
-        ),
+        select=replace(TOKEN, granularity="tile", tile=16),
         linear=Residual(lib.elu1, normaliser=True),
         combine="gate",
     ),
@@ -47,9 +46,7 @@ SPECS = {
         value_dim=24,
         group_size=1,
         causal=False,
-        select=Select(
-            block_size=16, budget=1, sinks=0, local=0, granularity="tile", tile=32, metric=lib.taylor(covariance="diag")
-        ),
+        select=replace(TOKEN, granularity="tile", tile=32),
         linear=Residual(lib.elu1, normaliser=True),
     ),
     "own rows": SPLASpec(

@@ -28,12 +28,19 @@ from splagen.codegen.module_kernels import ProgramKernels
 from splagen.codegen.part_kernels import parts_kernels
 from splagen.codegen.query_kernels import dq_kernel, dq_kernels, forward_kernel, forward_kernels
 from splagen.codegen.region import slice_back
-from splagen.codegen.remaining_kernels import Remaining, differences, remaining_kernel, states_total_kernel
+from splagen.codegen.remaining_kernels import Remaining, differences, remaining_kernel
 from splagen.codegen.render import kernel_text
 from splagen.codegen.row_kernels import partial_array, rows_kernel
 from splagen.codegen.selection import Selection
 from splagen.codegen.selection_kernels import selection_kernels
-from splagen.codegen.state_kernels import read_kernel, scan_kernel, state_chains, states_kernel
+from splagen.codegen.state_kernels import (
+    StateChain,
+    read_kernel,
+    scan_kernel,
+    state_chains,
+    states_kernel,
+    total_kernel,
+)
 from splagen.codegen.tile_code import COUNTS, INDICES, Walk, is_sum_of_tiles
 from splagen.codegen.unions import has_unions
 from splagen.errors import PartitionError
@@ -274,10 +281,7 @@ class _Partitioner:
             kernels.append(states_kernel(chain, self.program, available))
             available[chain.states.out] = chain.array(self.geometry)
             kernels.append(scan_kernel(chain, self.program, self.walk))
-            for eq in reads:
-                output = array_of(eq.out, self.geometry, internal=True, dtype="float32")
-                kernels.append(read_kernel(chain, eq, self.walk, available, output))
-                available[eq.out] = output
+            self._reads(kernels, available, chain, reads)
         for remaining in self.remaining:
             self._remaining(kernels, available, remaining, [eq for eq in remaining.reads if eq in within])
 
@@ -287,8 +291,8 @@ class _Partitioner:
         """What lists leave of states, for reads of one direction; forward keeps it for those of backward."""
         difference = chain.difference.out
         if reads and difference not in available:
-            kernels += [states_kernel(chain, self.program, available), states_total_kernel(chain, self.geometry)]
-            available[chain.states.out] = chain.array(self.geometry)
+            states, total = chain.array(self.geometry), chain.total_array(self.geometry)
+            kernels += [states_kernel(chain, self.program, available), total_kernel(chain.total_of, states, total)]
             product = next((eq for eq in reads if eq == chain.product()), None)
             array = array_of(product.out, self.geometry, internal=True) if product else None
             others = len(chain.reads) > bool(product)
@@ -297,6 +301,12 @@ class _Partitioner:
                 available[product.out] = array
             available[difference] = chain.read_array(self.geometry)
             reads = [eq for eq in reads if eq != product]
+        self._reads(kernels, available, chain, reads)
+
+    def _reads(
+        self, kernels: list[Kernel], available: dict[Var, Array], chain: StateChain, reads: Sequence[Equation]
+    ) -> None:
+        """Rows times states that lie in memory."""
         for eq in reads:
             output = array_of(eq.out, self.geometry, internal=True, dtype="float32")
             kernels.append(read_kernel(chain, eq, self.walk, available, output))

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import sympy as sp
+
 from splagen.codegen.geometry import ChunkRows, Geometry, features_of, is_query_row, is_state
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.predicates import J, T, visit
 from splagen.codegen.row_code import RowCode
-from splagen.codegen.state_kernels import BOTH, StateChain, read_store, row_index, state_widths, states_of
+from splagen.codegen.state_kernels import StateChain, read_store, row_index, state_widths, states_of
 from splagen.codegen.tile_code import COUNTS, INDICES, WORK, Walk
 from splagen.ir.program import Contract, Equation, Map, Program, Var, placeholder
 
@@ -82,24 +84,6 @@ def differences(program: Program) -> list[Remaining]:
     return found
 
 
-def states_total_kernel(chain: Remaining, geometry: Geometry) -> Kernel:
-    """The sum of all states of a sequence, as they are stored."""
-    states, total = chain.array(geometry), chain.total_array(geometry)
-    size = total.width[0] * total.width[1]
-    into = f"{total.name}_ptr + bh * SIZE"
-    return Kernel(
-        f"total_{states.name}",
-        "state_total",
-        (chain.total_of,),
-        (states,),
-        (total,),
-        {"state": states.name, "size": size, "chunk": states.chunk, "into": into},
-        f"(cdiv({size}, BLOCK_E), B * Hkv)",
-        tunable=("BLOCK_M", "BLOCK_E"),
-        batch=BOTH,
-    )
-
-
 def remaining_kernel(
     chain: Remaining, walk: Walk, available: Mapping[Var, Array], product: Array | None, *, kept: bool
 ) -> Kernel:
@@ -156,9 +140,7 @@ def remaining_kernel(
 
 def _list_of_tile(chain: Remaining, walk: Walk) -> dict[str, str]:
     """Blocks that a tile of queries sees by position, and those that it chose: entry i is `source`."""
-    facts = {walk.chosen: False} if walk.chosen else {}
-    found = walk.predicates.intervals(chain.mask, J, facts)
-    setup, count, place = visit(found, "forced", {"T": "tile", "L": "L"}, "nJ", "i")
+    setup, count, place = _forced(chain, walk, J, {"T": "tile", "L": "L"}, "nJ")
     lines = ["tile = chunk", *setup, "at = bh * nT + tile"]
     entry = "tl.load(block_indices_ptr + at * BUDGET + {0}, mask=({0} >= 0) & ({0} < BUDGET), other=0)"
     return {
@@ -171,9 +153,7 @@ def _list_of_tile(chain: Remaining, walk: Walk) -> dict[str, str]:
 
 def _list_of_block(chain: Remaining, walk: Walk) -> dict[str, str]:
     """Tiles that see a block of keys by position, and those that chose it, in order."""
-    facts = {walk.chosen: False} if walk.chosen else {}
-    found = walk.predicates.intervals(chain.mask, T, facts)
-    setup, count, place = visit(found, "forced", {"J": "j", "L": "L"}, "nT", "i")
+    setup, count, place = _forced(chain, walk, T, {"J": "j", "L": "L"}, "nT")
     offsets = "tl.load(work_offsets_ptr + bh * (nJ + 1) + j{0})"
     lines = ["j = chunk", *setup, f"first = {offsets.format('')}", f"chosen = {offsets.format(' + 1')} - first"]
     entry = "tl.load(work_entries_ptr + bh * nT * BUDGET + first + {0}, mask=({0} >= 0) & ({0} < chosen), other=0)"
@@ -183,6 +163,14 @@ def _list_of_block(chain: Remaining, walk: Walk) -> dict[str, str]:
         "chosen": "chosen",
         "entry": _entry(f"{entry.format('(i - forced)')} // BUDGET", count, place),
     }
+
+
+def _forced(
+    chain: Remaining, walk: Walk, variable: sp.Symbol, names: Mapping[str, str], extent: str
+) -> tuple[list[str], str, str]:
+    """What a list has by position: set-up lines, the count, and source of entry i."""
+    facts = {walk.chosen: False} if walk.chosen else {}
+    return visit(walk.predicates.intervals(chain.mask, variable, facts), "forced", names, extent, "i")
 
 
 def _entry(chosen: str, count: str, place: str) -> str:

@@ -222,17 +222,7 @@ def scan_kernel(chain: StateChain, program: Program, walk: Walk) -> Kernel:
     array = chain.array(geometry)
     size, chunk = array.width[0] * array.width[1], chain.chunk(geometry)
     if chain.total:
-        return Kernel(
-            f"total_{chain.states.out.name}",
-            "state_total",
-            (chain.states,),
-            (array,),
-            (),
-            {"state": array.name, "size": size, "chunk": chunk, "into": "at"},
-            f"(cdiv({size}, BLOCK_E), B * Hkv)",
-            tunable=("BLOCK_M", "BLOCK_E"),
-            batch=BOTH,
-        )
+        return total_kernel(chain.states, array)
     return Kernel(
         f"scan_{chain.states.out.name}",
         "state_scan",
@@ -247,6 +237,27 @@ def scan_kernel(chain: StateChain, program: Program, walk: Walk) -> Kernel:
             "total": "tl.zeros((BLOCK_E,), tl.float32)",
             "begin_entry": "at",
             "first": "1",
+        },
+        f"(cdiv({size}, BLOCK_E), B * Hkv)",
+        tunable=("BLOCK_M", "BLOCK_E"),
+        batch=BOTH,
+    )
+
+
+def total_kernel(covered: Equation, states: Array, total: Array | None = None) -> Kernel:
+    """The sum of all states of a sequence, as they are stored: into `total`, or in place into entry 0."""
+    size = states.width[0] * states.width[1]
+    return Kernel(
+        f"total_{states.name}",
+        "state_total",
+        (covered,),
+        (states,),
+        (total,) if total else (),
+        {
+            "state": states.name,
+            "size": size,
+            "chunk": states.chunk,
+            "into": f"{total.name}_ptr + bh * SIZE" if total else "at",
         },
         f"(cdiv({size}, BLOCK_E), B * Hkv)",
         tunable=("BLOCK_M", "BLOCK_E"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from splagen.ir.build import Builder
@@ -24,11 +23,9 @@ def remaining_states(program: Program) -> Program:
     difference is the same for all sums of a direction that have the same states: forward and dφ(q) share it, and so do
     dφ(k) and dv, with the roles of queries and keys exchanged.  Exact for any masks.
     """
-    found = [s for eq in program.equations if (s := _Sum.of(program, eq))]
-    chosen = _worthwhile(program, found)
+    sums = {s.equation: s for s in _worthwhile(program)}
     b = Builder(program.name, program.axes)
     b._taken = set(program.names())
-    sums = {s.equation: s for s in found if s.direction in chosen}
     rests = {s.rest: s.masks for s in sums.values()}
     listed: dict[Var, Var] = {}
     known: dict[tuple[Var, frozenset[Var]], Var] = {}
@@ -48,8 +45,7 @@ def remaining_states(program: Program) -> Program:
 
 def forward_reads_states(program: Program) -> bool:
     """Whether `remaining_states` takes the sums of a definition, which has no gradient yet."""
-    found = [s for eq in program.equations if (s := _Sum.of(program, eq))]
-    return "forward" in _worthwhile(program, found)
+    return any(s.direction == "forward" for s in _worthwhile(program))
 
 
 @dataclass(frozen=True)
@@ -99,9 +95,12 @@ class _Sum:
         return b.map(f"{name}_remaining", placeholder(0) - placeholder(1), total, taken)
 
 
-def _worthwhile(program: Program, found: Sequence[_Sum]) -> set[str]:
-    """The directions in which states are read in less time than pairs are multiplied, for a tile and a block."""
+def _worthwhile(program: Program) -> list[_Sum]:
+    """The sums of directions in which reading states takes less time than multiplying pairs, for a tile and a block."""
+    found = [s for eq in program.equations if (s := _Sum.of(program, eq))]
     sizes = {a: e for a, e in program.axes if isinstance(e, int)}
+    if not found or sizes["m"] * sizes["g"] < ROWS:
+        return []
     products: dict[str, int] = defaultdict(int)
     states: dict[str, dict[frozenset[Var], int]] = defaultdict(dict)
     for s in found:
@@ -111,6 +110,6 @@ def _worthwhile(program: Program, found: Sequence[_Sum]) -> set[str]:
         products[s.direction] += math.prod(sizes[a] for a in ("m", "g", "C", "n")) * (left + sizes["e"])
         states[s.direction][frozenset(s.summed)] = left * sizes["e"]
     chosen = {d for d, cost in products.items() if cost >= PRODUCTS * sum(states[d].values())}
-    if any(a not in sizes for a in ("m", "g")) or sizes["m"] * sizes["g"] < ROWS:
-        return set()
-    return chosen | ({"to queries"} if "forward" in chosen else set())  # they have the states of forward
+    if "forward" in chosen:
+        chosen.add("to queries")  # they have the states of forward
+    return [s for s in found if s.direction in chosen]
