@@ -16,7 +16,7 @@ from splagen.codegen.kernel import Array
 from splagen.codegen.region import Dim
 from splagen.codegen.region import padded_extent as padded
 from splagen.expression import symbol
-from splagen.ir.program import Iota, Program, Var
+from splagen.ir.program import Contract, Equation, Iota, Program, TopK, Var
 
 QUERY_AXES = frozenset({"T", "m"})
 KEY_AXES = frozenset({"J", "C", "n"})
@@ -134,6 +134,30 @@ def is_state(v: Var) -> bool:
 def is_total(v: Var) -> bool:
     """A state of the whole sequence."""
     return is_state(v) and not (QUERY_AXES | KEY_AXES) & set(v.axes)
+
+
+def side(v: Var) -> str:
+    """Which rows a variable belongs to: "tile", "query", "key" or "block"."""
+    if is_tile_value(v):
+        return "tile"
+    if is_query_row(v):
+        return "query"
+    if is_key_row(v):
+        return "key"
+    return "block"
+
+
+def is_row_local(eq: Equation) -> bool:
+    """Computable from values of the same row: no sum over, and no meeting of, positions of another side."""
+    if isinstance(eq.op, (Iota, TopK)):
+        return isinstance(eq.op, Iota)
+    sides = {side(v) for v in (eq.out, *eq.args) if not is_parameter(v)}
+    if len(sides) > 1 or any(is_state(v) for v in (eq.out, *eq.args)):
+        return False
+    if isinstance(eq.op, Contract):
+        positions = QUERY_AXES | KEY_AXES
+        return {a for v in eq.args for a in v.axes} & positions == set(eq.out.axes) & positions
+    return True
 
 
 @dataclass(frozen=True)

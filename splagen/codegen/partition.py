@@ -18,6 +18,7 @@ from splagen.codegen.geometry import (
     is_key_row,
     is_parameter,
     is_query_row,
+    is_row_local,
     is_state,
     is_tile_value,
 )
@@ -46,7 +47,7 @@ from splagen.codegen.unions import has_unions
 from splagen.errors import PartitionError
 from splagen.ir.check import check
 from splagen.ir.passes import join_sums, settle_names
-from splagen.ir.program import Contract, Equation, Iota, Lse, Map, Program, TopK, Var
+from splagen.ir.program import Contract, Equation, Iota, Lse, Map, Program, TopK, Var, descendants
 from splagen.ir.text import equation_text
 
 Results: TypeAlias = list[tuple[Var, Array]]
@@ -219,7 +220,7 @@ class _Partitioner:
             equations = slice_back(self.program, [v], [*self.program.inputs, *saved])
         except PartitionError:
             return False
-        return all(_is_row_local(eq) for eq in equations)
+        return all(is_row_local(eq) for eq in equations)
 
     # -- backward -------------------------------------------------------------------------------------------------
 
@@ -239,7 +240,7 @@ class _Partitioner:
         """Feature maps of keys are formed once: a tile of keys is read by many query tiles."""
         wanted = []
         for eq in self.program.equations:
-            if isinstance(eq.op, Contract) and not _is_row_local(eq):
+            if isinstance(eq.op, Contract) and not is_row_local(eq):
                 for v in eq.args:
                     if is_key_row(v) and features_of(v) and v not in available and self._again(v, []):
                         wanted.append(v)
@@ -339,11 +340,11 @@ class _Partitioner:
 
     def _cross_row(self, equations: Iterable[Equation]) -> set[Equation]:
         """Equations of kernels that go beyond a row: sums of tiles, states, read-outs."""
-        return {eq for eq in equations if isinstance(eq.op, Contract) and not _is_row_local(eq)}
+        return {eq for eq in equations if isinstance(eq.op, Contract) and not is_row_local(eq)}
 
     def _after(self, equations: set[Equation]) -> set[Var]:
         """Variables that depend on the result of one of the equations, and these results."""
-        return _descendants(self.program, {eq.out for eq in equations})
+        return descendants(self.program, [eq.out for eq in equations])
 
     def _tile_gradients(self, kernels: list[Kernel], available: dict[Var, Array], gradients: dict[Var, Var]) -> None:
         """Gradients of query rows by query tile and of key rows by key block; or, as a choice, both by key block."""
@@ -416,36 +417,3 @@ class _DirectPartitioner(_Partitioner):
         kernels += by_key.kernels
         kernels.append(rows_kernel("key_gradients", self.program, "key", {**available, **by_key.sums}, keys))
         available.update([*rows, *keys])
-
-
-def _descendants(program: Program, sources: set[Var]) -> set[Var]:
-    """The variables that depend on one of the sources, and the sources."""
-    found = set(sources)
-    for eq in program.equations:
-        if found & set(eq.args):
-            found.add(eq.out)
-    return found
-
-
-def _is_row_local(eq: Equation) -> bool:
-    """Computable from values of the same row: no sum over, and no meeting of, positions of another side."""
-    if isinstance(eq.op, (Iota, TopK)):
-        return isinstance(eq.op, Iota)
-    sides = {side(v) for v in (eq.out, *eq.args) if not is_parameter(v)}
-    if len(sides) > 1 or any(is_state(v) for v in (eq.out, *eq.args)):
-        return False
-    if isinstance(eq.op, Contract):
-        places = {"T", "m", "J", "C", "n"}
-        return {a for v in eq.args for a in v.axes} & places == set(eq.out.axes) & places
-    return True
-
-
-def side(v: Var) -> str:
-    """Which rows a variable belongs to."""
-    if is_tile_value(v):
-        return "tile"
-    if is_query_row(v):
-        return "query"
-    if is_key_row(v):
-        return "key"
-    return "block"

@@ -289,3 +289,12 @@ def ancestors(program: Program, wanted: Iterable[Var]) -> set[Var]:
         if eq.out in found:
             found.update(eq.args)
     return found
+
+
+def descendants(program: Program, sources: Iterable[Var]) -> set[Var]:
+    """The variables that depend on one of the sources, and they themselves."""
+    found = set(sources)
+    for eq in program.equations:
+        if found & set(eq.args):
+            found.add(eq.out)
+    return found
