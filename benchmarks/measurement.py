@@ -195,6 +195,8 @@ class Run:
         """By the module's own choice and, where they are asked for, by every strategy."""
         chosen = _Chosen(op.spec, op.timed, op.module, op.truth, chosen=given)
         for strategy, schedules in strategies_of(op, self.options):
+            if self._refused(op, work, case, schedules):
+                continue
             head: dict[str, Any] = {"system": OURS, **case.label} | ({"strategy": strategy} if strategy else {})
             yield head | self._op_row(work, case, chosen, schedules) | {"selection": name}
 

@@ -24,9 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def source_digest(root: Path = ROOT) -> str:
-    """Return the sha256 (64 hex digits) of `splagen/**/*.py` and `templates/**/*.jinja`.
+    """Return the sha256 (64 hex digits) of `splagen/**/*.py`, `splagen/**/*.json` and `templates/**/*.jinja`.
 
-    Files are hashed in the order of their posix paths relative to `root`, both kinds together, each as its
+    Files are hashed in the order of their posix paths relative to `root`, all kinds together, each as its
     path and its bytes with a NUL after either: moving a byte or renaming a file changes the digest.
     """
     files = [*root.glob("splagen/**/*.py"), *root.glob("splagen/**/*.json"), *root.glob("templates/**/*.jinja")]

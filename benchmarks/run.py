@@ -9,7 +9,7 @@ benchmarks/results/WORK.json: runs of different works may share a folder, and a 
     python -m benchmarks.run sparse --alike 0.5 0.9 --strategies  # random blocks that neighbours choose alike too
     python -m benchmarks.run sparse --qk qk.pt    # chosen blocks of a model's q [1, L, Hq, D] and k [1, L, Hkv, D] too
     python -m benchmarks.run sparse --qk qk.pt --lengths 8192 --kv-heads 2 --strategies --record sparse_text
-    python -m benchmarks.run whole --strategies --out /tmp/strategies    # README's tables are of the default choices
+    python -m benchmarks.run whole --strategies --out strategies  # README's tables are of the default choices
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 python -m benchmarks.spla_step [--tokens N ...] [--tuned] [--page-type e4m3] [--schedules JSON] [--kernels] [--out DIR]
 
 The sequences hold random keys and values of the length given; statistics and states are those of these keys.  Steps of
-each spec are compared with the oracle before any is timed.
+one token of each spec are compared with the oracle, at a length of a few blocks, before any is timed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from splagen.kinds import oracle
 from splagen.library import taylor
 from splagen.ops import Oracle
 from splagen.paged_cache import SPLACache
-from splagen.pipeline import DecodingLibrary, generate_decoding, load_decoding
+from splagen.pipeline import DecodingLibrary, generate_decoding
 from splagen.spec import Select, SPLASpec, to_toml
+from splagen.tuning import load_decoding
 
 HQ, D, BLOCK = 32, 128, 64
 FREE = 61  # beside one sink, one local block and the current one: 64 blocks

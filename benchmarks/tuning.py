@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.record import write
 from benchmarks.timing import time_ms
-from splagen import pipeline, sequence_verification, verification
+from splagen import pipeline, sequence_verification, tuning, verification
 from splagen.autotune.cost import rank_correlation, schedule_cost
 from splagen.autotune.device import this_device
 from splagen.autotune.key import Bucket
@@ -101,7 +101,7 @@ def row_of(name: str, shape: Shape, effort: str, seconds: float | None, jobs: in
         library = pipeline.generate(spec, folder)
         start = time.perf_counter()
         options: dict[str, Any] = {"effort": effort, "seconds": seconds, "jobs": jobs, "force": True}
-        (tuned,) = pipeline.tune(library, shapes=[shape], **options)
+        (tuned,) = tuning.tune(library, shapes=[shape], **options)
         wall = time.perf_counter() - start
         rules = by_rules(spec)
         times = {"rules_ms": op_ms(spec, library.module, shape, rules)}

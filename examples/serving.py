@@ -26,7 +26,7 @@ from examples.byte_lm import TINY, Attention, Block, ByteLM, Config, attention_s
 from splagen import settings
 from splagen.errors import InputError
 from splagen.paged_cache import SPLACache
-from splagen.pipeline import generate_decoding
+from splagen.tuning import load_decoding
 
 CHUNK = 1024  # bytes of a prompt that go in at once
 
@@ -63,7 +63,7 @@ class Server:
         """`longest` bounds a request with its continuation; `pages` are those of a layer, None for enough."""
         self.model, self.slots, self.longest = model, slots, longest
         weight = model.head.weight
-        library = generate_decoding(attention_spec(model.config), settings.cache_dir() / "kernels")
+        library = load_decoding(attention_spec(model.config))
         self.caches = [
             SPLACache(
                 library,

@@ -56,14 +56,16 @@ _HOME = {
     "generate_prefill": "pipeline",
     "SPLACache": "paged_cache",
     "scale_of": "paged_cache",
-    "load": "pipeline",
-    "load_decoding": "pipeline",
-    "load_packed": "pipeline",
+    "load": "tuning",
+    "load_decoding": "tuning",
+    "load_packed": "tuning",
     "Library": "pipeline",
     "DecodingLibrary": "pipeline",
+    "PackedLibrary": "pipeline",
+    "PrefillLibrary": "pipeline",
     "verify": "pipeline",
     "verify_packed": "pipeline",
-    "tune": "pipeline",
+    "tune": "tuning",
 }
 __all__ = ["__version__", *_HOME]
 
@@ -94,18 +96,16 @@ if TYPE_CHECKING:
     from splagen.paged_cache import scale_of as scale_of
     from splagen.pipeline import DecodingLibrary as DecodingLibrary
     from splagen.pipeline import Library as Library
+    from splagen.pipeline import PackedLibrary as PackedLibrary
+    from splagen.pipeline import PrefillLibrary as PrefillLibrary
     from splagen.pipeline import generate as generate
     from splagen.pipeline import generate_decoding as generate_decoding
     from splagen.pipeline import generate_packed as generate_packed
     from splagen.pipeline import generate_prefill as generate_prefill
     from splagen.pipeline import kernels as kernels
-    from splagen.pipeline import load as load
-    from splagen.pipeline import load_decoding as load_decoding
-    from splagen.pipeline import load_packed as load_packed
     from splagen.pipeline import lowered as lowered
     from splagen.pipeline import program as program
     from splagen.pipeline import source as source
-    from splagen.pipeline import tune as tune
     from splagen.pipeline import verify as verify
     from splagen.pipeline import verify_packed as verify_packed
     from splagen.spec import Numerics as Numerics
@@ -120,6 +120,10 @@ if TYPE_CHECKING:
     from splagen.spec import windows as windows
     from splagen.sse_spec import Router as Router
     from splagen.sse_spec import SSESpec as SSESpec
+    from splagen.tuning import load as load
+    from splagen.tuning import load_decoding as load_decoding
+    from splagen.tuning import load_packed as load_packed
+    from splagen.tuning import tune as tune
 
 
 def __getattr__(name: str) -> Any:

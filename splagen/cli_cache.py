@@ -68,7 +68,7 @@ def explain(
 ) -> None:
     """Say which kernels of a spec have a tuned Schedule, and what differs where one has none."""
     with errors_as_status(as_json):
-        from splagen import pipeline
+        from splagen import pipeline, tuning
         from splagen.autotune import cache, key
         from splagen.autotune.space import scheduled
 
@@ -78,7 +78,9 @@ def explain(
         part = pipeline.module_kernels(made, page_type if decode else None)
         kernels = {k.name: k for k in scheduled(part)}
         chosen = [pick("kernel", kernel, kernels)] if kernel else list(kernels.values())
-        bucket = key.Bucket.of(made, read_shape(shape)) if shape else key.Bucket(1, 1)
+        at = read_shape(shape) if shape else None
+        at = tuning.capacity(made, at) if at and decode else at
+        bucket = key.Bucket.of(made, at) if at else key.Bucket(1, 1)
         free = frozenset[str]() if shape else key.SIZES
         known = cache.entries()
         listing = table("kernel", "", "schedule", "ms", "what differs from the nearest")

@@ -67,14 +67,14 @@ def show_cost(
         "total_ms": totals,
     }
     if isinstance(part, Decoding):
-        formula, moved = floor(spec, part, at, chosen, device)
+        formula, moved = floor(spec, part, at, chosen)
         least = 1e3 * moved / device.bandwidth
         listing.add_row("floor", formula, "", f"{moved / 1e6:.1f}", "", f"{least:.3f}", "bytes")
         document["floor"] = {"bytes_formula": formula, "bytes": moved, "ms": least}
     emit(document, as_json, listing)
 
 
-def floor(spec: Spec, part: Decoding, shape: Shape, dtype: str, device: Device) -> tuple[str, float]:
+def floor(spec: Spec, part: Decoding, shape: Shape, dtype: str) -> tuple[str, float]:
     """The bytes that a step has to move: the formula as text, and its value."""
     from splagen.autotune.cost import evaluate, run_sizes
     from splagen.autotune.step_cost import Step

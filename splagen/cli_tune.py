@@ -57,7 +57,7 @@ def tune_command(
     With --decode, B counts sequences, and L the tokens that one may get.
     """
     with errors_as_status(as_json):
-        from splagen import pipeline
+        from splagen import pipeline, tuning
         from splagen.verification import DTYPES
 
         made = read_spec_file(spec)
@@ -70,7 +70,7 @@ def tune_command(
         )
         with _bar() as told:
             options: dict[str, Any] = {"effort": effort, "seconds": seconds, "jobs": jobs, "force": force}
-            found = pipeline.tune(library, shapes=shapes, dtype=kind, alike=alike, progress=told, **options)
+            found = tuning.tune(library, shapes=shapes, dtype=kind, alike=alike, progress=told, **options)
         listing = table("B, H, L", "kernel", "default, ms", "best, ms", "±", "tried", "lost", "schedule")
         for s, tuned in zip(shapes, found, strict=True):
             for name, entry in tuned.entries.items():

@@ -238,7 +238,7 @@ def sigmoid(x: Number) -> sp.Expr:
 
 
 def silu(x: Number) -> sp.Expr:
-    """X * sigmoid(x)."""
+    """x * sigmoid(x)."""
     return _sympy(x) * sigmoid(x)
 
 

@@ -15,7 +15,8 @@ def pyplot() -> Any:
     try:
         import matplotlib as mpl
     except ImportError as error:
-        raise InputError("there is no matplotlib, which draws", "pip install 'splagen[plot]'") from error
+        hint = "pip install -e '.[plot]' in splagen's repository"
+        raise InputError("there is no matplotlib, which draws", hint) from error
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 

@@ -69,7 +69,7 @@ class Blocked:
         return x
 
     def mask(self, block_indices: Tensor) -> Tensor:
-        """Free [b h T J] from block_indices [B, Hkv, T, budget], -1 where there is none."""
+        """free [b h T J] from block_indices [B, Hkv, T, budget], -1 where there is none."""
         chosen = torch.zeros(*block_indices.shape[:3], self.blocks + 1, dtype=torch.bool, device=block_indices.device)
         slots = torch.where(block_indices < 0, self.blocks, block_indices.long())
         return chosen.scatter(3, slots, True)[..., : self.blocks]

@@ -30,6 +30,7 @@ from splagen.expression import (
     where,
 )
 from splagen.expression_text import parse, text
+from splagen.fields import identifier, is_a, one_of, positive_number, whole
 
 __all__ = [
     "FEATURE_MAPS",
@@ -124,7 +125,7 @@ class FeatureMap:
 
     Raises:
         ExpressionError: the expression is not accepted.
-        SpecError: signs is not 1 or 2, options exclude each other, or a map declared non-negative has a
+        SpecError: a field is out of range, options exclude each other, or a map declared non-negative has a
             negative value.
     """
 
@@ -137,13 +138,12 @@ class FeatureMap:
     topk: int | None = later(None)
 
     def __post_init__(self) -> None:
-        if self.signs not in (1, 2) or isinstance(self.signs, bool):
-            raise SpecError(f"feature_map.signs is {self.signs!r}", "1, or 2 to apply the map to x and to -x")
+        identifier("feature_map.name", self.name)
+        one_of("feature_map.signs", self.signs, (1, 2))
         for flag in ("softmax", "non_negative", "l2norm"):
-            if not isinstance(getattr(self, flag), bool):
-                raise SpecError(f"feature_map.{flag} is {getattr(self, flag)!r}", "true or false")
-        if self.topk is not None and (type(self.topk) is not int or not 1 <= self.topk <= 256):
-            raise SpecError(f"feature_map.topk is {self.topk!r}", "a whole number from 1 to 256, or None")
+            one_of(f"feature_map.{flag}", getattr(self, flag), (False, True))
+        if self.topk is not None:
+            whole("feature_map.topk", self.topk, 1, 256)
         if self.topk is not None and not self.softmax:
             raise SpecError(f"feature_map.topk is {self.topk} without softmax", "set softmax, or leave topk out")
         if self.l2norm and self.softmax:
@@ -299,10 +299,9 @@ class Metric:
     clamp: float | None = None
 
     def __post_init__(self) -> None:
-        if self.order not in (1, 2) or isinstance(self.order, bool):
-            raise SpecError(f"metric.order is {self.order!r}", "1 (mean) or 2 (mean and variance)")
-        if self.form not in ("taylor", "cumulant"):
-            raise SpecError(f"metric.form is {self.form!r}", '"taylor" or "cumulant"')
+        one_of("metric.order", self.order, (1, 2))
+        one_of("metric.form", self.form, ("taylor", "cumulant"))
+        is_a("metric.covariance", self.covariance, (str,), f'"none", "diag", or "rank1" to "rank{MOST_RANKS}"')
         if self.covariance not in (("none",) if self.order == 1 else get_args(Covariance)[1:]):
             wanted = _covariance(self.order)
             why = _COVARIANCES.get(self.covariance, f"order {self.order} uses covariance {wanted!r}")
@@ -311,11 +310,8 @@ class Metric:
                 f'"rank1" to "rank{MOST_RANKS}" or "diag" with order 2, or "none" with order 1',
             )
         if self.form == "cumulant" and self.order == 2:
-            good = isinstance(self.clamp, (int, float)) and not isinstance(self.clamp, bool)
-            if not good or not 0 < float(self.clamp or 0) < math.inf:
-                hint = "a positive number, 8.0 for instance: without it one outlier key wins every selection"
-                raise SpecError(f"metric.clamp is {self.clamp!r}: a cumulant of order 2 needs one", hint)
-            object.__setattr__(self, "clamp", float(self.clamp or 0))
+            hint = "8.0 for instance: without it one outlier key wins every selection"
+            object.__setattr__(self, "clamp", positive_number("metric.clamp", self.clamp, hint))
         elif self.clamp is not None:
             raise SpecError(f"metric.clamp is {self.clamp!r}", "only a cumulant of order 2 takes a clamp: drop it")
 
@@ -389,8 +385,7 @@ class ScoreFunction:
     masks: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name.isidentifier():
-            raise SpecError(f"score.name is {self.name!r}", "an identifier such as softcap")
+        identifier("score.name", self.name)
         object.__setattr__(self, "expression", _canonical(self.expression, _SCORE, "s", "score.expression"))
         if self.expr.has(sp.oo):
             raise ExpressionError(f"score.expression gives oo: {self.expression}", "use a large number; -oo masks")
@@ -410,7 +405,7 @@ def score_function(source: ScoreFunction | Formula, name: str = "custom") -> Sco
         name: an identifier, for listings.
 
     Raises:
-        SpecError: the function has a parameter of another name.
+        SpecError: the function has a parameter of another name, or `name` is no identifier.
         ExpressionError: the formula is not accepted.
     """
     if isinstance(source, ScoreFunction):
@@ -420,13 +415,13 @@ def score_function(source: ScoreFunction | Formula, name: str = "custom") -> Sco
 
 
 def softcap(cap: float) -> ScoreFunction:
-    """Cap * tanh(s / cap), which keeps scores inside (-cap, cap)."""
+    """cap * tanh(s / cap), which keeps scores inside (-cap, cap)."""
     c = _positive(cap, "softcap")
     return score_function(c * sp.tanh(symbol("s") / c), "softcap")
 
 
 def alibi() -> ScoreFunction:
-    """S - slope |m - n| with slope 2**(-8 (h + 1) / H)."""
+    """s - slope |m - n| with slope 2**(-8 (h + 1) / H)."""
     s, m, n, h, heads = (symbol(name) for name in _SCORE)
     return score_function(s - sp.exp(-8 * sp.log(2) * (h + 1) / heads) * absolute(m - n), "alibi")
 

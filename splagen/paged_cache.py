@@ -82,6 +82,9 @@ class SPLACache:
         for name, value in (("sequences", sequences), ("kv_heads", kv_heads), ("tokens", tokens)):
             if value < 1:
                 raise InputError(f"{name} is {value}", "give at least 1")
+        if sequences * kv_heads * self.part.geometry.group >= 2**16:
+            what = f"{sequences} sequences of {kv_heads} KV heads of {self.part.geometry.group} query heads"
+            raise InputError(what, "a launch takes up to 65535 sequences and query heads: make several caches")
         if page_size < block or page_size % block:
             raise InputError(f"page_size is {page_size}", f"a multiple of the block of {block} tokens")
         if not 1 <= step_tokens <= MOST_TOKENS:
@@ -239,30 +242,27 @@ class SPLACache:
         )
         held = torch.tensor([slot in self._held for slot in range(self.sequences)], device=self.device)
         kinds = torch.stack([
-            lengths < NO_SEQUENCE, (lengths < 0) & held, lengths + more > self.width * self.page_size, wrong.any(1),
+            (lengths < NO_SEQUENCE) | ((lengths < 0) & held),
             (lengths >= 0) & ((self.settled < 0) | (self.settled > lengths)),
+            lengths + more > self.width * self.page_size,
+            wrong.any(1),
         ])  # fmt: skip
-        first = torch.where(wrong.any(1), wrong.to(torch.int32).argmax(1), 0)
-        found = kinds.tolist()
-        for slot in range(self.sequences):
-            n, column = int(lengths[slot]), int(first[slot]) if found[3][slot] else 0
-            if found[0][slot] or found[1][slot]:
-                raise InputError(
-                    f"sequence {slot} has length {n}", "lengths are 0 or more, -1 for a slot without sequence"
-                )
-            if found[4][slot]:
+        for slot, (no_length, no_states, no_room, no_page) in enumerate(kinds.T.tolist()):
+            if not (no_length or no_states or no_room or no_page):
+                continue
+            n = int(lengths[slot])
+            if no_length:
+                hint = "lengths are 0 or more, -1 for a slot without sequence"
+                raise InputError(f"sequence {slot} has length {n}", hint)
+            if no_states:
                 what = f"sequence {slot} of {n} tokens has states as of {int(self.settled[slot])}"
                 raise InputError(what, "accept() shortens a sequence to 0 to all tokens of its last step, no further")
-            if found[2][slot]:
-                most = self.width * self.page_size
-                raise InputError(
-                    f"sequence {slot} has {n} tokens: no room for {int(more[slot])} more in {most}",
-                    "make a longer cache",
-                )
-            if found[3][slot]:
-                page = int(self.page_table[slot, column])
-                what = f"sequence {slot} of {n} tokens has page {page} at {column} of its page table"
-                raise InputError(what, f"pages are 0 to {some - 1}; -1 is none: reserve() more tokens")
+            if no_room:
+                what = f"sequence {slot} has {n} tokens: no room for {int(more[slot])} more in "
+                raise InputError(f"{what}{self.width * self.page_size}", "make a longer cache")
+            column = int(wrong[slot].to(torch.int32).argmax())
+            what = f"sequence {slot} of {n} tokens has page {int(self.page_table[slot, column])} at {column} of its"
+            raise InputError(f"{what} page table", f"pages are 0 to {some - 1}; -1 is none: reserve() more tokens")
 
     # -- sequences ----------------------------------------------------------------------------------------
 
@@ -291,10 +291,7 @@ class SPLACache:
             InputError: the slot has no sequence, too many tokens, or not enough pages are left.
         """
         held = self._pages_of(slot)
-        if not 0 <= tokens <= self.width * self.page_size:
-            raise InputError(
-                f"{tokens} tokens for sequence {slot}", f"0 to {self.width * self.page_size} in this cache"
-            )
+        self._need_room(slot, tokens)
         missing = -(-tokens // self.page_size) - len(held)
         if missing > len(self._free):
             what = f"sequence {slot} needs {missing} more pages of {self.page_size} tokens, {len(self._free)} are free"
@@ -336,6 +333,7 @@ class SPLACache:
         # tokens from `settled` on may be taken back and others written in their place
         shared = max(0, settled - self.part.overhang) // self.page_size
         wanted = max(length, len(held) * self.page_size if tokens is None else tokens)
+        self._need_room(slot, wanted)
         fresh = -(-wanted // self.page_size) - shared
         if fresh > len(self._free):
             what = f"a fork of sequence {slot} needs {fresh} pages, {len(self._free)} are free"
@@ -352,6 +350,11 @@ class SPLACache:
             state[new].copy_(state[slot])
         self.seqlens[new], self.settled[new] = length, settled
         return new
+
+    def _need_room(self, slot: int, tokens: int) -> None:
+        most = self.width * self.page_size
+        if not 0 <= tokens <= most:
+            raise InputError(f"{tokens} tokens for sequence {slot}", f"0 to {most} in this cache")
 
     def _pages_of(self, slot: int) -> list[int]:
         if slot not in self._held:
@@ -371,6 +374,11 @@ class SPLACache:
 
     # -- save and restore ---------------------------------------------------------------------------------
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that lies on the device and lasts from step to step, by name."""
+        found = {"page_table": self.page_table, "seqlens": self.seqlens, "settled": self.settled}
+        return found | self.pages | self.scales | self.states
+
     def save(self) -> dict[str, Any]:
         """Everything that makes the sequences, as tensors and plain values that torch.save takes."""
         return {
@@ -378,40 +386,42 @@ class SPLACache:
             "dtype": str(self.dtype),
             "page_size": self.page_size,
             "held": {slot: list(pages) for slot, pages in self._held.items()},
-            "page_table": self.page_table.clone(),
-            "seqlens": self.seqlens.clone(),
-            "settled": self.settled.clone(),
-            "pages": {n: x.clone() for n, x in self.pages.items()},
-            "scales": {n: x.clone() for n, x in self.scales.items()},
-            "states": {n: x.clone() for n, x in self.states.items()},
+            "tensors": {n: x.clone() for n, x in self._tensors().items()},
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Take up what `save` of a cache of the same spec, dtype and sizes gave.
 
         Raises:
-            InputError: another spec, dtype or size; nothing is changed.
+            InputError: another spec, dtype, size or type of pages, or a page table at odds with the pages that
+                sequences hold; nothing is changed.
         """
+        hint = "restore it into a cache made like the first"
+        mine = self._tensors()
+        if missing := sorted({"spec", "dtype", "page_size", "held", "tensors"} - saved.keys()):
+            raise InputError(f"what was saved has no {', '.join(missing)}", "give what save() of a cache gave")
         for name, own in (("spec", self.spec_text), ("dtype", str(self.dtype)), ("page_size", self.page_size)):
             if saved[name] != own:
                 theirs = "another" if name == "spec" else saved[name]
-                raise InputError(f"what was saved has {theirs} {name}", "restore it into a cache made like the first")
-        pairs = [(self.page_table, saved["page_table"]), (self.seqlens, saved["seqlens"])]
-        pairs.append((self.settled, saved["settled"]))
-        if saved["scales"].keys() != self.scales.keys():
-            raise InputError("what was saved has pages of another type", "restore it into a cache made like the first")
-        pairs += [(x, saved["scales"][n]) for n, x in self.scales.items()]
-        pairs += [(x, saved["pages"][n]) for n, x in self.pages.items()]
-        pairs += [(x, saved["states"][n]) for n, x in self.states.items()]
-        for mine, theirs in pairs:
-            if mine.shape != theirs.shape:
-                what = f"what was saved has sizes {tuple(theirs.shape)}, this cache {tuple(mine.shape)}"
-                raise InputError(what, "restore it into a cache made like the first")
-        for mine, theirs in pairs:
-            mine.copy_(theirs)
-        self._held = {slot: list(pages) for slot, pages in saved["held"].items()}
-        self._uses = Counter(page for pages in self._held.values() for page in pages)
-        total = self.pages[self.part.pages[0].name].shape[0]
+                raise InputError(f"what was saved has {theirs} {name}", hint)
+        given: Mapping[str, Tensor] = saved["tensors"]
+        if given.keys() != mine.keys() or any(given[n].dtype != x.dtype for n, x in mine.items()):
+            raise InputError("what was saved has pages of another type", hint)
+        for n, x in mine.items():
+            if given[n].shape != x.shape:
+                what = f"what was saved has {n} of sizes {tuple(given[n].shape)}, this cache {tuple(x.shape)}"
+                raise InputError(what, hint)
+        held = {slot: list(pages) for slot, pages in saved["held"].items()}
+        total = next(iter(self.pages.values())).shape[0]
+        table = given["page_table"].tolist()
+        rows = {slot: row for slot, row in enumerate(table) if slot in held or row != [NO_PAGE] * self.width}
+        listed = {slot: pages + [NO_PAGE] * (self.width - len(pages)) for slot, pages in held.items()}
+        if rows != listed or any(not 0 <= p < total for pages in held.values() for p in pages):
+            raise InputError("what was saved has a page table at odds with what sequences hold", hint)
+        for n, x in mine.items():
+            x.copy_(given[n])
+        self._held = held
+        self._uses = Counter(page for pages in held.values() for page in pages)
         self._free = [p for p in range(total) if not self._uses[p]][::-1]
 
 

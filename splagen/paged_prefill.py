@@ -46,12 +46,16 @@ class PagedPrefill:
         if bounds.shape != (count + 1,) or bounds.dtype != torch.int32 or bounds.device != device:
             what = f"cu_seqlens are {bounds.dtype} {tuple(bounds.shape)} on {bounds.device}"
             raise InputError(what, f"give torch.int32 ({count + 1},) on {device}, beside {count} slots")
+        geometry, numbered = self.step.geometry, self.library.module.rows_of(q.shape[0], count) * self.heads
+        if max(most, longest) * geometry.group >= 2**31 or numbered * max(1, self.step.budget) >= 2**31:
+            what = f"prefill of q {tuple(q.shape)}, max_tokens {most}, max_length {longest}"
+            raise InputError(what, "rows, and the blocks they choose, are numbered below 2**31: prefill in parts")
         own = next(iter((self.made.scales or self.made.pages).values()))
         for a in self.step.tokens:
             x, of_keys = rows[a.name], a.name in self.step.key_rows
             if a.layout != "token_rows":
                 continue
-            shape = (q.shape[0], self.heads * (1 if of_keys else self.step.geometry.group), *a.width)
+            shape = (q.shape[0], self.heads * (1 if of_keys else geometry.group), *a.width)
             if x.shape != shape or x.device != device or (a.width and x.dtype != own.dtype):
                 what = f"{a.name} is {x.dtype} {tuple(x.shape)} on {x.device}"
                 raise InputError(what, f"beside q and this cache it is {own.dtype} {shape} on {device}")

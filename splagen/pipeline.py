@@ -1,27 +1,23 @@
-"""The whole pipeline on one screen: spec -> Program -> passes -> kernels -> source -> op."""
+"""The whole pipeline: spec -> Program -> passes -> kernels -> source -> op."""
 
 from __future__ import annotations
 
+import ast
+import builtins
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_args, overload
+from typing import Any, TypeVar, get_args, overload
 
 import torch
 
-from splagen import packed_verification, settings
-from splagen.autotune import tuner
-from splagen.autotune.device import this_device
-from splagen.autotune.search import EFFORTS, Progress
-from splagen.autotune.tuned import TunedSchedules
-from splagen.autotune.tuner import Target, Tuned
+from splagen import packed_verification, settings, step_verification
 from splagen.codegen.compile import Module
 from splagen.codegen.decode_module import decode_module_text, stem
 from splagen.codegen.decoding import Decoding, decoding
-from splagen.codegen.files import import_file, write_generated
+from splagen.codegen.files import module_of, write_generated
 from splagen.codegen.packed_module import packed_module_text
 from splagen.codegen.packed_partition import PackedPartition, packed_partition
 from splagen.codegen.partition import Partition
@@ -36,7 +32,7 @@ from splagen.ir.program import Program
 from splagen.kinds import kind_of, oracle
 from splagen.spec import Spec, SPLASpec, digest, to_toml
 from splagen.sse_spec import SSESpec
-from splagen.verification import DTYPES, Report, Shape
+from splagen.verification import Report, Shape
 
 
 @dataclass(frozen=True)
@@ -46,10 +42,10 @@ class Library:
     spec: Spec
     path: Path
 
-    @property
+    @functools.cached_property
     def module(self) -> ModuleType:
-        """The module, imported once per process and content."""
-        return _imported(self.path)
+        """The module, imported once per process and content; what becomes of the file later does not matter to it."""
+        return module_of(self.path)
 
     @property
     def op_name(self) -> str:
@@ -160,7 +156,7 @@ def source(spec: Spec) -> str:
 
 
 def decode_kernels(spec: Spec, page_type: str = "input") -> Decoding:
-    """The kernels of a step of one token per sequence, for pages in the type of q or in "e4m3".
+    """The kernels of a step of a few tokens per sequence, for pages in the type of q or in "e4m3".
 
     Raises:
         InputError: an unknown type of pages.
@@ -188,11 +184,42 @@ def decode_source(spec: Spec, page_type: str = "input") -> str:
     return decode_module_text(part, spec, digest=digest(spec)[:8], spec_text=to_toml(spec))
 
 
+Written = TypeVar("Written", bound=Library)
+
+
+def _written(library: Written, text: str) -> Written:
+    """The library, once its file has the text."""
+    op = library.op_name
+    if hasattr(builtins, op) or [*_bound(text)].count(op) > 1:
+        raise SpecError(f"name is {library.spec.name!r}: its module has another {op}", "give the spec another name")
+    write_generated(library.path, text)
+    return library
+
+
+def _bound(text: str) -> Iterator[str]:
+    """The names that a module binds, as often as it does."""
+    for node in ast.parse(text).body:
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                yield name
+            case ast.Assign(targets=targets):
+                yield from (x.id for target in targets for x in ast.walk(target) if isinstance(x, ast.Name))
+            case ast.Import(names=names) | ast.ImportFrom(names=names):
+                yield from (x.asname or x.name for x in names)
+
+
+def _path(spec: Spec, out: str | Path, stem: str) -> Path:
+    return Path(out) / f"{stem}_{digest(spec)[:8]}.py"
+
+
 def generate(spec: Spec, out: str | Path) -> Library:
-    """Write `{name}_{digest8}.py` into `out`.  Raises GeneratedFileError where a foreign file is in the way."""
-    path = Path(out) / f"{spec.name}_{digest(spec)[:8]}.py"
-    write_generated(path, source(spec))
-    return Library(spec, path)
+    """Write `{name}_{digest8}.py` into `out`.
+
+    Raises:
+        SpecError: the spec's name is that of something else in the module.
+        GeneratedFileError: a foreign file is in the way.
+    """
+    return _written(Library(spec, _path(spec, out, spec.name)), source(spec))
 
 
 def generate_decoding(spec: Spec, out: str | Path, *, page_type: str = "input") -> DecodingLibrary:
@@ -203,28 +230,26 @@ def generate_decoding(spec: Spec, out: str | Path, *, page_type: str = "input") 
 
     Raises:
         InputError: an unknown type of pages.
-        SpecError: a query of the spec depends on later tokens, or the spec is of SSE.
+        SpecError: a query of the spec depends on later tokens, the spec is of SSE, or its name is that of something
+            else in the module.
         GeneratedFileError: a foreign file is in the way.
     """
     text = decode_source(spec, page_type)
     assert isinstance(spec, SPLASpec)
-    path = Path(out) / f"{stem(spec, decode_kernels(spec, page_type).page_type)}_{digest(spec)[:8]}.py"
-    write_generated(path, text)
-    return DecodingLibrary(spec, path)
+    page = decode_kernels(spec, page_type).page_type
+    return _written(DecodingLibrary(spec, _path(spec, out, stem(spec, page))), text)
 
 
 def generate_packed(spec: Spec, out: str | Path) -> PackedLibrary:
     """Write `{name}_varlen_{digest8}.py` into `out`: the op on packed sequences, `cu_seqlens` and `max_seqlen`.
 
     Raises:
-        InputError: the spec is not an SPLASpec.
+        InputError: the spec is not an SPLASpec, or has own_rows.
         GeneratedFileError: a foreign file is in the way.
     """
     spec = _packable(spec)
-    short, part = digest(spec)[:8], packed_kernels(spec)
-    path = Path(out) / f"{spec.name}_varlen_{short}.py"
-    write_generated(path, packed_module_text(part, name=spec.name, digest=short, spec_text=to_toml(spec)))
-    return PackedLibrary(spec, path)
+    text = packed_module_text(packed_kernels(spec), name=spec.name, digest=digest(spec)[:8], spec_text=to_toml(spec))
+    return _written(PackedLibrary(spec, _path(spec, out, f"{spec.name}_varlen")), text)
 
 
 def generate_prefill(spec: SPLASpec, out: str | Path) -> PrefillLibrary:
@@ -234,10 +259,8 @@ def generate_prefill(spec: SPLASpec, out: str | Path) -> PrefillLibrary:
         SpecError: a query of the spec depends on later tokens.
         GeneratedFileError: a foreign file is in the way.
     """
-    short, part = digest(spec)[:8], prefill_kernels(spec)
-    path = Path(out) / f"{spec.name}_prefill_{short}.py"
-    write_generated(path, prefill_module_text(part, name=spec.name, digest=short, spec_text=to_toml(spec)))
-    return PrefillLibrary(spec, path)
+    text = prefill_module_text(prefill_kernels(spec), name=spec.name, digest=digest(spec)[:8], spec_text=to_toml(spec))
+    return _written(PrefillLibrary(spec, _path(spec, out, f"{spec.name}_prefill")), text)
 
 
 @functools.lru_cache(maxsize=32)
@@ -266,104 +289,6 @@ def _packable(spec: Spec) -> SPLASpec:
     return spec
 
 
-def load(spec: Spec) -> Callable[..., Any]:
-    """The op of a spec, generated under the cache directory and imported; it takes the Schedules that were tuned."""
-    library = generate(spec, settings.cache_dir() / "kernels")
-    _take_tuned(library, TunedSchedules(spec))
-    return library.op
-
-
-def capacity(spec: Spec, shape: Shape) -> Shape:
-    """Sequences, heads and the tokens for which a cache made for this shape has pages."""
-    page = decode_kernels(spec).default_page_size
-    return (*shape[:2], -(-shape[2] // page) * page)
-
-
-def load_decoding(spec: Spec, *, page_type: str = "input") -> DecodingLibrary:
-    """The step of a spec, generated under the cache directory; it takes the Schedules that were tuned.
-
-    Raises:
-        InputError: an unknown type of pages.
-        SpecError: a query of the spec depends on later tokens, or the spec is of SSE.
-    """
-    library = generate_decoding(spec, settings.cache_dir() / "kernels", page_type=page_type)
-    _take_tuned(library, TunedSchedules(spec, kernels=partial(decode_kernels, page_type=page_type)))
-    return library
-
-
-def load_packed(spec: SPLASpec) -> Callable[..., Any]:
-    """The op on packed sequences, generated under the cache directory and imported.
-
-    It takes the Schedules that were tuned for the op of a batch of as many sequences of max_seqlen tokens.
-    """
-    library = generate_packed(spec, settings.cache_dir() / "kernels")
-    _take_tuned(library, TunedSchedules(spec))
-    return library.op
-
-
-def _take_tuned(library: Library, tuned: TunedSchedules) -> None:
-    """Let a module look for tuned Schedules; the interpreter has none."""
-    if not settings.interpreted():
-        vars(library.module)["TUNED"] = tuned
-
-
-def tune(
-    library: Library | Spec,
-    *,
-    shapes: Sequence[Shape],
-    dtype: torch.dtype = torch.bfloat16,
-    effort: str = "quick",
-    seconds: float | None = None,
-    jobs: int | None = None,
-    force: bool = False,
-    alike: float = 0.0,
-    progress: Callable[[Progress], None] = lambda _: None,
-) -> list[Tuned]:
-    """Find the fastest Schedules at shapes (B, H, L) on this GPU, or take them from the cache; the library uses them.
-
-    Of a library of decoding, B are sequences, H heads of queries and L the tokens that a sequence of a cache may get;
-    an `SPLACache` that is made afterwards has the splits that were found.
-
-    Args:
-        library: a generated library, or a spec.
-        shapes: one tuning for each, which serves all sizes that round up to the same powers of two.
-        dtype: of q, k and v.
-        effort: "quick" or "full".
-        seconds: no measurement of a shape starts later than this; None is the effort's, 70 or 540.
-        jobs: compilers side by side, None is one per CPU.
-        force: search again where the cache has an answer.
-        alike: 0 to 1, how much neighbouring queries have in common in what is timed.  With 0, nothing relates them;
-            with 0.9 two neighbours choose 6 in 10 blocks of 64 keys alike, with 0.98 8 in 10.  It decides which
-            strategy of SPLA is the fastest.  Above 0 the search is always a new one; later calls take what it found.
-        progress: told after each measurement.
-
-    Raises:
-        InputError: there is no GPU, an unknown effort or dtype, or `alike` out of range or for SSE.
-        TuningError: a measurement failed for no reason that a Schedule explains.
-        WrongResult: the Schedules that were chosen do not agree with the oracle.
-    """
-    if not isinstance(library, Library):
-        library = generate(library, settings.cache_dir() / "kernels")
-    decodes = library.part if isinstance(library, DecodingLibrary) else None
-    if effort not in EFFORTS:
-        raise InputError(f"unknown effort {effort!r}", f"one of {', '.join(EFFORTS)}")
-    names = {d: n for n, d in DTYPES.items()}
-    if dtype not in names:
-        raise InputError(f"unknown dtype {dtype}", f"one of {', '.join(map(str, names))}")
-    if not 0 <= alike <= 1 or (alike and (decodes or library.spec.kind == "sse")):
-        hint = "0 to 1, and 0 for sse, where no query chooses blocks, and for decoding, where each chooses alone"
-        raise InputError(f"alike = {alike} of a spec of kind {library.spec.kind}", hint)
-    device = this_device()
-    part: Module = decodes or kernels(library.spec)
-    found = []
-    for shape in (capacity(library.spec, s) for s in shapes) if decodes else shapes:
-        target = Target(library.spec, part, library.path, shape, names[dtype], device, alike)
-        options: dict[str, Any] = {"effort": EFFORTS[effort], "seconds": seconds, "jobs": jobs, "force": force}
-        found.append(tuner.tune(target, library.module, progress=progress, **options))
-    vars(library.module)["TUNED"] = TunedSchedules(library.spec, kernels=lambda _: part)
-    return found
-
-
 def verify(
     library: Library | Spec,
     *,
@@ -375,16 +300,25 @@ def verify(
     """Compare an op's kernels with the oracle at shapes (B, H, L): everything that it computes, and every gradient.
 
     H counts heads of queries, those of values for SSE, which is compared on packed sequences too.  None is the shapes
-    that suit the spec and the device.  On the CPU the kernels run in Triton's interpreter, which TRITON_INTERPRET=1
-    must ask for before triton is imported.
+    that suit the spec and the device.  Of a library of decoding B sequences take L steps, of one token each, whose
+    outputs and choices are compared.  On the CPU the kernels run in Triton's interpreter, which TRITON_INTERPRET=1 must
+    ask for before triton is imported.
+
+    Raises:
+        InputError: a library of packed sequences or of prefill; no GPU is asked for, and nothing is interpreted.
     """
     if not isinstance(library, Library):
         library = generate(library, settings.cache_dir() / "kernels")
+    need_op(library, "verify_packed(library, lengths=...) compares packed sequences")
     _need_kernels(device)
     spec = library.spec
     shapes = default_shapes(spec, device) if shapes is None else shapes
     truth = oracle(to_toml(spec))
-    return kind_of(spec).verify(library.module, truth, shapes=shapes, dtypes=dtypes, device=device, seed=seed)
+    given: dict[str, Any] = {"shapes": shapes, "dtypes": dtypes, "device": device, "seed": seed}
+    if isinstance(library, DecodingLibrary):
+        given["dense_below"] = library.spec.dense_below
+        return step_verification.verify(library.module, truth, library.part, **given)
+    return kind_of(spec).verify(library.module, truth, **given)
 
 
 def verify_packed(
@@ -410,6 +344,12 @@ def verify_packed(
     )
 
 
+def need_op(library: Library, hint: str) -> None:
+    """Raise InputError with the hint for a library of packed sequences or of prefill."""
+    if isinstance(library, (PackedLibrary, PrefillLibrary)):
+        raise InputError(f"{library.op_name} is neither an op nor a step", hint)
+
+
 def _need_kernels(device: str) -> None:
     if device == "cpu" and not settings.interpreted():
         raise InputError("the kernels run on a GPU or in Triton's interpreter", hint="set TRITON_INTERPRET=1")
@@ -423,13 +363,3 @@ def default_shapes(spec: Spec, device: str) -> list[Shape]:
 def _name(apply: Pass) -> str:
     """The name of a pass; of a pass with arguments that of the function which takes them."""
     return str(getattr(apply, "func", apply).__qualname__).split(".")[0]
-
-
-_modules: dict[str, ModuleType] = {}
-
-
-def _imported(path: Path) -> ModuleType:
-    key = path.read_text()
-    if key not in _modules:
-        _modules[key] = import_file(path)
-    return _modules[key]

@@ -11,8 +11,6 @@ import difflib
 import hashlib
 import importlib
 import json
-import keyword
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from splagen.errors import SpecError
+from splagen.fields import identifier, is_a, one_of, placed, positive_number, whole
 from splagen.library import FEATURE_MAPS, FeatureMap, Metric, ScoreFunction, hedgehog, later, score_function, taylor
 from splagen.library import feature_map as make_feature_map
 
@@ -34,39 +33,6 @@ __all__ = [
 Spec: TypeAlias = "SPLASpec | SSESpec"
 
 _toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-
-
-def _whole(path: str, value: object, low: int, high: int | None = None, step: int = 1) -> None:
-    if type(value) is not int or value < low or (high is not None and value > high) or value % step:
-        span = f"a whole number from {low}" + (f" to {high}" if high is not None else "")
-        raise SpecError(f"{path} is {value!r}", span + (f", a multiple of {step}" if step > 1 else ""))
-
-
-def _one_of(path: str, value: object, choices: tuple[object, ...]) -> None:
-    if not any(type(value) is type(c) and value == c for c in choices):
-        listed = ", ".join("None (leave it out)" if c is None else json.dumps(c) for c in choices)
-        raise SpecError(f"{path} is {value!r}", f"one of {listed}")
-
-
-def _is_a(path: str, value: object, kinds: tuple[type, ...], hint: str) -> None:
-    if not isinstance(value, kinds):
-        raise SpecError(f"{path} is {value!r}", hint)
-
-
-def _positive_number(path: str, value: Any, hint: str) -> float:
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise SpecError(f"{path} is {value!r}", f"a positive finite number; {hint}")
-    return float(value)
-
-
-def _identifier(path: str, value: object) -> None:
-    if not (isinstance(value, str) and value.isascii() and value.isidentifier()) or keyword.iskeyword(value):
-        raise SpecError(f"{path} is {value!r}", "an identifier in ASCII such as spla_64")
-
-
-def _at(path: str, error: SpecError) -> SpecError:
-    """The error of a feature map, which does not know its place, with that place."""
-    return type(error)(path + error.message.removeprefix("feature_map"), error.hint)
 
 
 @dataclass(frozen=True)
@@ -86,10 +52,10 @@ class Statistics:
     pool: Literal["logsum", "max"] = "logsum"
 
     def __post_init__(self) -> None:
-        _one_of("select.statistics.pool", self.pool, ("logsum", "max"))
-        _one_of("select.statistics.cell", self.cell, (None, 16))
-        _one_of("select.statistics.width", self.width, (None, 32))
-        _one_of("select.statistics.stride", self.stride, (None, 16))
+        one_of("select.statistics.pool", self.pool, ("logsum", "max"))
+        one_of("select.statistics.cell", self.cell, (None, 16))
+        one_of("select.statistics.width", self.width, (None, 32))
+        one_of("select.statistics.stride", self.stride, (None, 16))
         wanted = (None, None) if self.pool == "logsum" else (32, 16)
         for name, value in zip(("width", "stride"), wanted, strict=True):
             if getattr(self, name) != value:
@@ -139,17 +105,17 @@ class Select:
     own_rows: bool = later(False)
 
     def __post_init__(self) -> None:
-        _one_of("select.block_size", self.block_size, (16, 32, 64, 128))
-        _whole("select.budget", self.budget, 1, 256)
-        _whole("select.sinks", self.sinks, 0, 64)
-        _whole("select.local", self.local, 0, 1024)
-        _one_of("select.granularity", self.granularity, ("token", "tile"))
-        _one_of("select.tile", self.tile, (1,) if self.granularity == "token" else (16, 32, 64, 128))
-        _is_a("select.statistics", self.statistics, (Statistics,), "Statistics() or windows()")
+        one_of("select.block_size", self.block_size, (16, 32, 64, 128))
+        whole("select.budget", self.budget, 1, 256)
+        whole("select.sinks", self.sinks, 0, 64)
+        whole("select.local", self.local, 0, 1024)
+        one_of("select.granularity", self.granularity, ("token", "tile"))
+        one_of("select.tile", self.tile, (1,) if self.granularity == "token" else (16, 32, 64, 128))
+        is_a("select.statistics", self.statistics, (Statistics,), "Statistics() or windows()")
         if self.metric is None:
             object.__setattr__(self, "metric", taylor(covariance="diag" if self.statistics.width else None))
-        _is_a("select.metric", self.metric, (Metric,), "taylor() or cumulant()")
-        _one_of("select.own_rows", self.own_rows, (False, True))
+        is_a("select.metric", self.metric, (Metric,), "taylor() or cumulant()")
+        one_of("select.own_rows", self.own_rows, (False, True))
         if self.statistics.width and self.block_size < self.statistics.width:
             what = f"select.statistics.width {self.statistics.width} with select.block_size {self.block_size}"
             raise SpecError(what, "a window must fit into a block: a larger block_size, or Statistics()")
@@ -195,9 +161,9 @@ class Residual:
         if option:
             hint = "use hedgehog, softmax or an elementwise map here; q_map and k_map of an SSESpec take it"
             raise SpecError(f"linear.feature_map has {option}, which the residual branch does not support", hint)
-        _one_of("linear.temperature", self.temperature, (False, True))
-        _one_of("linear.normaliser", self.normaliser, (False, True))
-        _one_of("linear.own_rows", self.own_rows, (False, True))
+        one_of("linear.temperature", self.temperature, (False, True))
+        one_of("linear.normaliser", self.normaliser, (False, True))
+        one_of("linear.own_rows", self.own_rows, (False, True))
         if self.normaliser and not self.feature_map.non_negative:
             what = f"linear.normaliser with linear.feature_map {self.feature_map.expression}, which may be < 0"
             raise SpecError(what, "use hedgehog, softmax, relu, relu2, elu1 or exp, or declare non_negative")
@@ -210,18 +176,19 @@ class Numerics:
     Attributes:
         split: "hilo" multiplies states as two halves of the input type, hi + lo, so that subtracting
             nearly equal states stays accurate.
-        deterministic: equal inputs give equal bits (fixed order of sums, no atomics).  Of 16-bit gradients below
-            dense_below, which are torch's, only under torch.use_deterministic_algorithms.
+        deterministic: equal inputs give equal bits (fixed order of sums, none of them atomic).  Of 16-bit gradients
+            below dense_below, which are torch's, only under torch.use_deterministic_algorithms.
 
-    Each has one value so far; a faster choice of either is planned and is refused until kernels have it.
+    Each has one value: gradients by atomics were slower than those in a fixed order (`benchmarks/atomics.py`), and one
+    half of a state alone loses what a difference needs.  The fields say so in a spec, and may get other values.
     """
 
     split: Literal["hilo"] = "hilo"
     deterministic: Literal[True] = True
 
     def __post_init__(self) -> None:
-        _one_of("numerics.split", self.split, ("hilo",))
-        _one_of("numerics.deterministic", self.deterministic, (True,))
+        one_of("numerics.split", self.split, ("hilo",))
+        one_of("numerics.deterministic", self.deterministic, (True,))
 
 
 @dataclass(frozen=True)
@@ -263,7 +230,7 @@ class SPLASpec:
     name: str = "spla"
 
     def __post_init__(self) -> None:
-        _whole("head_dim", self.head_dim, 16, 256, 8)
+        whole("head_dim", self.head_dim, 16, 256, 8)
         combine = "none" if self.linear is None else "rms"
         for key, value in (
             ("value_dim", self.head_dim),
@@ -272,20 +239,20 @@ class SPLASpec:
         ):
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
-        _whole("value_dim", self.value_dim, 16, 256, 8)
-        _whole("group_size", self.group_size, 1, 64)
-        _one_of("causal", self.causal, (False, True))
-        object.__setattr__(self, "scale", _positive_number("scale", self.scale, "None is head_dim ** -0.5"))
+        whole("value_dim", self.value_dim, 16, 256, 8)
+        whole("group_size", self.group_size, 1, 64)
+        one_of("causal", self.causal, (False, True))
+        object.__setattr__(self, "scale", positive_number("scale", self.scale, "None is head_dim ** -0.5"))
         if callable(self.score):
             object.__setattr__(self, "score", score_function(self.score))
-        _is_a("score", self.score, (ScoreFunction, type(None)), "softcap(), alibi(), score_function() or None")
-        _is_a("select", self.select, (Select, type(None)), "Select(), or None for dense attention")
-        _is_a("linear", self.linear, (Residual, type(None)), "Residual(), or None")
-        _is_a("numerics", self.numerics, (Numerics,), "Numerics()")
-        _whole("dense_below", self.dense_below, 0)
-        _identifier("name", self.name)
+        is_a("score", self.score, (ScoreFunction, type(None)), "softcap(), alibi(), score_function() or None")
+        is_a("select", self.select, (Select, type(None)), "Select(), or None for dense attention")
+        is_a("linear", self.linear, (Residual, type(None)), "Residual(), or None")
+        is_a("numerics", self.numerics, (Numerics,), "Numerics()")
+        whole("dense_below", self.dense_below, 0)
+        identifier("name", self.name)
         branches = ("none",) if self.linear is None else ("add", "rms", "rms_residual", "gate")
-        _one_of("combine", self.combine, branches)
+        one_of("combine", self.combine, branches)
         if self.select is None and self.linear is not None:
             raise SpecError("linear is set but select is None: nothing is left over", "set linear to None too")
         if self.select is None and self.dense_below:
@@ -348,7 +315,7 @@ def from_toml(text: str) -> Spec:
     except (ValueError, TypeError, RecursionError) as error:
         raise SpecError(f"not a TOML file: {error}", "compare it with the output of to_toml(SPLASpec())") from None
     name = values.pop("kind", "spla")
-    _one_of("kind", name, ("spla", "sse"))
+    one_of("kind", name, ("spla", "sse"))
     from splagen.sse_spec import PARTS, SSESpec
 
     made: Spec = _build("", SPLASpec, values, _PARTS) if name == "spla" else _build("", SSESpec, values, PARTS)
@@ -378,7 +345,7 @@ def _build(path: str, kind: type[Any], values: object, parts: Mapping[str, type[
     except SpecError as error:
         if kind is not FeatureMap:
             raise
-        raise _at(path, error) from None
+        raise placed(path, error) from None
 
 
 def read_spec(path: str | Path) -> Spec:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from splagen.errors import SpecError
+from splagen.fields import identifier, is_a, one_of, placed, positive_number, whole
 from splagen.library import FeatureMap, silu, softmax
 from splagen.library import feature_map as make_feature_map
-from splagen.spec import Numerics, _at, _identifier, _is_a, _one_of, _positive_number, _whole
+from splagen.spec import Numerics
 
 __all__ = ["PARTS", "Router", "SSESpec"]
 
@@ -41,14 +42,14 @@ class Router:
     scope: Literal["token", "head"] = "token"
 
     def __post_init__(self) -> None:
-        _whole("router.partitions", self.partitions, 1, 64)
-        _whole("router.writers", self.writers, 1, self.partitions)
+        whole("router.partitions", self.partitions, 1, 64)
+        whole("router.writers", self.writers, 1, self.partitions)
         if self.readers is None:
             object.__setattr__(self, "readers", self.writers)
-        _whole("router.readers", self.readers, 1, self.partitions)
-        _one_of("router.gate", self.gate, ("both", "write", "read", "none"))
-        _one_of("router.normalise", self.normalise, ("all", "selected"))
-        _one_of("router.scope", self.scope, ("token", "head"))
+        whole("router.readers", self.readers, 1, self.partitions)
+        one_of("router.gate", self.gate, ("both", "write", "read", "none"))
+        one_of("router.normalise", self.normalise, ("all", "selected"))
+        one_of("router.scope", self.scope, ("token", "head"))
         if self.normalise == "selected" and self.readers != self.writers:
             what = f"router.normalise is 'selected' with router.readers {self.readers}, router.writers {self.writers}"
             raise SpecError(what, 'one selection must serve both: as many readers as writers, or normalise "all"')
@@ -106,9 +107,9 @@ class SSESpec:
     numerics: Numerics = field(default_factory=Numerics)
 
     def __post_init__(self) -> None:
-        _identifier("name", self.name)
-        _whole("head_dim", self.head_dim, 16, 256, 4)
-        _one_of("backbone", self.backbone, ("none", "constant", "scalar", "vector", "delta"))
+        identifier("name", self.name)
+        whole("head_dim", self.head_dim, 16, 256, 4)
+        one_of("backbone", self.backbone, ("none", "constant", "scalar", "vector", "delta"))
         delta = self.backbone == "delta"
         for key, value in (
             ("value_dim", self.head_dim),
@@ -118,27 +119,27 @@ class SSESpec:
         ):
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)
-        _whole("value_dim", self.value_dim, 16, 256, 4)
-        _whole("group_size", self.group_size, 1, 64)
+        whole("value_dim", self.value_dim, 16, 256, 4)
+        whole("group_size", self.group_size, 1, 64)
         if self.gate_site is not None and not delta:
             what = f"gate_site is {self.gate_site!r} with backbone {self.backbone!r}"
             raise SpecError(what, 'None (leave it out): only backbone "delta" normalises q and k')
-        _one_of("gate_site", self.gate_site, ("pre_norm", "post_norm") if delta else (None,))
-        _one_of("shared", self.shared, (False, True))
-        _is_a("router", self.router, (Router, type(None)), "Router(), or None for the shared state alone")
+        one_of("gate_site", self.gate_site, ("pre_norm", "post_norm") if delta else (None,))
+        one_of("shared", self.shared, (False, True))
+        is_a("router", self.router, (Router, type(None)), "Router(), or None for the shared state alone")
         if self.router is None and not self.shared:
             raise SpecError("shared is False and router is None: there is no state", "set shared, or give a Router()")
         for key in ("q_map", "k_map"):
             object.__setattr__(self, key, _row_map(key, getattr(self, key), self.head_dim))
-        object.__setattr__(self, "scale", _positive_number("scale", self.scale, "None is head_dim ** -0.5"))
-        _one_of("form", self.form, ("sorted", "masked", "routed"))
+        object.__setattr__(self, "scale", positive_number("scale", self.scale, "None is head_dim ** -0.5"))
+        one_of("form", self.form, ("sorted", "masked", "routed"))
         if self.form == "sorted" and self.router is not None and self.router.readers != self.router.writers:
             what = f"router.readers is {self.router.readers} and router.writers {self.router.writers}"
             raise SpecError(f"{what} with form 'sorted'", 'form "masked" supports it, or set readers to writers')
         if self.form == "routed" and self.backbone in ("vector", "delta"):
             hint = 'form "sorted" supports it; "routed" takes backbone "none", "constant" and "scalar"'
             raise SpecError(f"backbone is {self.backbone!r} with form 'routed'", hint)
-        _is_a("numerics", self.numerics, (Numerics,), "Numerics()")
+        is_a("numerics", self.numerics, (Numerics,), "Numerics()")
 
 
 PARTS: dict[str, type[Any]] = {"router": Router, "q_map": FeatureMap, "k_map": FeatureMap, "numerics": Numerics}
@@ -149,7 +150,7 @@ def _row_map(path: str, source: FeatureMap, head_dim: int) -> FeatureMap:
     try:
         made = make_feature_map(source)
     except SpecError as error:
-        raise _at(path, error) from None
+        raise placed(path, error) from None
     if made.signs != 1:
         what = f"{path} is {made.name}, which has {made.width(head_dim)} features of a row of {head_dim}"
         raise SpecError(what, "a map with signs 1: silu, softmax, topk_softmax(k), relu, identity")

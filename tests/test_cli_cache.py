@@ -49,6 +49,8 @@ def test_explain_of_decoding_asks_for_its_kernels_and_its_splits() -> None:
     assert {n for n, k in found.items() if k["hit"]} == {"splitting"}
     assert found.keys() == {"score", "select", "attend", "merge", "splitting"}
     assert not any(k["hit"] for n, k in explained().items())
+    tuned.put(key_of(SPEC, part.splitting, "bf16", Bucket(256, 4), H200), ENTRY)
+    assert explained("--decode", "--shape", "4,2,100")["splitting"]["hit"]  # of a cache, whose pages have 256 tokens
 
 
 def test_ls_lists_every_entry() -> None:

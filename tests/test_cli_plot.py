@@ -89,5 +89,5 @@ def test_wrong_requests_leave_nothing(spec: Path, qk: Path, tmp_path: Path, monk
         "plot", "selection", spec, "--qk", qk, "--out", tmp_path / "file/a.png", "--tiles", 2
     )
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install 'splagen[plot]'" in refused("plot", "selection", spec, *given)
+    assert "pip install -e '.[plot]'" in refused("plot", "selection", spec, *given)
     assert not out.parent.exists()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from splagen import pipeline
+from splagen import pipeline, tuning
 from splagen.autotune.entry import Entry, now
 from splagen.autotune.search import Lost, Measurement, Result, Trial
 from splagen.autotune.tuner import Tuned
@@ -24,7 +24,7 @@ FOUND = Tuned(
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
-    """What the command asks of `pipeline.tune`, which answers FOUND or what `answer` holds."""
+    """What the command asks of `tuning.tune`, which answers FOUND or what `answer` holds."""
     calls: list[dict[str, Any]] = []
 
     def tune(library: pipeline.Library, **options: Any) -> list[Tuned]:
@@ -32,7 +32,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any
         return [options.pop("answer", FOUND) for _ in options["shapes"]]
 
     monkeypatch.setenv("SPLAGEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(pipeline, "tune", tune)
+    monkeypatch.setattr(tuning, "tune", tune)
     return calls
 
 
@@ -72,7 +72,7 @@ def test_a_document_has_every_trial() -> None:
 @pytest.mark.usefixtures("asked")
 def test_a_wrong_schedule_is_named_and_the_status_is_1(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = Tuned(FOUND.entries, FOUND.results, [("rows", BEST, "differs by 4.0e-02")])
-    monkeypatch.setattr(pipeline, "tune", lambda *_, **__: [wrong])
+    monkeypatch.setattr(tuning, "tune", lambda *_, **__: [wrong])
     result = run("tune", SMALL, "--shape", "1,2,99")
     assert result.exit_code == 1
     assert "rows with {'BLOCK_M': 32" in result.stderr

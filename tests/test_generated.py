@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from splagen import library as lib
 from splagen import pipeline
+from splagen.errors import SpecError
 from splagen.spec import Residual, Select, SPLASpec, Statistics, to_toml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,6 +142,16 @@ def test_a_first_call_does_not_import_the_compiler_of_torch(tmp_path: Path) -> N
     """It takes seconds, and a process that serves a model pays for it at its first request."""
     path = pipeline.generate(SPECS["softcap"], tmp_path).path
     assert run(FIRST_CALL, str(path), path=None).strip() == "False"
+
+
+SHADOWED = ("forward", "check_inputs", "torch", "Sizes", "GROUP", "NamedTuple", "max")
+
+
+@pytest.mark.parametrize("name", SHADOWED)
+def test_an_op_has_no_name_of_something_else_in_its_module(name: str, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=f"its module has another {name}"):
+        pipeline.generate(replace(SPECS["softcap"], name=name), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_splagen_the_cpu_says_what_is_missing(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ LINE_CEILING = 450
 
 # A module may import from its own row and the rows above it.  The first name under splagen decides the row.
 ROWS = [
-    {"errors", "settings", "expression", "device"},
+    {"errors", "fields", "settings", "expression"},
     {"expression_text"},
     {"library"},
     {"spec", "sse_spec"},
@@ -30,6 +30,7 @@ ROWS = [
     {"autotune"},
     {
         "pipeline",
+        "tuning",
         "paged_cache",
         "paged_prefill",
         "terminal",

@@ -16,8 +16,9 @@ NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 
 
 def check(spec: SPLASpec, blocks: int, folder: Path) -> None:
+    """No spec that is drawn is refused."""
     outcome = attempt(spec, blocks, folder, compile_for=())
-    assert outcome.status in ("ok", "refused"), f"{outcome.reason}\n{to_toml(spec)}"
+    assert outcome.status == "ok", f"{outcome.status}: {outcome.reason}\n{to_toml(spec)}"
 
 
 @given(small_specs(), st.sampled_from(SHAPES))

@@ -14,6 +14,7 @@ def tree(tmp_path: Path) -> Path:
     for path, text in {
         "splagen/z.py": "z",
         "splagen/ir/a.py": "a",
+        "splagen/tuned/b.json": "b",
         "templates/k.jinja": "k",
         "templates/README.md": "not a source",
         "splagen/notes.txt": "not a source",
@@ -24,7 +25,8 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_digest_is_over_path_and_bytes_in_path_order(tree: Path) -> None:
-    want = hashlib.sha256(b"splagen/ir/a.py\0a\0" + b"splagen/z.py\0z\0" + b"templates/k.jinja\0k\0")
+    files = {"splagen/ir/a.py": "a", "splagen/tuned/b.json": "b", "splagen/z.py": "z", "templates/k.jinja": "k"}
+    want = hashlib.sha256(b"".join(f"{path}\0{text}\0".encode() for path, text in files.items()))
     assert record.source_digest(tree) == want.hexdigest()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from splagen import pipeline
+from splagen import pipeline, tuning
 from splagen.errors import InputError, WrongResult
 from splagen.kinds import oracle
 from splagen.sequence import SSEOracle
@@ -108,7 +108,7 @@ def test_inputs_are_those_of_the_op(spec: SSESpec) -> None:
     truth = SSEOracle(spec)
     heads = 2 * spec.group_size
     inputs = random_inputs(truth, [7, 0, 1], heads, torch.bfloat16, "cpu", 0)
-    op = pipeline.load(spec)
+    op = tuning.load(spec)
     rows = [inputs[n] if inputs[n].ndim == 1 else inputs[n][None] for n in truth.names]
     o, final, *_ = op(*rows, initial_state=inputs["state"], cu_seqlens=inputs["cu_seqlens"])
     assert o[0].shape == inputs["do"].shape

@@ -11,7 +11,7 @@ from examples.serving import Request, Server, requests_of
 from splagen import settings
 from splagen.errors import InputError
 from splagen.pipeline import generate, generate_decoding
-from tests.kernels.decoding import every_schedule
+from tests.kernels.decoding import change_schedules
 
 SPARSE = replace(TINY, layers=1, q_heads=1, attention="spla", block_size=16, budget=1)
 
@@ -34,8 +34,8 @@ def test_served_bytes_are_those_of_prefill(fast_sort: None, monkeypatch: pytest.
     model = build(SPARSE, 0, torch.device("cpu"))
     requests = [Request(bytes(range(60, 60 + n)), count) for n, count in ((66, 3), (1, 3), (17, 2))]
     decode = generate_decoding(attention_spec(SPARSE), settings.cache_dir() / "kernels")
-    for schedules in every_schedule(decode):
-        schedules["splitting"] = {"score": 2, "attend": 2, "chunk": 512}  # programs are slow in the interpreter
+    few = {"score": 2, "attend": 2, "chunk": 512}  # programs are slow in the interpreter
+    change_schedules(decode, monkeypatch, splitting=few)
     server = Server(model, slots=2, longest=69, pages=7)
     answers = server.serve(requests)
     assert server.most_at_once == 2

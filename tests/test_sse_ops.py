@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from splagen.codegen.sequence_partition import parts_of
 from splagen.pipeline import Library, generate
 from splagen.sequence import SSEOracle, input_names
 from splagen.sse_spec import Router, SSESpec
 from splagen.verification import relative_error
 from tests.interpreter_sort import patch
-from tests.ir.sse_rows import outputs_of, packed, parts_of
+from tests.ir.sse_rows import outputs_of, packed
 
 SMALL: dict[str, Any] = {"head_dim": 16, "value_dim": 20, "group_size": 2}
 SPECS = {

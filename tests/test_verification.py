@@ -1,17 +1,20 @@
 """verify finds what is wrong: outputs, gradients, selections that are not a best choice."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from splagen.errors import WrongResult
+from splagen import pipeline
+from splagen.errors import InputError, WrongResult
 from splagen.kinds import oracle
 from splagen.library import taylor
-from splagen.pipeline import generate
+from splagen.pipeline import generate, generate_decoding, generate_packed, generate_prefill
 from splagen.spec import Residual, Select, SPLASpec, to_toml
+from splagen.tuning import tune
 from splagen.verification import loss_scale, random_inputs, relative_error, selection_error, verify
 
 SPEC = SPLASpec(
@@ -35,6 +38,21 @@ def changed(module: Any, **functions: Any) -> Any:
 
 def test_a_right_module_passes(module: Any) -> None:
     verify(module, oracle(to_toml(SPEC)), shapes=[SHAPE]).raise_if_wrong()
+
+
+def test_steps_are_verified_as_an_op_is(tmp_path: Path) -> None:
+    library = generate_decoding(SPEC, tmp_path)
+    report = pipeline.verify(library, shapes=[(1, 2, 3)])
+    assert report.ok
+    assert {r.quantity for r in report.rows} == {"o of steps", "selection of steps"}
+
+
+def test_modules_of_packed_rows_have_a_verification_of_their_own(tmp_path: Path) -> None:
+    for library in (generate_packed(SPEC, tmp_path), generate_prefill(SPEC, tmp_path)):
+        with pytest.raises(InputError, match=f"{library.op_name} is neither"):
+            pipeline.verify(library, shapes=[SHAPE])
+        with pytest.raises(InputError, match=f"{library.op_name} is neither"):
+            tune(library, shapes=[SHAPE])
 
 
 @pytest.mark.parametrize(("name", "schedules"), [("forward", {}), ("direct_forward", None)])

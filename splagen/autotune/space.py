@@ -157,7 +157,7 @@ def spaces(spec: Spec, part: Module, device: Device, dtype: str) -> dict[str, Sp
 
     What kernels must agree on is not in them: see `part.constraints` and `codegen.schedule.check_constraints`.
     """
-    found = {k.name: _space(k, _rules(k, spec, part, device, dtype), part, device, dtype) for k in part.kernels}
+    found = {k.name: _space(k, _rules(k, spec, part, device, dtype), device, dtype) for k in part.kernels}
     if isinstance(part, SequencePartition):
         return found
     if isinstance(part, Decoding):
@@ -221,7 +221,7 @@ def _rules(kernel: Kernel, spec: Spec, part: Module, device: Device, dtype: str)
     return _Rules(default, partial(attention.check_schedule, kernel, geometry), rows)
 
 
-def _space(kernel: Kernel, rules: _Rules, part: Module, device: Device, dtype: str) -> Space:
+def _space(kernel: Kernel, rules: _Rules, device: Device, dtype: str) -> Space:
     default = rules.default
 
     def alone(name: str, value: int) -> bool:

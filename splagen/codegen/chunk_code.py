@@ -139,7 +139,7 @@ class ChunkCode:
             if expr == placeholder(eq.args.index(v)) and tile_axes(v) == out:
                 return self.names[v], self.clean[v]
         missing = [
-            a for a in out if not any(a in v.axes for i, v in enumerate(eq.args) if placeholder(i) in _free(expr))
+            a for a in out if not any(a in v.axes for i, v in enumerate(eq.args) if placeholder(i) in expr.free_symbols)
         ]
         if missing:
             shape = ", ".join(self.extent(a) for a in out)
@@ -302,10 +302,6 @@ class ChunkCode:
             source = f"tl.sum({source}, axis={left.index(a)})"
             left.remove(a)
         return source
-
-
-def _free(expr: sp.Basic) -> set[sp.Basic]:
-    return set(expr.free_symbols)
 
 
 def _atom(source: str) -> str:

@@ -19,12 +19,11 @@ import sympy as sp
 from splagen.codegen.chunk_code import ROWS, ChunkCode, tile_axes, too_large
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.recurrences import PLAN, Recurrence, plan_tensors, routing_input, token_array
-from splagen.codegen.region import slice_back
 from splagen.codegen.route_kernels import routing
 from splagen.codegen.tile_order import in_order
 from splagen.codegen.triton_expr import triton_text
 from splagen.errors import PartitionError
-from splagen.ir.program import Equation, Var, placeholder
+from splagen.ir.program import Equation, Var, placeholder, slice_back
 
 Lines: TypeAlias = Sequence[str]
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from queue import SimpleQueue
-from types import TracebackType
 from typing import Any, TypeAlias
 
 from splagen.codegen.decoding import Decoding
@@ -25,7 +24,7 @@ from splagen.codegen.partition import Partition
 from splagen.codegen.prefill_partition import PrefillPartition
 from splagen.codegen.schedule import DTYPES, TARGETS, Schedule
 from splagen.codegen.sequence_partition import SequencePartition
-from splagen.codegen.worker_process import ProcessEnded, WorkerProcess
+from splagen.codegen.worker_process import ProcessEnded, ProcessTooSlow, WorkerProcess
 from splagen.errors import CompileError, InputError
 
 _GPU = {
@@ -191,13 +190,11 @@ class Compiler:
 
     def __enter__(self) -> Compiler:
         self._run = self._open.enter_context(_workers(self._count))
-        self._pool = self._open.enter_context(ThreadPoolExecutor(self._count))
+        self._pool = ThreadPoolExecutor(self._count)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pool.shutdown(wait=error is None, cancel_futures=True)
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
         self._open.close()
 
     def submit(self, kernel: Kernel, arch: str, dtype: str, schedule: Schedule) -> Future[Built]:
@@ -318,8 +315,8 @@ def _element(array: Array, argument: str, wide: frozenset[str], dtype: str) -> s
 def _strides(array: Array, part: Module, kv_heads: int, length: int) -> list[int]:
     """Strides of a contiguous array in elements, in the order of its stride names."""
     grouped = array.layout.startswith(("query", "value"))
-    if isinstance(part, Decoding):
-        grouped = array.layout == "token_rows" and array.name not in part.key_rows
+    if isinstance(part, (Decoding, PrefillPartition)):
+        grouped |= array.layout == "token_rows" and array.name not in part.key_rows
     heads = kv_heads * (part.group_size if grouped else 1)
     width = array.width[-1] if array.width else 1
     if array.name in ("logits", "dlogits") and isinstance(part, SequencePartition) and not part.by_head:
@@ -343,6 +340,8 @@ def _workers(count: int) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]
         worker = idle.get()
         try:
             return worker.ask(request, _SECONDS)
+        except ProcessTooSlow:
+            return {"error": f"the compiler was stopped after {_SECONDS} s: take smaller tiles or fewer stages"}
         except ProcessEnded as error:
             return {"error": "\n".join([f"the compiler ended with status {error.status}", *error.tail])}
         finally:

@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from splagen.codegen.base_two import LN_2
-from splagen.codegen.decode_selection import PLACES, Statistics
+from splagen.codegen.decode_selection import BLOCK_PLACES, Statistics
 from splagen.codegen.decode_states import State, fold_code, read_code
 from splagen.codegen.decode_walks import WAIT, chosen_count, walks
 from splagen.codegen.geometry import Rows, features_of
 from splagen.codegen.kernel import Array, Kernel, Narrow
 from splagen.codegen.predicates import J, visit
-from splagen.codegen.region import slice_back
 from splagen.codegen.row_code import RowCode
 from splagen.codegen.step_rows import (
     LENGTHS,
@@ -41,7 +40,7 @@ from splagen.codegen.tile_code import (
     sums_of_tiles,
 )
 from splagen.errors import PartitionError
-from splagen.ir.program import Equation, Iota, Lse, Reduce, Var
+from splagen.ir.program import Equation, Iota, Reduce, Var, slice_back
 
 ROW_MAX = Array("row_max_parts", "sequences", dtype="float32")  # [B * tokens, Hkv, splits, GROUP]
 ROW_SUM = Array("row_sum_parts", "sequences", dtype="float32")
@@ -72,7 +71,7 @@ class DecodeCode:
         self.program, self.geometry = self.walk.program, self.walk.geometry
         self.heads = query_heads(self.geometry, 16)
         self.columns = "\n".join(line for f in _COLUMNS for line in self.geometry.columns(f))
-        (self.lse,) = [eq for eq in self.program.equations if isinstance(eq.op, Lse) and "n" in eq.op.axes]
+        self.lse = self.walk.lse
         self.output = self.program.outputs[0]
         stop = [*self.program.inputs, *(s.after for s in self.states)]
         self.forward = slice_back(self.program, [self.output], stop)
@@ -101,9 +100,8 @@ class DecodeCode:
         return RowCode(self.program, self.geometry, side, tile_rows, available, names, set(), row_type, in_loop)
 
     def ordered(self, equations: Sequence[Equation]) -> tuple[Equation, ...]:
-        """Each equation once, in the program's order."""
-        wanted = set(equations)
-        return tuple(eq for eq in self.program.equations if eq in wanted and not isinstance(eq.op, Iota))
+        """Each equation once, in the program's order, without positions."""
+        return self.program.in_order(eq for eq in equations if not isinstance(eq.op, Iota))
 
     # -- append -------------------------------------------------------------------------------------------
 
@@ -121,7 +119,7 @@ class DecodeCode:
         is a part of `score`, whose other programs are splits of the cells that were complete before.
         """
         geometry = self.geometry
-        new = NewRow(geometry, "key", False)
+        new = NewRow(geometry, "key")
         lines = []
         for v in pages:
             row = as_kept(pages[v], new.load(tokens[v]))
@@ -141,7 +139,7 @@ class DecodeCode:
             "cells": geometry.cells,
             "folds": f"tl.num_programs(2) - 1{' - SPLITS' if statistics else ''}",
             "columns": self.columns,
-            "q_load": StepRows(geometry, "query", False).load(tokens[q]),
+            "q_load": StepRows(geometry, "query").load(tokens[q]),
             "rows": "\n".join(lines),
             "features": "\n".join([*piece.lines, *stores]),
             "statistics": statistics.holes if statistics else None,
@@ -201,7 +199,7 @@ class DecodeCode:
         lines = list(piece.lines)
         for v in dict.fromkeys(s.right for s in self.states if s.right):
             assert v is not None
-            load = PagedRows(self.geometry, "key", False).load(available[v], column="right")
+            load = PagedRows(self.geometry, "key").load(available[v], column="right")
             lines.append(f"{v.name} = {load}  # [BLOCK_N, BLOCK_E]")
         return lines, list(piece.equations), [a for a in piece.arrays if a.layout != "token_rows"]
 
@@ -272,7 +270,7 @@ class DecodeCode:
         }
         arrays += [*piece.arrays, *used, *(s.array(self.geometry) for s in self.states)]
         arrays += [self.available[s.row] for s in self.states]
-        arrays += [INDICES, PLACES] if self.walk.chosen else []
+        arrays += [INDICES, BLOCK_PLACES] if self.walk.chosen else []
         covers += [*piece.equations, *(s.equation for s in self.sums)]
         covers += [*self.joined, *(eq for s in self.states for eq in (s.read, s.total))]
         return Kernel(

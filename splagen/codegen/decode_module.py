@@ -72,19 +72,17 @@ def stem(spec: SPLASpec, page_type: PageType) -> str:
 
 
 def _launcher(kernel: Kernel) -> str:
+    """The launcher of a kernel, which counts the splits of the scores or those of the attention."""
+    splits = "n.SCORE_SPLITS" if kernel.template in ("decode_score", "decode_select") else "n.ATTEND_SPLITS"
+    fields = {x: f"n.{x}" for x in (*kernel.scalars, "TOKENS", "B", "Hq", "Hkv", "CHUNKS")} | {"SPLITS": splits}
+
+    def of_sizes(text: str) -> str:
+        return re.sub(r"\w+", lambda word: fields.get(word[0], word[0]), text)
+
     inputs = {a.name: a for a in (*kernel.inputs, *kernel.outputs)}
-    grid = re.sub(r"\b(TOKENS|B|Hq|Hkv|SPLITS|CHUNKS)\b", r"n.\1", _splits(kernel, kernel.grid))
-    scalars = [f"n.{_splits(kernel, s)}" for s in kernel.scalars]
-    scalars = [re.sub(r"^n\.n\.", "n.", s) for s in scalars]
-    narrow = tuple(replace(x, over=_splits(kernel, x.over)) for x in kernel.narrow)
-    given = replace(kernel, inputs=tuple(inputs.values()), outputs=(), grid=grid, narrow=narrow)
-    return launcher_text(given, grid, _dtype, scalars)
-
-
-def _splits(kernel: Kernel, text: str) -> str:
-    """Which splits a kernel counts: those of the scores or those of the attention."""
-    which = "SCORE_SPLITS" if kernel.template in ("decode_score", "decode_select") else "ATTEND_SPLITS"
-    return re.sub(r"\bSPLITS\b", f"n.{which}", text)
+    narrow = tuple(replace(x, over=of_sizes(x.over)) for x in kernel.narrow)
+    given = replace(kernel, inputs=tuple(inputs.values()), outputs=(), narrow=narrow)
+    return launcher_text(given, of_sizes(kernel.grid), _dtype, [fields[s] for s in kernel.scalars])
 
 
 def _dtype(a: Array) -> str:

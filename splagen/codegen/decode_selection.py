@@ -39,7 +39,7 @@ CANDIDATES = tuple(  # [B * tokens, Hkv, chunks, kept]: the best of each chunk i
     Array(f"candidate_{of}", "sequences", dtype="int32") for of in ("keys", "blocks", "places")
 )
 ARRIVED = Array("arrived", "counts", dtype="int32")  # [B * tokens, Hkv]: chunks that have chosen, 0 between steps
-PLACES = Array("block_places", "sequences", dtype="int32")  # [B * tokens, Hkv, budget]: blocks by where their keys lie
+BLOCK_PLACES = Array("block_places", "sequences", dtype="int32")  # [B * tokens, Hkv, budget]: where keys of blocks lie
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,6 @@ class Statistics:
     holes: dict[str, object]
     arrays: dict[Var, Array]
     equations: tuple[Equation, ...]
-    keys: Var
     degrees: dict[str, int]
 
 
@@ -62,20 +61,20 @@ def statistics_code(selection: Selection, tokens: Mapping[Var, Array], pages: Ma
     (source,) = moments.keys
     kind: PageType = "e4m3" if pages[source].dtype == "e4m3" else "input"
     arrays = {v: paged_array(v, geometry, padded=True, dtype=kind) for v in selection.statistics}
-    cells = PagedCells(geometry, "key", False)
+    cells = PagedCells(geometry, "key")
     lines = [cells.store(arrays[v], value, columns) for v, value, columns in statistics.values]
     usable = selection.bounds(selection.usable, CELL, QUERY, ("first_query", "last_query"), "nC")
     holes: dict[str, object] = {
         "cell": geometry.cell,
         "width": width,
         "moments": "\n".join(_moments(statistics, width)),
-        "load": PagedRows(geometry, "key", False).load(pages[source]),
-        "new": as_kept(pages[source], NewKeys(geometry, "key", False).load(tokens[source])),
+        "load": PagedRows(geometry, "key").load(pages[source]),
+        "new": as_kept(pages[source], NewKeys(geometry, "key").load(tokens[source])),
         "store": "\n".join(lines),
         "bounds": "\n".join(_completed(usable)),
     }
     degrees = {a.name: _degree(selection.program, v, moments.statistic(v)[0]) for v, a in arrays.items()}
-    return Statistics(holes, arrays, tuple(moments.equations), source, degrees)
+    return Statistics(holes, arrays, tuple(moments.equations), degrees)
 
 
 def _moments(statistics: CellStatistics, width: int) -> list[str]:
@@ -186,7 +185,7 @@ def _select(code: SelectionCode) -> Kernel:
         "decode_select",
         covers,
         (SEQLENS, PAGES, SCORES, SCORE_MAX, SCORE_SUM),
-        (*CANDIDATES, ARRIVED, INDICES, PLACES),
+        (*CANDIDATES, ARRIVED, INDICES, BLOCK_PLACES),
         holes,
         "(TOKENS, B * Hkv, CHUNKS)",
         scalars=("Hkv", "PAGE", "PAGES", "MAX_PAGES", "SPLITS", "CHUNKS", "CHUNK"),

@@ -20,7 +20,7 @@ from splagen.expression import symbol
 from splagen.ir.check import check
 from splagen.ir.gradient import derive_gradient
 from splagen.ir.passes import LOWERING, drop_unused, run
-from splagen.ir.program import Contract, Equation, Iota, Map, Program, Softmax, Var, placeholder
+from splagen.ir.program import Contract, Equation, Iota, Map, Program, Softmax, Var, placeholder, slice_back
 from splagen.ir.text import equation_text
 
 LSE = "dense_lse"  # [B, Hq, L], as torch lays it out
@@ -70,7 +70,7 @@ class DenseAttention:
         read = {x: [eq for eq in program.equations if x in eq.args] for x in (q, k, v, product.out, scores.out)}
         if not attends or any(len(readers) != 1 for readers in read.values()):
             return None
-        positions = _ancestors(program, mask)
+        positions = slice_back(program, [mask.out], program.inputs)
         covers = (*positions, product, scores, weights, sums[0])
         return cls(q, k, v, sums[0].out, float(scale), bool(causal), covers)  # type: ignore[arg-type]
 
@@ -87,16 +87,6 @@ def _is_causal(program: Program, mask: Var) -> bool | None:
         return None
     inside = sp.Lt(key, symbol("L"))
     return {inside: False, sp.And(inside, sp.Le(key, query)): True}.get(seen)
-
-
-def _ancestors(program: Program, eq: Equation) -> tuple[Equation, ...]:
-    """The equations that one depends on, and itself, in order."""
-    wanted, found = {eq.out}, []
-    for other in reversed(program.equations):
-        if other.out in wanted:
-            found.append(other)
-            wanted.update(other.args)
-    return tuple(reversed(found))
 
 
 @dataclass(frozen=True)

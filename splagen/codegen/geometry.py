@@ -166,7 +166,7 @@ class Rows:
 
     geometry: Geometry
     side: str  # "query" or "key"
-    signed: bool
+    signed: bool = False
 
     @property
     def mask(self) -> str:

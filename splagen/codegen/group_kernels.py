@@ -37,6 +37,7 @@ def scan_kernel(
         "parts": r.parts,
         "d_size": d,
         "e_size": e,
+        "size": d * e,
         "d_extent": wide_d,
         "e_extent": wide_e,
     }
@@ -64,9 +65,8 @@ def sum_kernel(r: Recurrence, parts: Array, output: Array, base: Array | None) -
     """Rows of slots -> rows of tokens: the sum over a token's slots and its group's value heads."""
     over_group = output.layout == "token_rows"
     head = "head" if over_group or r.group_size == 1 else f"head // {r.group_size}"
-    slot = (
-        "tl.load(places_ptr + (router * T + token) * CHOICES + choice, mask=row_ok, other=0)" if r.gathered else "token"
-    )
+    at = "(router * T + token).to(tl.int64) * CHOICES + choice"
+    slot = f"tl.load(places_ptr + {at}, mask=row_ok, other=0)" if r.gathered else "token"
     holes = {
         "doc": f"{output.name}: the sum of {parts.name} over a token's slots and the value heads of a group.",
         "parts": parts.name,

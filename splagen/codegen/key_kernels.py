@@ -14,7 +14,6 @@ import sympy as sp
 
 from splagen.codegen.geometry import Rows, array_of, column_name, features_of, is_query_row, is_tile_value
 from splagen.codegen.kernel import Array, Kernel
-from splagen.codegen.region import slice_back
 from splagen.codegen.render import render
 from splagen.codegen.row_code import RowCode
 from splagen.codegen.tile_code import (
@@ -36,7 +35,7 @@ from splagen.codegen.tile_code import (
     store_part,
     sums_of_tiles,
 )
-from splagen.ir.program import Equation, Map, Var, placeholder
+from splagen.ir.program import Equation, Map, Var, placeholder, slice_back
 
 Outputs: TypeAlias = Sequence[tuple[Var, Array]]
 PART = "part = (bh * nT * BUDGET + entry) * ROWS + row"  # the i-th chosen block of a query row
@@ -161,7 +160,7 @@ class _KeyKernel:
         totals = self._totals(wanted)
         for v in totals:
             features = features_of(v)
-            width = geometry.width(features, pad=True) if features else 1
+            width = geometry.width(features, pad=True)
             self.sums[v] = Array(f"{v.name}_parts", "segments", features, (width,), "float32", True)
             column = column_name(features)
             total = f"tl.where(key_ok[:, None], {v.name}, 0.0)" if self.masked_behind else v.name
@@ -194,18 +193,17 @@ class _KeyKernel:
         grid: str,
         scalars: tuple[str, ...],
     ) -> Kernel:
-        key_side = Rows(self.geometry, "key", False)
+        key_side = Rows(self.geometry, "key")
         for v in self.keys_used:
             array = self.available[v]
             self.arrays[array.name] = array
             self.loads.append(f"{v.name} = {key_side.load(array)}  # [BLOCK_N, {array.width[0]}]")
-        order = {eq.out: i for i, eq in enumerate(self.program.equations)}
         own = {
             "loads": "\n".join(self.loads),
             "accumulators": [{"name": v.name, "shape": f"(BLOCK_N, {a.width[0]})"} for v, a in self.sums.items()],
             "loops": loops,
         }
-        covers = tuple(sorted(self.covers, key=lambda eq: order[eq.out]))
+        covers = self.program.in_order(self.covers)
         inputs = tuple(self.arrays.values())
         return Kernel(name, "block_sparse_dkv", covers, inputs, made, {**holes, **own}, grid, scalars)
 

@@ -22,7 +22,6 @@ from splagen.codegen.module_holes import (
     launch_line,
     op_holes,
     parameters,
-    pass_holes,
     schedule_text,
     sources,
 )
@@ -63,9 +62,10 @@ def module_text(part: Partition, *, name: str, digest: str, spec_text: str) -> s
             "computed": computed(part, inputs[0], ", ".join(inputs), ", ".join([*inputs, *residuals, *cotangents])),
             "op": op,
             "name": name,
+            "constants": constants,
             "schedules": schedule_text(schedules),
-            "fakes": [{"name": a.name, "value": _allocation(a, constants)} for a in (*part.outputs, *part.saved)],
-            "returned": _returned("backward_op", inputs, gradients, cotangents),
+            "fakes": [_allocation(a, constants) for a in (*part.outputs, *part.saved)],
+            "returned": _returned("backward_op", inputs, gradients, cotangents[0]),
             "parameters": parameters(part.inputs, geometry, queries="n.B, n.L", keys="n.B, n.L"),
             "dense": _dense_text(part, part.dense, op, constants) if part.dense else "",
             "chosen_op": f"op_for({inputs[0]})" if part.dense else "forward_op",
@@ -225,12 +225,19 @@ def passes(part: Partition, given: Sequence[Array], *numbers: str) -> list[dict[
     found = []
     ways = [("", "", part), *([("direct_", " for few blocks", part.direct.part)] if part.direct else [])]
     for prefix, among, one in ways:
-        rounds = [rounds_text(one, d, arrays, *numbers) for d, arrays in (("forward", given), ("backward", behind))]
-        doc = f"Launch the forward kernels{among}: returns {', '.join(results)}."
-        calls = _forward_calls(one, {*tensors, *results})
-        found.append(pass_holes(f"{prefix}forward", tensors, doc, calls, rounds[0]))
-        doc = f"Launch the backward kernels{among}: returns the gradients of {gradients}."
-        found.append(pass_holes(f"{prefix}backward", later, doc, _backward_calls(one, set(later)), rounds[1]))
+        calls = _forward_calls(one, {*tensors, *results}), _backward_calls(one, set(later))
+        for direction, names, arrays, made, text in (
+            ("forward", tensors, given, ", ".join(results), calls[0]),
+            ("backward", later, behind, f"the gradients of {gradients}", calls[1]),
+        ):
+            hole = {
+                "name": f"{prefix}{direction}",
+                "tensors": ", ".join(names),
+                "doc": f"Launch the {direction} kernels{among}: returns {made}.",
+                "rounds": rounds_text(one, direction, arrays, *numbers),
+                "calls": text,
+            }
+            found.append(hole)
     return found
 
 
@@ -331,15 +338,15 @@ def _dense_text(part: Partition, dense: Dense, op: str, constants: dict[str, int
             "rows_cotangents": [o_cotangent, *results],
             "differentiable": differentiable,
             "gradients": gradients,
-            "returned": _returned("dense_backward_op", inputs, differentiable, [cotangent.name]),
+            "returned": _returned("dense_backward_op", inputs, differentiable, cotangent.name),
             "fakes": [_allocation(a, constants) for a in arrays],
         },
     )
 
 
-def _returned(op: str, inputs: Sequence[str], gradients: Sequence[str], cotangents: Sequence[str]) -> str:
+def _returned(op: str, inputs: Sequence[str], gradients: Sequence[str], cotangent: str) -> str:
     """Lines that return what autograd wants of an op's backward: None in the place of an input without a gradient."""
-    call = f"apply({op}, *ctx.saved_tensors, {cotangents[0]})"
+    call = f"apply({op}, *ctx.saved_tensors, {cotangent})"
     if len(gradients) == len(inputs):
         return f"return {call}"
     placed = ", ".join(f"d_{x}" if x in gradients else "None" for x in inputs)

@@ -13,7 +13,7 @@ from splagen.codegen.render import kernel_text, render
 from splagen.ir.program import Equation
 from splagen.ir.text import equation_text
 
-GENERATOR = 15  # bumped when the text or the numbers of kernels change on purpose
+GENERATOR = 16  # bumped when the text or the numbers of kernels change on purpose
 
 
 def sources(kernels: Sequence[Kernel], host: Callable[[Kernel], str]) -> list[dict[str, str]]:
@@ -59,11 +59,6 @@ def _called(functions: Sequence[str], text: str) -> list[str]:
         found |= {f: render(f, {}) for f in called}
         text = "".join(found[f] for f in called)
     return [found[f] for f in functions if f in found]
-
-
-def pass_holes(name: str, tensors: Iterable[str], doc: str, calls: str, rounds: str = "") -> dict[str, str]:
-    """The holes of a host function that launches kernels: `rounds` are lines before those that do."""
-    return {"name": name, "tensors": ", ".join(tensors), "doc": doc, "rounds": rounds, "calls": calls}
 
 
 def computed(part: Partition, sizes: str, forward: str, backward: str) -> dict[str, str]:

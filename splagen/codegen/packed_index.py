@@ -54,7 +54,7 @@ def _packed(kernel: Kernel, walk: Walk, packing: Packing, *more: Array) -> Kerne
         **packing.before_index(),
     }
     lines = [
-        *packing.place("tl.program_id(1) // Hkv"),
+        *packing.place("tl.program_id(1) // Hkv", index=""),
         *(f"{a.name}_ptr += {before[a.name]}" for a in kernel.arrays),
         "head = (tl.program_id(1) % Hkv).to(tl.int64)",
     ]
@@ -62,5 +62,5 @@ def _packed(kernel: Kernel, walk: Walk, packing: Packing, *more: Array) -> Kerne
         kernel,
         inputs=(*kernel.inputs, *more, *packing.bounds),
         scalars=("LONGEST", "Hkv"),
-        batch="\n".join(lines).replace(f"work_{LENGTHS}_ptr", f"{LENGTHS}_ptr"),
+        batch="\n".join(lines),
     )

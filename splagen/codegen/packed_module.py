@@ -32,7 +32,7 @@ def packed_module_text(part: PackedPartition, *, name: str, digest: str, spec_te
     geometry, walk = Geometry.of(program), Walk.of(program)
     packing = Packing.of(walk)
     returned = {a.name for a in part.outputs} | {v.name for _, v in part.gradients}
-    host = Host(packing, returned)
+    host = PackedHost(packing, returned)
     constants = constants_of(geometry, walk)
     given = [*part.inputs, BOUNDS]
     tensors, behind = [a.name for a in given], [a.name for a in (*part.residuals, *part.cotangents)]
@@ -85,7 +85,7 @@ def packed_index_text(walk: Walk, packing: Packing, kernels: tuple[Kernel, ...])
     )
 
 
-class Host:
+class PackedHost:
     """Launchers: what a caller or a sum reads beyond all sequences is 0."""
 
     def __init__(self, packing: Packing, returned: set[str]) -> None:

@@ -82,15 +82,18 @@ class Packing:
         """What tells kernels where sequences lie."""
         return (BOUNDS,)
 
-    def place(self, sequence: str) -> list[str]:
-        """Lines that find the sequence, given by its number, its first token and length; those not read disappear."""
+    def place(self, sequence: str, index: str = "work_") -> list[str]:
+        """Lines that find the sequence, given by its number, its first token and length; those not read disappear.
+
+        `index` begins the names of the tensors of the inverse index.
+        """
         block = self.geometry.block
         return [
             f"sequence = {sequence}",
             "first_token = tl.load(bounds_ptr + sequence).to(tl.int64)",
             "L = tl.minimum(tl.load(bounds_ptr + sequence + 1) - first_token, LONGEST).to(tl.int32)",
             f"SEGMENTS = (L + {block - 1}) // {block} * 2  # at the most",
-            f"SEGMENT = tl.load(work_{LENGTHS}_ptr + sequence)",
+            f"SEGMENT = tl.load({index}{LENGTHS}_ptr + sequence)",
         ]
 
     def leave(self, kernel: Kernel) -> list[str]:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from splagen.codegen.base_two import LN_2
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.query_kernels import QuerySide
-from splagen.codegen.region import slice_back
 from splagen.codegen.tile_code import (
     WORK,
     Sum,
@@ -26,7 +25,7 @@ from splagen.codegen.tile_code import (
     store_part,
     sums_of_tiles,
 )
-from splagen.ir.program import Equation, Lse, Var
+from splagen.ir.program import Equation, Var, slice_back
 
 
 def parts_kernels(
@@ -37,8 +36,7 @@ def parts_kernels(
     `wanted` are the outputs of the kernel that merges them.  Sums that read no query row in common have kernels of
     their own: less is held at once, and more of them run side by side.
     """
-    program = walk.program
-    (lse,) = [eq for eq in program.equations if isinstance(eq.op, Lse) and "n" in eq.op.axes]
+    program, lse = walk.program, walk.lse
     code = TileCode(walk, walk.chosen_facts, to_keys=False)
     sums = sums_of_tiles(program, slice_back(program, wanted, [*program.inputs, *available]), to_keys=False)
     kernels: list[Kernel] = []
@@ -72,7 +70,7 @@ def _parts_kernel(
     results = [*([lse.out] if lse else []), *(s.into for s in (*softmax, *linear))]
     parts = {v: part_array(v, geometry) for v in results}
     held = {v: v.name for v in parts} | ({lse.out: f"(row_max + tl.log2(row_sum)) * {LN_2}"} if lse else {})
-    covers: dict[Equation, None] = dict.fromkeys([*side.covers, *tile.products, *tile.equations])
+    covers = [*side.covers, *tile.products, *tile.equations]
     setup, count, _ = walk.forced("T", {"J": "j", "L": "L"}, "nT", "i")
     first = "tl.maximum(first, 0)"
     ahead, entry = entries_ahead(first)
@@ -91,11 +89,10 @@ def _parts_kernel(
         "sums": "\n".join(code.sum_line(s, tile.names) for s in linear),
         "stores": "\n".join(store_part(array, held[v]) for v, array in parts.items()),
     }
-    order = {eq.out: i for i, eq in enumerate(program.equations)}
     kernel = Kernel(
         name,
         "block_sparse_parts",
-        tuple(sorted(covers, key=lambda eq: order[eq.out])),
+        program.in_order(covers),
         tuple(side.arrays.values()),
         tuple(parts.values()),
         holes,

@@ -28,7 +28,6 @@ from splagen.codegen.key_kernels import key_groups, key_kernels, merge_kernel
 from splagen.codegen.module_kernels import ProgramKernels
 from splagen.codegen.part_kernels import parts_kernels
 from splagen.codegen.query_kernels import dq_kernel, dq_kernels, forward_kernel, forward_kernels
-from splagen.codegen.region import slice_back
 from splagen.codegen.remaining_kernels import Remaining, differences, remaining_kernel
 from splagen.codegen.render import kernel_text
 from splagen.codegen.row_kernels import partial_array, rows_kernel
@@ -47,7 +46,7 @@ from splagen.codegen.unions import has_unions
 from splagen.errors import PartitionError
 from splagen.ir.check import check
 from splagen.ir.passes import join_sums, settle_names
-from splagen.ir.program import Contract, Equation, Iota, Lse, Map, Program, TopK, Var, descendants
+from splagen.ir.program import Contract, Equation, Iota, Lse, Map, Program, TopK, Var, descendants, slice_back
 from splagen.ir.text import equation_text
 
 Results: TypeAlias = list[tuple[Var, Array]]
@@ -227,12 +226,11 @@ class _Partitioner:
     def _backward(self) -> None:
         kernels = self.result.backward
         available = dict(self.arrays)
-        gradients = dict(self.program.gradients)
         self._key_features(kernels, available, self.backward_equations)
         self._query_features(kernels, available, self.backward_equations)
         self._row_cotangents(kernels, available)
         self._states(kernels, available, self.backward_equations)
-        self._tile_gradients(kernels, available, gradients)
+        self._tile_gradients(kernels, available)
         for x, g in self.program.gradients:
             self.result.gradients.append((x.name, g))
 
@@ -275,7 +273,7 @@ class _Partitioner:
     def _states(self, kernels: list[Kernel], available: dict[Var, Array], equations: Sequence[Equation]) -> None:
         """States, scan and read-outs whose result is among `equations`."""
         within = set(equations)
-        for chain in state_chains(self.program, list(self.program.equations)):
+        for chain in state_chains(self.program):
             reads = [eq for eq in chain.reads if eq in within]
             if not reads:
                 continue
@@ -323,7 +321,7 @@ class _Partitioner:
         for eq in self.backward_equations:
             if eq in cross or is_tile_value(eq.out) or is_state(eq.out):
                 wanted.update(dict.fromkeys(v for v in eq.args if is_query_row(v) and v not in available))
-        late = self._after(cross)
+        late = descendants(self.program, [eq.out for eq in cross])
         rows = [v for v in wanted if v not in late and not is_state(v) and v.kind == "real"]
         rows = [v for v in rows if not self._formed_there(v, self.backward_equations)]
         outputs = [(v, array_of(v, self.geometry, internal=True)) for v in rows]
@@ -342,13 +340,9 @@ class _Partitioner:
         """Equations of kernels that go beyond a row: sums of tiles, states, read-outs."""
         return {eq for eq in equations if isinstance(eq.op, Contract) and not is_row_local(eq)}
 
-    def _after(self, equations: set[Equation]) -> set[Var]:
-        """Variables that depend on the result of one of the equations, and these results."""
-        return descendants(self.program, [eq.out for eq in equations])
-
-    def _tile_gradients(self, kernels: list[Kernel], available: dict[Var, Array], gradients: dict[Var, Var]) -> None:
+    def _tile_gradients(self, kernels: list[Kernel], available: dict[Var, Array]) -> None:
         """Gradients of query rows by query tile and of key rows by key block; or, as a choice, both by key block."""
-        rows, keys = self._gradient_rows(available, gradients)
+        rows, keys = self._gradient_rows(available)
         by_row = dq_kernels(self.walk, available, rows)
         wanted, asked = [v for v, _ in keys], [v for v, _ in rows]
         alone = key_groups(self.walk, available, wanted)
@@ -365,13 +359,12 @@ class _Partitioner:
             if has_unions(self.geometry):
                 options.append((dq_kernel(self.walk, available, rows, chosen="union"), *by_key.kernels))
             self.result.strategies.append(Choice("backward_strategy", tuple(options)))
-        available.update([*rows, *keys])
 
-    def _gradient_rows(self, available: dict[Var, Array], gradients: dict[Var, Var]) -> tuple[Results, Results]:
+    def _gradient_rows(self, available: dict[Var, Array]) -> tuple[Results, Results]:
         """Gradients that tiles give to query rows and to key rows, with those of parameters that follow from them."""
-        rows = [(g, array_of(g, self.geometry, internal=False)) for x, g in gradients.items() if is_query_row(x)]
+        rows = [(g, array_of(g, self.geometry, internal=False)) for x, g in self.program.gradients if is_query_row(x)]
         rows = [(g, a) for g, a in rows if g not in available] + self._late_parameters(available, "query")
-        keys = [(g, array_of(g, self.geometry, internal=False)) for x, g in gradients.items() if is_key_row(x)]
+        keys = [(g, array_of(g, self.geometry, internal=False)) for x, g in self.program.gradients if is_key_row(x)]
         return rows, keys + self._late_parameters(dict([*available.items(), *rows]), "key")
 
     def _late_parameters(self, available: dict[Var, Array], side: str) -> list[tuple[Var, Array]]:
@@ -407,8 +400,8 @@ class _DirectPartitioner(_Partitioner):
         kernels.append(choices_kernel(self.walk.budget))
         kernels += forward_kernels(self.walk, available, results, "direct")
 
-    def _tile_gradients(self, kernels: list[Kernel], available: dict[Var, Array], gradients: dict[Var, Var]) -> None:
-        rows, keys = self._gradient_rows(available, gradients)
+    def _tile_gradients(self, kernels: list[Kernel], available: dict[Var, Array]) -> None:
+        rows, keys = self._gradient_rows(available)
         wanted = [v for v, _ in keys]
         kernels.append(choices_kernel(self.walk.budget))
         kernels += dq_kernels(self.walk, available, rows, "direct")
@@ -416,4 +409,3 @@ class _DirectPartitioner(_Partitioner):
         by_key = key_kernels(self.walk, available, groups, wanted, direct=True)
         kernels += by_key.kernels
         kernels.append(rows_kernel("key_gradients", self.program, "key", {**available, **by_key.sums}, keys))
-        available.update([*rows, *keys])

@@ -17,7 +17,7 @@ from splagen.codegen.module_holes import (
     sizes,
     sources,
 )
-from splagen.codegen.packed_module import Host, packed_index_text
+from splagen.codegen.packed_module import PackedHost, packed_index_text
 from splagen.codegen.packing import BOUNDS
 from splagen.codegen.prefill_packing import ALIGNED, FIELDS, QUERIES, PrefillPacking
 from splagen.codegen.prefill_partition import PrefillPartition, pools_of, scaled_pools
@@ -37,7 +37,7 @@ def prefill_module_text(part: PrefillPartition, *, name: str, digest: str, spec_
     """The source of the generated module."""
     geometry, walk = Geometry.of(part.program), Walk.of(part.program)
     packing = PrefillPacking.of(walk)
-    host = Host(packing, set())
+    host = PackedHost(packing, set())
     constants = constants_of(geometry, walk)
     inputs = [a.name for a in part.inputs]
     before = [a for a, _ in part.before]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.packing import BOUNDS, Packing, heads_of
-from splagen.codegen.unions import lists_text
+from splagen.codegen.unions import union_shape
 
 ALIGNED = 128  # positions: a multiple of every tile, block and number of rows of a program
 FIELDS = {  # what `queries` [sequences, fields] says of each, by name
@@ -58,10 +58,10 @@ class PrefillPacking(Packing):
         """What tells kernels where sequences lie."""
         return (BOUNDS, QUERIES)
 
-    def place(self, sequence: str) -> list[str]:
+    def place(self, sequence: str, index: str = "work_") -> list[str]:
         """Those of all packed sequences, from where queries are there, and the first chunk of states."""
         return [
-            *super().place(sequence),
+            *super().place(sequence, index),
             *[
                 f"{field} = tl.load({QUERIES.name}_ptr + sequence * {len(FIELDS)} + {i}).to(tl.int64)"
                 for i, field in enumerate(FIELDS)
@@ -112,12 +112,9 @@ class PrefillPacking(Packing):
             case "indices" | "counts" | "parts":
                 return [self.tiles_text(), "n.Hkv", *map(str, self._widths(a))]
             case "unions":
-                most = f"{lists_text(self.geometry.tile * self.geometry.group)} * {self.budget}"
-                return ["grid[0] * grid[1]", f"min(n.nJ, {most})", *map(str, a.width)]
+                return union_shape(self.geometry.tile * self.geometry.group, self.budget)
             case "token_rows":
                 return ["n.Q", "n.Hq", *map(str, a.width)]
-            case "sequences":
-                return ["n.B", "n.Hkv", *map(str, a.width)]
         return super().shape(kernel, a)
 
     def tiles_text(self) -> str:

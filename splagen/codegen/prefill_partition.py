@@ -13,7 +13,7 @@ from splagen.codegen.packed_index import packed_index_kernels
 from splagen.codegen.partition import Partition
 from splagen.codegen.prefill_packing import PrefillPacking
 from splagen.codegen.prefill_rows import (
-    PLACES,
+    FIND_PLACES,
     cached_rows,
     kept_numbers,
     kept_statistics,
@@ -21,14 +21,14 @@ from splagen.codegen.prefill_rows import (
     pages_of,
     placed_queries,
     taken_output,
+    token_array,
 )
-from splagen.codegen.region import slice_back
 from splagen.codegen.row_kernels import rows_kernel
 from splagen.codegen.state_kernels import StateChain, carried_kernel, resumed, state_chains
 from splagen.codegen.tile_code import Walk
 from splagen.errors import PartitionError
 from splagen.ir.partitions import copy_name
-from splagen.ir.program import Program
+from splagen.ir.program import Program, slice_back
 
 FORWARD = "forward_strategy"
 _OF_NEW = ("new_rows", "key_numbers", "kept_numbers")  # kernels of the keys at positions of queries
@@ -65,6 +65,11 @@ class PrefillPartition(ProgramKernels):
         return list({k.name: k for k in (*super().kernels, *self.paged.values())}.values())
 
     @property
+    def key_rows(self) -> tuple[str, ...]:
+        """Names of the rows that a new token has for each KV head; all others are of query heads."""
+        return tuple(token_array(a).name for a in self.inputs if a.layout == "key_rows")
+
+    @property
     def kept(self) -> tuple[Array, ...]:
         """What a cache takes up, in the order in which the module returns it behind the output."""
         return (*self.statistics, *self.numbers, *(a for a, _ in self.states))
@@ -90,7 +95,7 @@ def prefill_partition(part: Partition, step: Decoding) -> PrefillPartition:
     walk, geometry = Walk.of(program), Geometry.of(program)
     packing = PrefillPacking(geometry, walk.budget)
     within = set(slice_back(program, program.outputs, program.inputs))
-    chains = [c for c in state_chains(program, list(program.equations)) if within & set(c.reads)]
+    chains = [c for c in state_chains(program) if within & set(c.reads)]
     summed = [next(eq for eq in c.summed if eq in within) for c in chains]
     carried = [carried_kernel(c, eq, walk) for c, eq in zip(chains, summed, strict=True)]
     states = tuple((k.outputs[0], _parts(c, k.outputs[0], geometry)) for c, k in zip(chains, carried, strict=True))
@@ -125,7 +130,7 @@ def prefill_partition(part: Partition, step: Decoding) -> PrefillPartition:
         numbers=numbers.outputs if numbers else (),
         states=states,
         before=tuple(before),
-        index=(*packed_index_kernels(walk, packing), PLACES),
+        index=(*packed_index_kernels(walk, packing), FIND_PLACES),
         batch=tuple(batch.values()),
     )
     _check_complete(found, step)

@@ -14,14 +14,14 @@ from splagen.codegen.kernel import BATCH, Array, Kernel
 from splagen.codegen.packing import BOUNDS
 from splagen.codegen.prefill_packing import ALIGNED, FIELDS, QUERIES
 from splagen.codegen.region import padded_extent
-from splagen.codegen.row_kernels import NO_SUMS
+from splagen.codegen.row_kernels import QUERY_HEAD, row_holes
 from splagen.codegen.step_rows import PAGES, SEQLENS, SETTLED, PagedRows, scale_array
 
 SLOTS = Array("slots", "table", dtype="int64")  # [sequences]: their rows of the page table
 BOUNDS_OF_TOKENS = Array("cu_seqlens", "table", dtype="int32")  # [sequences + 1]
 AFTER = Array("after", "index", dtype="int32")  # [sequences]: lengths with the new tokens, 0 where none is taken
 
-PLACES = Kernel(
+FIND_PLACES = Kernel(
     name="places",
     template="prefill_places",
     covers=(),
@@ -30,6 +30,7 @@ PLACES = Kernel(
     holes={
         "doc": "Where the keys and queries of each sequence lie; one without pages for its new tokens has neither.",
         "aligned": ALIGNED,
+        "aligned_less_1": ALIGNED - 1,
         "fields": len(FIELDS),
     },
     grid="",  # prefill_module.jinja launches it
@@ -73,7 +74,7 @@ def pages_of(a: Array) -> Array:
 
 def placed_queries(arrays: Sequence[Array], geometry: Geometry) -> Kernel:
     """Rows of tokens -> rows by position from the origin of the queries, zeros before the first."""
-    given, rows = TokenRows(geometry, "query", False), Rows(geometry, "query", False)
+    given, rows = TokenRows(geometry, "query"), Rows(geometry, "query")
     tokens = [(token_array(a), a) for a in arrays]
     lines = [
         "is_token = row_ok & (qpos >= first_query)",
@@ -87,7 +88,7 @@ def placed_queries(arrays: Sequence[Array], geometry: Geometry) -> Kernel:
 
 def taken_output(output: Array, geometry: Geometry) -> Kernel:
     """Rows by position -> rows of tokens, NaN where the sequence has no pages for them; others are as they were."""
-    taken, rows = TokenRows(geometry, "query", False), Rows(geometry, "query", False)
+    taken, rows = TokenRows(geometry, "query"), Rows(geometry, "query")
     made = token_array(output)
     lines = [
         "is_token = number < query_count",
@@ -107,7 +108,7 @@ def taken_output(output: Array, geometry: Geometry) -> Kernel:
 
 def new_rows(keys: Sequence[Array], geometry: Geometry) -> Kernel:
     """What new tokens bring for each KV head -> pages, in place."""
-    given, kept = TokenRows(geometry, "key", False), KeptRows(geometry, "key", False)
+    given, kept = TokenRows(geometry, "key"), KeptRows(geometry, "key")
     tokens, pools = [token_array(a) for a in keys], [pages_of(a) for a in keys]
     lines = [
         "is_token = key_ok & (kpos >= first_query)",
@@ -125,7 +126,7 @@ def new_rows(keys: Sequence[Array], geometry: Geometry) -> Kernel:
 
 def cached_rows(keys: Sequence[Array], geometry: Geometry) -> Kernel:
     """Pages -> the rows of all keys of the sequences, one sequence behind the other, times their scales."""
-    pages, rows = PagedRows(geometry, "key", False), Rows(geometry, "key", False)
+    pages, rows = PagedRows(geometry, "key"), Rows(geometry, "key")
     pools = [pages_of(a) for a in keys]
     scales = [scale_array(a) for a in pools]
     lines = [*_page("kpos", "key_ok", "PAGE"), *_columns(keys, geometry)]
@@ -139,7 +140,7 @@ def cached_rows(keys: Sequence[Array], geometry: Geometry) -> Kernel:
 
 def kept_numbers(numbers: Sequence[Array], geometry: Geometry) -> Kernel:
     """Numbers of new keys -> pages, in place."""
-    rows, kept = Rows(geometry, "key", False), KeptRows(geometry, "key", False)
+    rows, kept = Rows(geometry, "key"), KeptRows(geometry, "key")
     lines = ["is_new = key_ok & (kpos >= first_query)", *_page("kpos", "is_new", "PAGE")]
     lines += [kept.store(pages_of(a), rows.load(a)) for a in numbers]
     pools = [pages_of(a) for a in numbers]
@@ -189,41 +190,21 @@ def _store(kept: KeptRows, pool: Array, value: str) -> list[str]:
 def _by_query(
     name: str, doc: str, inputs: Sequence[Array], outputs: Sequence[Array], position: str, lines: Sequence[str]
 ) -> Kernel:
-    heads = "(Hkv * GROUP)"
-    holes = {
-        "doc": doc,
-        "heads": heads,
-        "head": "query_head",
-        "position": position,
-        "row_ok": "row_ok",
-        "of_head": "head = query_head + tl.zeros((BLOCK_M,), tl.int64)",
-        "body": "\n".join(lines),
-        **NO_SUMS,
-    }
-    grid, batch = "(cdiv(L, BLOCK_M), B * Hq)", BATCH.format(heads=heads)
+    holes = {"doc": doc, **row_holes("query", position, [QUERY_HEAD], lines)}
+    grid, batch = "(cdiv(L, BLOCK_M), B * Hq)", BATCH.format(heads=holes["heads"])
     return Kernel(name, "rows", (), tuple(inputs), tuple(outputs), holes, grid, tunable=("BLOCK_M",), batch=batch)
 
 
 def _by_key(
     name: str, doc: str, inputs: Sequence[Array], outputs: tuple[Array, ...], position: str, lines: Sequence[str]
 ) -> Kernel:
-    holes = {
-        "doc": doc,
-        "heads": "Hkv",
-        "head": "h",
-        "position": position,
-        "row_ok": "key_ok",
-        "of_head": "",
-        "body": "\n".join(lines),
-        **NO_SUMS,
-    }
     return Kernel(
         name,
         "rows",
         (),
         (*inputs, PAGES, SLOTS),
         outputs,
-        holes,
+        {"doc": doc, **row_holes("key", position, [], lines)},
         "(cdiv(L, BLOCK_M), B * Hkv)",
         scalars=("L", "Hkv", "PAGE", "MAX_PAGES"),
         tunable=("BLOCK_M",),

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 from splagen.codegen.base_two import LN_2, LOG2_E
 from splagen.codegen.geometry import BlockRows, Rows, array_of, features_of
 from splagen.codegen.kernel import Array, Kernel
-from splagen.codegen.region import slice_back
 from splagen.codegen.row_code import RowCode
 from splagen.codegen.tile_code import (
     CHOICES,
@@ -27,7 +26,7 @@ from splagen.codegen.tile_code import (
     sums_of_tiles,
 )
 from splagen.codegen.unions import SPAN, UNION, union_walk
-from splagen.ir.program import Equation, Lse, Reduce, Var
+from splagen.ir.program import Equation, Reduce, Var, descendants, slice_back
 
 FULL = 32  # query rows that share a list of blocks: a tile of so many fills its registers
 WHOLE = 64  # query rows of a product of four warps: their registers hold the keys' offsets too
@@ -137,7 +136,7 @@ class QuerySide:
         for v in keys:
             array = self.available[v]
             self.use([array])
-            side = self.key_rows(self.geometry, "key", False)
+            side = self.key_rows(self.geometry, "key")
             lines.append(f"{v.name} = {side.load(array, mask=not known)}  # [BLOCK_N, {array.width[0]}]")
         return lines
 
@@ -192,8 +191,6 @@ class QuerySide:
         totals = [self.program.definitions[v] for v in accumulators(sums)]
         self.covers.update(dict.fromkeys([*(s.equation for s in sums), *totals]))
         self.covers.update(dict.fromkeys(eq for t in tiles for eq in (*t.products, *t.equations)))
-        order = {eq.out: i for i, eq in enumerate(self.program.equations)}
-        covers = tuple(sorted(self.covers, key=lambda eq: order[eq.out]))
         holes = {
             "prologue": "\n".join(prologue),
             "accumulators": [{"name": v.name, "shape": self.rows.tile_shape(v)} for v in accumulators(sums)],
@@ -205,31 +202,40 @@ class QuerySide:
         grid = f"({tiles_of_span} * cdiv({span} * GROUP, BLOCK_M), B * Hkv)"
         made = tuple(a for _, a in outputs)
         inputs = tuple(self.arrays.values())
-        return Kernel(name, template, covers, inputs, made, holes, grid, scratch=self.scratch)
+        return Kernel(
+            name, template, self.program.in_order(self.covers), inputs, made, holes, grid, scratch=self.scratch
+        )
 
 
 def forward_kernels(
     walk: Walk, available: Mapping[Var, Array], outputs: Sequence[tuple[Var, Array]], chosen: Chosen = "list"
 ) -> tuple[Kernel, ...]:
     """Block-sparse attention by row: one kernel, or one for the sums beside the softmax and one for the rest."""
-    first = _apart(walk, available, outputs, chosen)
-    if not first:
-        return (forward_kernel(walk, available, outputs, chosen=chosen),)
-    linear = dq_kernel(walk, available, list(first.items()), chosen=chosen, name="linear_forward")
-    rest = [(v, a) for v, a in outputs if v not in first]
-    return linear, forward_kernel(walk, {**available, **first}, rest, chosen=chosen)
+    return _by_row(forward_kernel, "linear_forward", walk, available, outputs, chosen)
 
 
 def dq_kernels(
     walk: Walk, available: Mapping[Var, Array], outputs: Sequence[tuple[Var, Array]], chosen: Chosen = "list"
 ) -> tuple[Kernel, ...]:
     """Gradients of query rows by row, as `forward_kernels`."""
+    return _by_row(dq_kernel, "linear_dq", walk, available, outputs, chosen)
+
+
+def _by_row(
+    kernel: Callable[..., Kernel],
+    linear: str,
+    walk: Walk,
+    available: Mapping[Var, Array],
+    outputs: Sequence[tuple[Var, Array]],
+    chosen: Chosen,
+) -> tuple[Kernel, ...]:
+    """The one `kernel`, or behind that of the sums beside the softmax, which is named `linear`."""
     first = _apart(walk, available, outputs, chosen)
     if not first:
-        return (dq_kernel(walk, available, outputs, chosen=chosen),)
-    linear = dq_kernel(walk, available, list(first.items()), chosen=chosen, name="linear_dq")
+        return (kernel(walk, available, outputs, chosen=chosen),)
+    beside = dq_kernel(walk, available, list(first.items()), chosen=chosen, name=linear)
     rest = [(v, a) for v, a in outputs if v not in first]
-    return linear, dq_kernel(walk, {**available, **first}, rest, chosen=chosen)
+    return beside, kernel(walk, {**available, **first}, rest, chosen=chosen)
 
 
 def _apart(
@@ -252,7 +258,9 @@ def _apart(
     held = [s.into for s in sums] + operands(code.body(code.wanted(sums)).products, [], of_queries=True)
     if sum(geometry.width(f, pad=True) for v in dict.fromkeys(held) if (f := features_of(v))) <= HELD:
         return {}
-    here, there = (_after(equations, some) for some in (linear, [s for s in sums if s not in linear]))
+    behind = program.with_equations(equations)
+    both = linear, [s for s in sums if s not in linear]
+    here, there = (descendants(behind, [s.equation.out for s in some]) for some in both)
     crossing = {v for eq in equations if eq.out in there for v in eq.args}
     given = dict(outputs)
     alone = [v for v in dict.fromkeys([*asked, *(eq.out for eq in equations)]) if v in here and v not in there]
@@ -261,15 +269,6 @@ def _apart(
         for v in alone
         if v in given or v in crossing
     }
-
-
-def _after(equations: Sequence[Equation], sums: Sequence[Sum]) -> set[Var]:
-    """What follows from sums of tiles, and they themselves."""
-    found = {s.equation.out for s in sums}
-    for eq in equations:
-        if found & set(eq.args):
-            found.add(eq.out)
-    return found
 
 
 def forward_kernel(
@@ -286,9 +285,8 @@ def forward_kernel(
     visited here: those of one list, of the "union" of all lists that a program's rows have, or, as the "direct" sum
     over what is left over wants it, all blocks.
     """
-    program, definitions = walk.program, walk.program.definitions
+    program, definitions, lse = walk.program, walk.program.definitions, walk.lse
     side = QuerySide(walk, available)
-    (lse,) = [eq for eq in program.equations if isinstance(eq.op, Lse) and "n" in eq.op.axes]
     forward = slice_back(program, [v for v, _ in outputs], [*program.inputs, *available])
     sums = [s for s in sums_of_tiles(program, forward, to_keys=False)]
     softmax = [s for s in sums if follows_softmax(program, s)]

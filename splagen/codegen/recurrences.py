@@ -46,6 +46,11 @@ class Recurrence:
         return tuple(v for v in self.program.inputs if v.name.startswith("state"))
 
     @property
+    def values(self) -> Var:
+        """The rows of v, which all recurrences of a spec read."""
+        return self.program.var("v")
+
+    @property
     def outputs(self) -> tuple[Var, ...]:
         """Rows o, and the states after."""
         return self.program.outputs
@@ -147,6 +152,11 @@ def routing_input(v: Var) -> str:
     """What of the router an input is, eta, write or read, of any partition; "" if it is rows or a state."""
     stem, _ = copied(v.name, "p")
     return stem if stem in ("eta", "write", "read") else ""
+
+
+def is_exact(v: Var) -> bool:
+    """True of decays and beta, whose gradients are float32 until they get the type of the input; False of rows."""
+    return v.name[0] in "gb"
 
 
 def state_table(name: str) -> Array:

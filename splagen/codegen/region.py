@@ -16,7 +16,7 @@ import sympy as sp
 from splagen.codegen.triton_expr import triton_text
 from splagen.errors import PartitionError
 from splagen.expression import symbol
-from splagen.ir.program import Contract, Equation, Iota, Lse, Map, Program, Reduce, Softmax, Var, placeholder
+from splagen.ir.program import Contract, Equation, Iota, Lse, Map, Reduce, Softmax, Var, placeholder
 from splagen.ir.text import equation_text
 
 
@@ -63,19 +63,20 @@ class Region:
                 return self._map(eq, names, lines)
             case Reduce(how, axes):
                 x, where = self._masked(eq, names)
-                source = self._reduce(how, x, where, axes)
+                source = self._reduce(eq, how, x, where, axes)
             case Contract(keep):
                 product = " * ".join(names[v] for v in eq.args if v.kind == "real")
                 for v in eq.args:
                     if v.kind == "bool" and names[v] != "True":
                         product = f"tl.where({names[v]}, {product}, 0.0)"
-                source = self._reduce("sum", product, None, [a for v in eq.args for a in v.axes if a not in keep])
+                summed = [a for v in eq.args for a in v.axes if a not in keep]
+                source = self._reduce(eq, "sum", product, None, summed)
             case Softmax(axes):
                 return self._softmax(eq, axes, names, lines)
             case Lse(axes):
                 return self._lse(eq, axes, names, lines)
             case Iota((axis,)) if isinstance(self.extents[axis], int):
-                return self._index(axis)
+                return self._index(eq, axis)
             case _:
                 raise PartitionError(f"no region computes `{equation_text(eq)}`")
         lines.append(f"{eq.out.name} = {source}")
@@ -113,12 +114,12 @@ class Region:
         where = names[eq.args[1]] if len(eq.args) > 1 else "True"
         return names[eq.args[0]], None if where == "True" else where
 
-    def _dims_of(self, axes: Iterable[str]) -> list[int]:
+    def _dims_of(self, eq: Equation, axes: Iterable[str]) -> list[int]:
         todo = set(axes)
         dims = [i for i, d in enumerate(self.dims) if d.axes & todo]
         missing = todo - frozenset().union(*(d.axes for d in self.dims))
         if missing:
-            raise PartitionError(f"the tile has no axis {' '.join(sorted(missing))}")
+            raise PartitionError(f"the tile has no axis {' '.join(sorted(missing))} of `{equation_text(eq)}`")
         return dims
 
     def padding(self, axes: Iterable[str]) -> str | None:
@@ -126,8 +127,8 @@ class Region:
         masks = [d.padding[a] for a in axes for d in self.dims if a in d.padding]
         return " & ".join(dict.fromkeys(masks)) or None
 
-    def _reduce(self, how: str, x: str, where: str | None, axes: Sequence[str]) -> str:
-        dims = self._dims_of(axes)
+    def _reduce(self, eq: Equation, how: str, x: str, where: str | None, axes: Sequence[str]) -> str:
+        dims = self._dims_of(eq, axes)
         neutral = '-float("inf")' if how == "max" else "0.0"
         for mask in (where, self.padding(axes)):
             x = f"tl.where({mask}, {x}, {neutral})" if mask else x
@@ -136,14 +137,14 @@ class Region:
             x = f"{fn}({x}, axis={d}, keep_dims=True)"
         if how == "mean":
             if where:
-                raise PartitionError("a masked mean has no region form")
+                raise PartitionError(f"a masked mean has no region form: `{equation_text(eq)}`")
             size = sp.Mul(*(self.extents[a] for a in axes))
             x = f"{x} / {triton_text(sp.sympify(size), self.scalars)}"
         return x
 
     def _softmax(self, eq: Equation, axes: Sequence[str], names: Mapping[Var, str], lines: list[str]) -> str:
         x, where = self._masked(eq, names)
-        out, dims = eq.out.name, self._dims_of(axes)
+        out, dims = eq.out.name, self._dims_of(eq, axes)
         for mask in (where, self.padding(axes)):
             x = f'tl.where({mask}, {x}, -float("inf"))' if mask else x
         top = x
@@ -161,14 +162,14 @@ class Region:
         if where:
             raise PartitionError(f"a masked log-sum-exp has no region form: `{equation_text(eq)}`")
         out = eq.out.name
-        lines.append(f"{out}_top = {self._reduce('max', x, None, axes)}")
+        lines.append(f"{out}_top = {self._reduce(eq, 'max', x, None, axes)}")
         power = f"tl.exp({x} - {out}_top)"
-        total = self._reduce("sum", power, None, axes)
+        total = self._reduce(eq, "sum", power, None, axes)
         lines.append(f"{out} = {out}_top + tl.log({total})")
         return out
 
-    def _index(self, axis: str) -> str:
-        (d,) = self._dims_of([axis])
+    def _index(self, eq: Equation, axis: str) -> str:
+        (d,) = self._dims_of(eq, [axis])
         view = ", ".join(":" if i == d else "None" for i in range(len(self.dims)))
         size = self.extents[axis] if axis == "s" else padded_extent(int(str(self.extents[axis])))
         return f"tl.arange(0, {size})[{view}]"
@@ -181,19 +182,3 @@ def padded_extent(size: int) -> int:
 
 def _atom(source: str) -> str:
     return source if re.fullmatch(r"[\w.]+(\[[^\]]*\]|\(.*\)(\[[^\]]*\])?)?", source) else f"({source})"
-
-
-def slice_back(program: Program, wanted: Iterable[Var], stop: Iterable[Var]) -> list[Equation]:
-    """The equations that compute the wanted variables from those in `stop`, in program order."""
-    fence, definitions = set(stop), program.definitions
-    seen: set[Var] = set()
-    todo = [v for v in wanted if v not in fence]
-    while todo:
-        v = todo.pop()
-        if v in seen or v in fence:
-            continue
-        if v not in definitions:
-            raise PartitionError(f"{v} is an input that the kernel does not load")
-        seen.add(v)
-        todo.extend(definitions[v].args)
-    return [eq for eq in program.equations if eq.out in seen]

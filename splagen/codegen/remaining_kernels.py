@@ -107,9 +107,8 @@ def remaining_kernel(
         piece = code.operands([row])
         lines, operand = list(piece.lines), row.name
         inputs += piece.arrays
-        store = "\n".join(read_store(product, ChunkRows(geometry, index.side, False), "right"))
+        store = "\n".join(read_store(product, ChunkRows(geometry, index.side), "right"))
         covers += [*piece.equations, read]
-    order = {eq.out: i for i, eq in enumerate(program.equations)}
     holes = {
         "chunk": chunk,
         "source_chunk": states.chunk,
@@ -129,7 +128,7 @@ def remaining_kernel(
     return Kernel(
         left.name,
         "remaining_state",
-        tuple(sorted(covers, key=lambda eq: order[eq.out])),
+        program.in_order(covers),
         (states, total, *inputs),
         (*([left] if kept else []), *([product] if product else [])),
         holes,

@@ -16,8 +16,6 @@ from splagen.codegen.kernel import Array, Kernel
 from splagen.errors import PartitionError
 from splagen.ir.text import equation_text
 
-SCALARS = ("L", "Hkv", "SEGMENTS", "SEGMENT", "nC")
-
 
 def template_directory() -> Path:
     """Where the templates lie: beside the modules in an installed package, at the top of a checkout."""

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from splagen.codegen.chunk_code import ChunkCode, tile_axes
 from splagen.codegen.kernel import Array, Kernel
-from splagen.codegen.region import padded_extent, slice_back
-from splagen.ir.program import Equation, Program, Reduce
+from splagen.codegen.region import padded_extent
+from splagen.ir.program import Equation, Program, Reduce, slice_back
 
 SCALARS = {"B": "1", "L": "T", "H": "HEADS"}
 SLOT_OF_PLAN = (
@@ -58,8 +58,7 @@ class Router:
     @property
     def array(self) -> Array:
         """The logits [T, N] or [T, H, N]."""
-        layout = "token_rows"
-        return Array("logits", layout, ("p",), (self.partitions,))  # type: ignore[arg-type]
+        return Array("logits", "token_rows", ("p",), (self.partitions,))
 
     def _load(self) -> str:
         head = " + router * logits_h" if self.by_head else ""

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from splagen.codegen.base_two import to_base2
 from splagen.codegen.geometry import Geometry, Rows, column_name, features_of, is_parameter
 from splagen.codegen.kernel import Array
-from splagen.codegen.region import Region, slice_back
+from splagen.codegen.region import Region
 from splagen.codegen.row_sums import factor_sums
 from splagen.ir.passes import followed
-from splagen.ir.program import Equation, Program, Var
+from splagen.ir.program import Equation, Program, Var, slice_back
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class RowCode:
         self.defined_columns.add(name)
         return self.geometry.columns(features)
 
-    def compute(self, wanted: Sequence[Var], bound: Mapping[Var, str], held: Iterable[Var] = ()) -> Piece:
+    def compute(self, wanted: Sequence[Var], bound: Mapping[Var, str]) -> Piece:
         """Load what is needed and compute the wanted row variables.
 
         `bound` gives flat source ([rows, columns] or [rows]) of variables that the kernel holds already.
@@ -101,7 +101,7 @@ class RowCode:
     def _loads(self, wanted: Sequence[Var]) -> list[str]:
         """Lines that load variables by name."""
         self.loaded.update(wanted)
-        rows = self.row_type(self.geometry, self.side, False)
+        rows = self.row_type(self.geometry, self.side)
         by_row = [v for v in wanted if self.available[v].layout in ("query_scalars", "pages") and not features_of(v)]
         numbers = by_row if self.in_loop else []
         pairs = list(zip(numbers[::2], numbers[1::2], strict=False))
@@ -180,7 +180,7 @@ class RowCode:
         value = source
         if array.padded and self.geometry.is_padded(array.features):
             value = f"tl.where({self.padding(array.features)}, {source}, 0.0)"
-        return [*lines, self.row_type(self.geometry, self.side, False).store(array, value)]
+        return [*lines, self.row_type(self.geometry, self.side).store(array, value)]
 
     def _store_partial(self, array: Array, source: str) -> list[str]:
         features, width = array.features[:-1], array.width[0]

@@ -12,7 +12,7 @@ from splagen.ir.program import Program, Reduce, Var
 from splagen.ir.text import equation_text
 
 TURNS = 8  # tiles of rows that one program sums up
-NO_SUMS = {"sums": [], "turns": 1, "parts": ""}  # holes of a kernel of rows that sums up none
+QUERY_HEAD = "head = query_head + tl.zeros((BLOCK_M,), tl.int64)"
 
 
 def rows_kernel(
@@ -29,7 +29,7 @@ def rows_kernel(
     wanted = [summed.get(v, v) for v, _ in outputs]
     of_head = code.of_head(wanted) if summed else []
     if side == "query":
-        of_head[:0] = ["h = query_head // GROUP", "head = query_head + tl.zeros((BLOCK_M,), tl.int64)"]
+        of_head[:0] = ["h = query_head // GROUP", QUERY_HEAD]
     piece = code.compute(wanted, {})
     stores, parts = [], []
     for v, array in outputs:
@@ -37,15 +37,7 @@ def rows_kernel(
             parts += code.store(array, f"tl.sum({v.name}, axis=0, keep_dims=True)")
         else:
             stores += code.store(array, piece.names[v])
-    holes = {
-        "heads": "(Hkv * GROUP)" if side == "query" else "Hkv",
-        "head": "query_head" if side == "query" else "h",
-        "of_head": "\n".join(of_head),
-        "position": "qpos" if side == "query" else "kpos",
-        "row_ok": "row_ok" if side == "query" else "key_ok",
-        "body": "\n".join([*piece.lines, *stores]),
-        **NO_SUMS,
-    }
+    holes = row_holes(side, "qpos" if side == "query" else "kpos", of_head, [*piece.lines, *stores])
     if summed:
         sums = []
         for v, x in summed.items():
@@ -68,6 +60,22 @@ def rows_kernel(
         tunable=("BLOCK_M",),
         batch=BATCH.format(heads=holes["heads"]),
     )
+
+
+def row_holes(side: str, position: str, of_head: Sequence[str], body: Sequence[str]) -> dict[str, object]:
+    """Holes of a kernel of rows that sums up none: `position` names those of a head that a program has."""
+    heads, head, row_ok = ("(Hkv * GROUP)", "query_head", "row_ok") if side == "query" else ("Hkv", "h", "key_ok")
+    return {
+        "heads": heads,
+        "head": head,
+        "of_head": "\n".join(of_head),
+        "position": position,
+        "row_ok": row_ok,
+        "body": "\n".join(body),
+        "sums": [],
+        "turns": 1,
+        "parts": "",
+    }
 
 
 def _summand(program: Program, v: Var) -> Var:

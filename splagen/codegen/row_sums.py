@@ -15,7 +15,7 @@ from splagen.ir.program import Equation, Map, Reduce, Var, placeholder
 
 
 def factor_sums(equations: Sequence[Equation]) -> list[Equation]:
-    """Y = sum(f z, over=e)  ->  y = f sum(z, over=e)  for factors f of a row: numbers and variables without columns.
+    """y = sum(f z, over=e)  ->  y = f sum(z, over=e)  for factors f of a row: numbers and variables without columns.
 
     Law: the values are unchanged, to rounding.
     """

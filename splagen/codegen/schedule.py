@@ -180,7 +180,7 @@ def _remaining_schedule(kernel: Kernel, geometry: Geometry, arch: str, size: int
 
 def _rows_of_chunk(kernel: Kernel, geometry: Geometry) -> int:
     """Rows that sum to one state, or that read one."""
-    return kernel.number_of("chunk") * (geometry.group if "GROUP" in str(kernel.holes) else 1)
+    return kernel.number_of("chunk") * (geometry.group if kernel.holes["rows_per_position"] == "GROUP" else 1)
 
 
 def _columns(kernel: Kernel) -> int:

@@ -75,7 +75,6 @@ class Selection:
     geometry: Geometry
     topk: Equation
     pooled: Var | None  # the band of cells whose maximum is a block's score; None where they are summed
-    share: Equation
     lse: Equation
     products: tuple[Product, ...]
     factor_sums: tuple[FactorSum, ...]
@@ -89,7 +88,8 @@ class Selection:
         if not found:
             return None
         if len(found) > 1 or len(found[0].args) != 2:
-            raise PartitionError("a selection is one top-k over blocks under a mask")
+            quoted = ", ".join(f"`{equation_text(eq)}`" for eq in found)
+            raise PartitionError(f"a selection is one top-k over blocks under a mask, not {quoted}")
         share, pooled = _pooling(program, found[0])
         lse = _normaliser(program, share)
         metric, leaves = _inlined(program, lse.args[0])
@@ -107,7 +107,7 @@ class Selection:
         taken = [*(p.out for p in products), *(s.out for s in factor_sums)]
         others = tuple(v for v in leaves if v not in taken)
         geometry = Geometry.of(program)
-        return cls(program, geometry, found[0], pooled, share, lse, products, tuple(factor_sums), scaled, others)
+        return cls(program, geometry, found[0], pooled, lse, products, tuple(factor_sums), scaled, others)
 
     @property
     def far(self) -> Var:

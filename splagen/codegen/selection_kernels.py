@@ -7,7 +7,7 @@ pass adds up the shares of a tile block by block and keeps the best.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy as sp
 
@@ -15,13 +15,13 @@ from splagen.codegen.base_two import LOG2_E
 from splagen.codegen.geometry import Geometry, Rows, array_of, features_of
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.moments import BLOCK, CellStatistics, Moments
-from splagen.codegen.region import Dim, Region, slice_back
+from splagen.codegen.region import Dim, Region
 from splagen.codegen.row_code import RowCode
 from splagen.codegen.selection import CELL, QUERY, TILE, Product, Selection
 from splagen.codegen.tile_code import COUNTS, INDICES
 from splagen.codegen.triton_expr import triton_text
 from splagen.errors import PartitionError
-from splagen.ir.program import Equation, Iota, TopK, Var
+from splagen.ir.program import Equation, Iota, TopK, Var, slice_back
 from splagen.ir.text import equation_text
 
 LAST_FIRST = "tl.num_programs(0) - 1 - tl.program_id(0)"
@@ -58,8 +58,9 @@ class SelectionCode:
 
     def __post_init__(self) -> None:
         self.program, self.geometry = self.selection.program, self.selection.geometry
-        self.cells = self.cell_type(self.geometry, "key", False)
-        self.lse_array = array_of(self.selection.lse.out, self.geometry, internal=True)
+        self.cells = self.cell_type(self.geometry, "key")
+        lse = array_of(self.selection.lse.out, self.geometry, internal=True)
+        self.lse_array = replace(lse, missing='float("inf")')  # rows that do not exist have no share
 
     # -- statistics ---------------------------------------------------------------------------------------
 
@@ -87,11 +88,10 @@ class SelectionCode:
             **statistics.holes,
             "store": "\n".join(lines),
         }
-        order = {eq: i for i, eq in enumerate(self.program.equations)}
         return Kernel(
             "statistics",
             "statistics",
-            tuple(sorted(moments.equations, key=order.__getitem__)),
+            self.program.in_order(moments.equations),
             (self.available[keys],),
             tuple(arrays.values()),
             holes,
@@ -109,7 +109,7 @@ class SelectionCode:
         usable = names.pop(selection.usable.name)
         text = triton_text(exponent, names)
         mass = _times("tl.exp2(exponent - safe[:, None])", weight, names)
-        rows = Rows(self.geometry, "query", False)
+        rows = Rows(self.geometry, "query")
         where = selection.usable, CELL, QUERY, ("first_query", "last_query"), "nC"
         holes = {
             "cells": self.geometry.cells,
@@ -143,7 +143,7 @@ class SelectionCode:
         exponent, weight = selection.mass()
         lines, names = self.scores()
         usable = names.pop(selection.usable.name)
-        load = Rows(geometry, "query", False).load(self.lse_array).replace("other=0.0", 'other=float("inf")')
+        load = Rows(geometry, "query").load(self.lse_array)
         rows = [
             *_ROW_INDEX,
             *self.rows(),
@@ -184,7 +184,8 @@ class SelectionCode:
 
     def inputs(self) -> list[Array]:
         """The arrays that the scores read: rows of queries, then statistics."""
-        rows = [self.available[v] for v in self.available if v in self._loaded()]
+        loaded = self._loaded()
+        rows = [array for v, array in self.available.items() if v in loaded]
         return [*rows, *(self.available[v] for v in self.selection.statistics)]
 
     def _loaded(self) -> set[Var]:

@@ -17,12 +17,13 @@ from splagen.codegen.recurrences import (
     chunk_states,
     group_factors,
     group_states,
+    is_exact,
     routing_input,
     slot_array,
     state_table,
     token_array,
 )
-from splagen.codegen.region import padded_extent, slice_back
+from splagen.codegen.region import padded_extent
 from splagen.codegen.route_kernels import Router
 from splagen.codegen.schedule import Agreement, Constraint, Divides
 from splagen.codegen.slice_kernels import SliceLoop
@@ -33,7 +34,7 @@ from splagen.ir.gradient import derive_gradient
 from splagen.ir.partitions import masks_as_factors, unroll
 from splagen.ir.passes import Pass, copy_prop, drop_unused, run, settle_names, share
 from splagen.ir.products import fold_products, pull_factors
-from splagen.ir.program import Program, Var
+from splagen.ir.program import Program, Var, slice_back
 from splagen.ir.recurrence import restrict, share_exponentials
 from splagen.sse_spec import SSESpec
 
@@ -153,12 +154,11 @@ def sequence_partition(spec: SSESpec) -> SequencePartition:
     rows: dict[str, Array] = {}
     for r in found:
         for v in r.program.inputs:
-            if v not in (*r.states, *r.cotangents.values()) and not routing_input(v) and v.name != "v":
+            if v not in (*r.states, *r.cotangents.values(), r.values) and not routing_input(v):
                 rows[v.name] = token_array(r, v)
     if router:
         rows["logits"] = router.array
-    v = next(x for x in found[0].program.inputs if x.name == "v")
-    rows["v"] = token_array(found[0], v)
+    rows["v"] = token_array(found[0], found[0].values)
     return SequencePartition(
         ready,
         tuple(rows.values()),
@@ -192,7 +192,7 @@ class _Launches:
         o: Array | None = None
         for r in self.found:
             steps += self.spans(r, "output", "output_strong")
-            steps += self.states_before_groups(r, "final")
+            steps += self.states_before_groups(r)
             out = r.outputs[0]
             last = r is self.found[-1]
             target = token_array(r, out, name="o" if last else f"o{r.name}")
@@ -218,7 +218,7 @@ class _Launches:
                 rows, sums, dv = self.gradient_rows(r, dv)
                 steps += [*self.gradients_on_the_way(r, rows, alone), *sums]
                 continue
-            steps += [self.agreement(r), *self.spans(r, "gradient"), *self.states_before_groups(r, "final")]
+            steps += [self.agreement(r), *self.spans(r, "gradient"), *self.states_before_groups(r)]
             kept, cotangents = chunk_states(r), chunk_states(r, "dstates")
             start = group_states(r, "added") if r.factors else state_table("state")
             steps.append(Loop(r, "states", reverse=False).kernel([], start=start, keep=kept))
@@ -233,14 +233,14 @@ class _Launches:
                 steps.append(Host((f"{r.pieces.name} = in_pieces(n, {r.plan.name})",)))
             rows, sums, dv = self.gradient_rows(r, dv)
             # dv apart from the rest: together their tiles do not fit into registers
-            values = [row for row in rows if row[1].name.removesuffix("_parts").rstrip("12") == "dv"]
+            values = [row for row in rows if row[0] == r.gradients[r.values]]
             for name, part in (("dvalues", values), ("gradient", [row for row in rows if row not in values])):
                 slices = [SliceLoop(r, name, reverse=True, mild=mild) for mild in r.mildness]
                 steps += either(r, [x.rows_kernel(part, kept, cotangents) for x in slices])
             steps += sums
         if self.router:
             steps += self.router_gradient()
-        exact = [x.name for r in self.found for x in r.gradients if x.name not in ("eta", "v") and x.name[0] in "gb"]
+        exact = [x.name for r in self.found for x in r.gradients if is_exact(x)]
         exact += ["logits"] if self.router else []
         casts = (f"d{x} = host(n, lambda d{x}, {x}: d{x}.to({x}.dtype), d{x}, {x})" for x in exact)
         return [*steps, Host(tuple(casts))]
@@ -270,7 +270,7 @@ class _Launches:
         added = group_states(r, "dadded")
         ahead, behind = ([row for row in rows if (row[0] in forward) == side] for side in (True, False))
         return [
-            *self.states_before_groups(r, "final"),
+            *self.states_before_groups(r),
             Loop(r, "dreads", reverse=False).kernel(ahead, start=group_states(r, "added")),
             Loop(r, "dadd", reverse=True).kernel([], into=(added, None)),
             self.scan(r, "dscan", added, "dfinal", "dstate", reverse=True),
@@ -300,21 +300,21 @@ class _Launches:
         for x, g in r.gradients.items():
             if x in r.states:
                 continue
-            eta = routing_input(x) == "eta"
-            like = "input" if x.name[0] in "qkv" else "float32"
-            target = token_array(r, x, like, name=f"d{x.name}" if x.name != "v" or last else f"dv{r.name}")
-            base = dv if x.name == "v" else None
+            eta, of_values = routing_input(x) == "eta", x == r.values
+            like = "float32" if eta or is_exact(x) else "input"
+            target = token_array(r, x, like, name=f"dv{r.name}" if of_values and not last else f"d{x.name}")
+            base = dv if of_values else None
             if not eta and target.layout != "head_scalars" and r.direct(x):
                 rows.append((g, target, base))
             else:
-                stem = "eta" if eta else f"v{r.name}" if x.name == "v" else x.name
+                stem = "eta" if eta else f"v{r.name}" if of_values else x.name
                 parts = replace(slot_array(r, x), name=f"d{stem}_parts", partitions=len(r.states) if eta else 1)
                 rows.append((g, parts, None))
                 if target.layout == "head_scalars":
                     sums.append(Host((f"{target.name} = host(n, lambda parts: parts.sum(0), {parts.name})",)))
                 elif not eta:
                     sums.append(sum_kernel(r, parts, target, base))
-            dv = target if x.name == "v" else dv
+            dv = target if of_values else dv
         return rows, sums, dv
 
     def plans(self) -> list[Step]:
@@ -338,14 +338,14 @@ class _Launches:
             steps.append(Host((f"plan{r.name} = plan_of({arguments})",)))
         return steps
 
-    def states_before_groups(self, r: Recurrence, final: str) -> list[Step]:
+    def states_before_groups(self, r: Recurrence) -> list[Step]:
         if not r.factors:
             return []
         added = group_states(r, "added")
         loop = Loop(r, "add", reverse=False)
         return [
             loop.kernel([], start=None, into=(added, group_factors(r) if r.decays else None)),
-            self.scan(r, "scan", added, "state", final, reverse=False),
+            self.scan(r, "scan", added, "state", "final", reverse=False),
         ]
 
     def scan(self, r: Recurrence, name: str, states: Array, start: str, final: str, *, reverse: bool) -> Kernel:

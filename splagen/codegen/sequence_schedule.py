@@ -80,7 +80,7 @@ def _schedule(kernel: Kernel, spec: SSESpec, dtype: str) -> dict[str, int]:
             return {"CHUNK": 64, "num_warps": 4, "num_stages": 1}
         case "route_totals":
             return {"num_warps": 1, "num_stages": 4}
-    raise AssertionError(kernel.template)
+    raise ScheduleError(f"no default Schedule for template {kernel.template}")
 
 
 # CHUNK, BLOCK_E at most, num_warps, num_stages and maxnreg of 16-bit kernels, measured on an H200 at D = E = 128.

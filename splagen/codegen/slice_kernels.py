@@ -13,11 +13,10 @@ from dataclasses import replace
 from splagen.codegen.chunk_code import tile_axes
 from splagen.codegen.chunk_kernels import Loop
 from splagen.codegen.kernel import Array, Kernel
-from splagen.codegen.region import slice_back
 from splagen.errors import PartitionError
 from splagen.ir.passes import drop_unused, run, share
 from splagen.ir.products import reuse, reuse_sums
-from splagen.ir.program import Equation, Var
+from splagen.ir.program import Equation, Var, slice_back
 
 COLUMN = "e"
 

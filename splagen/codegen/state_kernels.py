@@ -74,9 +74,9 @@ class StateChain:
         return [*tile, *lines, f"# entry c of the states sums the chunks from {begin} to before c"], intervals
 
 
-def state_chains(program: Program, equations: list[Equation]) -> list[StateChain]:
-    """Every block state among the equations that is read in intervals or in all, with what reads it."""
-    chains = []
+def state_chains(program: Program) -> list[StateChain]:
+    """Every block state that is read in intervals or in all, with what reads it."""
+    chains, equations = [], program.equations
     for eq in equations:
         if not (isinstance(eq.op, Contract) and is_state(eq.out)) or any(is_state(v) for v in eq.args):
             continue
@@ -144,7 +144,6 @@ def states_kernel(chain: StateChain, program: Program, available: Mapping[Var, A
     eq = chain.states
     index = row_index(chain.chunk(geometry), chain.from_queries)
     code = RowCode(program, geometry, index.side, "BLOCK_M", available, row_type=ChunkRows)
-    code.defined_columns.add("")
     rows = [v for v in eq.args if v.kind == "real"]
     left = [v for v in rows if "d" in features_of(v)]
     right = [v for v in rows if v not in left]
@@ -158,7 +157,7 @@ def states_kernel(chain: StateChain, program: Program, available: Mapping[Var, A
     if right and features_of(right[0]):
         source = available[right[0]]
         inputs[source.name] = source
-        load = ChunkRows(geometry, index.side, False).load(source, column="right")
+        load = ChunkRows(geometry, index.side).load(source, column="right")
         lines.append(f"{right[0].name} = {load}  # [BLOCK_M, BLOCK_E]")
         right_name = right[0].name
     else:
@@ -346,7 +345,6 @@ def read_kernel(chain: StateChain, eq: Equation, walk: Walk, available: Mapping[
     chunk = chain.readers(geometry, to_queries=to_queries)
     index = row_index(chunk, to_queries)
     code = RowCode(program, geometry, index.side, "BLOCK_M", available, row_type=ChunkRows)
-    code.defined_columns.add("")
     (state,) = [v for v in eq.args if is_state(v)]
     array = chain.read_array(geometry)
     left, right = array.width
@@ -364,7 +362,7 @@ def read_kernel(chain: StateChain, eq: Equation, walk: Walk, available: Mapping[
     product = f"out = dot_split({operand}, state)  # [BLOCK_M, BLOCK_E]"
     if array.dtype == "input":
         product = f'out = tl.dot({operand}, state.to({operand}.dtype), input_precision="ieee")  # [BLOCK_M, BLOCK_E]'
-    store = read_store(output, ChunkRows(geometry, index.side, False), "kept")
+    store = read_store(output, ChunkRows(geometry, index.side), "kept")
     bounds, intervals = chain.ends(walk, state, to_queries=to_queries)
     address = "kept[None, :] + summed[:, None] * RIGHT" if over_left else "summed[:, None] + kept[None, :] * RIGHT"
     kept = right if over_left else left

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from splagen.codegen.chunk_code import ChunkCode, tile_axes
 from splagen.codegen.kernel import Array, Kernel
 from splagen.codegen.recurrences import Recurrence, token_array
-from splagen.codegen.region import padded_extent, slice_back
+from splagen.codegen.region import padded_extent
 from splagen.codegen.route_kernels import Router, routing
 from splagen.ir.frontend_sse import SUFFIX, State, held_masks, recurrence_program, states
 from splagen.ir.passes import copy_prop, drop_unused, run, share
 from splagen.ir.products import pull_factors
-from splagen.ir.program import Program, Var
+from splagen.ir.program import Program, Var, slice_back
 from splagen.ir.recurrence import restrict, single
 from splagen.sse_spec import SSESpec
 
@@ -83,8 +83,8 @@ def step_kernel(spec: SSESpec, found: Sequence[Recurrence], router: Router | Non
             for n in masks
         ),
         "d_extent": wide_d,
-        "d_size": d,
         "e_size": e,
+        "size": d * e,
     }
     return Kernel(
         "step",

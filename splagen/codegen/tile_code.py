@@ -26,10 +26,10 @@ from splagen.codegen.geometry import (
 )
 from splagen.codegen.kernel import Array
 from splagen.codegen.predicates import LENGTH, J, Predicates, T, visit
-from splagen.codegen.region import Dim, Region, slice_back
+from splagen.codegen.region import Dim, Region
 from splagen.errors import PartitionError
 from splagen.ir.passes import followed, signed_terms
-from splagen.ir.program import Contract, Equation, Iota, Lse, Program, TopK, Var
+from splagen.ir.program import Contract, Equation, Iota, Lse, Map, Program, TopK, Var, placeholder, slice_back
 from splagen.ir.text import equation_text
 
 INDICES = Array("block_indices", "indices", dtype="int32")
@@ -47,7 +47,7 @@ class Walk:
     program: Program
     geometry: Geometry
     predicates: Predicates
-    seen: Var  # the mask of the softmax
+    lse: Equation  # the log-sum-exp of the softmax over keys
     chosen: Var | None  # the top-k over blocks
     eligible: Var | None  # the mask it chooses from
 
@@ -58,15 +58,18 @@ class Walk:
         softmax = [eq for eq in program.equations if isinstance(eq.op, Lse) and "n" in eq.op.axes]
         topk = [eq for eq in program.equations if isinstance(eq.op, TopK)]
         if len(softmax) != 1 or len(topk) > 1 or len(softmax[0].args) != 2:
-            raise PartitionError("block-sparse attention has one masked softmax over keys and at most one top-k")
-        chosen = topk[0].out if topk else None
-        eligible = topk[0].args[1] if topk else None
-        return cls(program, geometry, Predicates(program, geometry), softmax[0].args[1], chosen, eligible)
+            found = "\n  ".join(equation_text(eq) for eq in (*softmax, *topk)) or "none of either"
+            what = "block-sparse attention has one masked softmax over keys and at most one top-k, not\n"
+            raise PartitionError(f"{what}  {found}")
+        chosen, eligible = (topk[0].out, topk[0].args[1]) if topk else (None, None)
+        return cls(program, geometry, Predicates(program, geometry), softmax[0], chosen, eligible)
 
     @property
     def whole_facts(self) -> dict[Var, bool]:
         """Masks where no key of a block lies beyond the sequence."""
-        return {eq.out: True for eq in self.program.equations if eq.out.name == "valid"}
+        program, inside = self.program, Map(sp.Lt(placeholder(0), LENGTH))
+        keys = [eq.out for eq in program.equations if eq.op == Iota(("J", "C", "n"))]
+        return {eq.out: True for eq in program.equations if eq.op == inside and eq.args[0] in keys}
 
     @property
     def budget(self) -> int:
@@ -104,7 +107,7 @@ class Walk:
     def intervals(self, variable: Literal["T", "J"], *, chosen: bool = False) -> list[Interval]:
         """The blocks J, or tiles T, that are seen by position, or with those that may be chosen."""
         facts = {self.chosen: chosen} if self.chosen else {}
-        return self.predicates.intervals(self.seen, J if variable == "J" else T, facts)
+        return self.predicates.intervals(self.lse.args[1], J if variable == "J" else T, facts)
 
     def every(
         self, variable: Literal["T", "J"], names: Mapping[str, str], extent: str, index: str

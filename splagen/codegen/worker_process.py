@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from threading import Timer
+from threading import Event, Timer
 from typing import IO, Any
 
 import splagen
@@ -21,6 +21,10 @@ class ProcessEnded(Exception):
     def __init__(self, status: int, tail: Sequence[str]) -> None:
         super().__init__(f"status {status}")
         self.status, self.tail = status, tuple(tail)
+
+
+class ProcessTooSlow(ProcessEnded):
+    """It was killed, since it had no answer in time."""
 
 
 class ProcessDidNotStart(ProcessEnded):
@@ -40,7 +44,12 @@ class WorkerProcess:
         self._log: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close
 
     def ask(self, job: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-        """What it answers; it is killed where that takes longer.  Raises ProcessEnded, ProcessDidNotStart."""
+        """What it answers; it is killed where that takes longer.
+
+        Raises:
+            ProcessEnded: it ended in place of an answer; ProcessTooSlow where it was killed, and ProcessDidNotStart
+                where it had not said its line.
+        """
         if self.process is None:
             self._log.seek(0)
             self._log.truncate()
@@ -64,7 +73,13 @@ class WorkerProcess:
     ) -> dict[str, Any]:
         assert process.stdin is not None
         assert process.stdout is not None
-        clock = Timer(seconds, process.kill)
+        late = Event()
+
+        def stop() -> None:
+            late.set()
+            process.kill()
+
+        clock = Timer(seconds, stop)
         clock.start()
         try:
             if job is not None:
@@ -80,7 +95,7 @@ class WorkerProcess:
         status = process.wait()
         self.process = None
         self._log.seek(0)
-        raise ProcessEnded(status, self._log.read().strip().splitlines()[-3:])
+        raise (ProcessTooSlow if late.is_set() else ProcessEnded)(status, self._log.read().strip().splitlines()[-3:])
 
     def _environment(self) -> dict[str, str]:
         """The environment of a process that finds this splagen."""

@@ -1,6 +1,6 @@
 """SPLA in models of transformers: importing this registers the attention implementation "splagen".
 
-The only part of splagen that imports transformers: `pip install splagen[hf]`.
+The only part of splagen that imports transformers: `pip install -e '.[hf]'`.
 """
 
 from splagen.hf.attention import register

@@ -48,8 +48,23 @@ def spec_of(config: Any) -> SPLASpec:
     return _parsed(text)
 
 
-def no_mask(*, attention_mask: Tensor | None = None, **_: Any) -> None:
-    """No mask is made: a causal op needs none.  Raises InputError where a 2D mask hides a token (padding)."""
+def no_mask(
+    *,
+    attention_mask: Tensor | None = None,
+    q_length: int = 0,
+    kv_length: int = 0,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    **_: Any,
+) -> None:
+    """No mask is made: a causal op needs none where the queries are the last of the positions.
+
+    Raises:
+        InputError: a 2D mask hides a token (padding), or a cache gives keys of positions behind the queries.
+    """
+    last = torch.as_tensor(q_offset + q_length == kv_offset + kv_length)
+    hint = "take a DynamicCache, or a splagen.hf.SplagenCache"
+    _demand(last, "the cache gives all positions that it has room for (StaticCache)", hint)
     if attention_mask is not None:
         hint = "pad nothing: one sequence at a time, or sequences of one length"
         _demand(attention_mask.bool().all(), "attention_mask hides tokens, which splagen does not support", hint)
@@ -110,10 +125,15 @@ def _parts(module: nn.Module) -> tuple[Generated, Any]:
     if isinstance(generated, Generated):
         return generated, module.splagen
     spec = spec_of(module.config)
-    if list(Branches(spec, spec.group_size, device="meta").parameters()):
+    if _learns(spec):
         what = f"combine {spec.combine!r} has learned inputs that this model has not"
         raise InputError(what, "call splagen.hf.attach(model) once after the model is made")
     return Generated(spec), lambda _: {}
+
+
+@functools.lru_cache(maxsize=64)
+def _learns(spec: SPLASpec) -> bool:
+    return bool(list(Branches(spec, spec.group_size, device="meta").parameters()))
 
 
 def _check(

@@ -86,7 +86,7 @@ class SplagenLayer(CacheLayerMixin):  # type: ignore[misc]
 class SplagenCache(Cache):  # type: ignore[misc]
     """`past_key_values` of `generate()` for a model with `attn_implementation="splagen"`.
 
-    A token costs one step of decoding, which reads few blocks of the past; a prompt costs one for every 8 tokens.
+    A prompt is one prefill; a token after it costs one step of decoding, which reads few blocks of the past.
     Sequences of a batch have one length.
     """
 

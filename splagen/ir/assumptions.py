@@ -64,8 +64,7 @@ class _Folding:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.b = Builder(program.name, program.axes)
-        self.b._taken = set(program.names())
+        self.b = Builder.beside(program)
         self.asked = {*program.outputs, *(g for _, g in program.gradients)}
         self.known: dict[Var, sp.Basic] = {}
         self.new: dict[Var, Var] = {}

@@ -51,13 +51,19 @@ class Builder:
         self._taken: set[str] = set()
 
     @classmethod
-    def resume(cls, program: Program) -> Builder:
-        """A builder that continues `program`."""
+    def beside(cls, program: Program) -> Builder:
+        """A builder of equations over the axes of `program`, whose names are taken and whose scalars are known."""
         extents = {s.name for _, e in program.axes if not isinstance(e, int) for s in e.free_symbols}
         b = cls(program.name, program.axes, scalars=(*program.scalars, *sorted(extents)))
+        b._taken = set(program.names())
+        return b
+
+    @classmethod
+    def resume(cls, program: Program) -> Builder:
+        """A builder that continues `program`."""
+        b = cls.beside(program)
         b.inputs = list(program.inputs)
         b.equations = list(program.equations)
-        b._taken = set(program.names())
         return b
 
     def fresh(self, name: str) -> str:

@@ -55,12 +55,11 @@ def state_pairs(program: Program) -> list[tuple[Var, Var]]:
 
 
 def keep_normalisers(program: Program) -> Program:
-    """F = softmax(x over features) of a key  ->  l = lse(x);  f = exp(x - l).
+    """f = softmax(x over features) of a key  ->  l = lse(x);  f = exp(x - l).
 
     Features of keys are formed anew in every step; the number l is kept with the key.  Law: value unchanged.
     """
-    b = Builder.resume(program)
-    b.equations = []
+    b = Builder.beside(program)
     for eq in program.equations:
         if not isinstance(eq.op, Softmax) or "n" not in eq.out.axes or {"J", "C", "n"} & set(eq.op.axes):
             b.equations.append(eq)
@@ -92,8 +91,7 @@ def carry(program: Program) -> Program:
     to query, and must follow from positions; ProgramError quotes one that does not.
     """
     program = replace(program, scalars=(*program.scalars, FIRST.name, SETTLED.name))
-    b = Builder.resume(program)
-    b.equations = []
+    b = Builder.beside(program)
     states: list[Var] = []
     reads: dict[Equation, tuple[Equation, Var]] = {}
     for eq in program.equations:
@@ -106,7 +104,7 @@ def carry(program: Program) -> Program:
             states.append(_advance(b, program, eq, mask))
             reads[_reader(program, eq.out)] = (eq, states[-1])
     return replace(
-        program, inputs=tuple(b.inputs), equations=tuple(b.equations), outputs=(*program.outputs, *states)
+        program, inputs=(*program.inputs, *b.inputs), equations=tuple(b.equations), outputs=(*program.outputs, *states)
     )  # fmt: skip
 
 

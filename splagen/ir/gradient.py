@@ -118,7 +118,7 @@ def _contract(b: Builder, eq: Equation, dy: Var, active: set[Var]) -> Iterator[t
 
 
 def _softmax(b: Builder, eq: Equation, dy: Var, active: set[Var]) -> Iterator[tuple[Var, Var]]:
-    """Dx = p (dp - delta), delta = sum p dp."""
+    """dx = p (dp - delta), delta = sum p dp."""
     assert isinstance(eq.op, Softmax)
     x, p = eq.args[0], eq.out
     delta = b.contract(f"delta_{p.name}", set(p.axes) - set(eq.op.axes), p, dy)
@@ -126,7 +126,7 @@ def _softmax(b: Builder, eq: Equation, dy: Var, active: set[Var]) -> Iterator[tu
 
 
 def _lse(b: Builder, eq: Equation, dy: Var, active: set[Var]) -> Iterator[tuple[Var, Var]]:
-    """Dx = softmax(x) dl."""
+    """dx = softmax(x) dl."""
     assert isinstance(eq.op, Lse)
     p = b.add(f"softmax_{eq.args[0].name}", Softmax(eq.op.axes), *eq.args)
     yield eq.args[0], b.map(f"d{eq.args[0].name}", lambda w, g: w * g, p, dy)
@@ -172,7 +172,7 @@ def _rename(b: Builder, eq: Equation, dy: Var, active: set[Var]) -> Iterator[tup
 
 
 def _unit_inverse(b: Builder, eq: Equation, dy: Var, active: set[Var]) -> Iterator[tuple[Var, Var]]:
-    """Dx = -(y^T dy y^T) below the diagonal, from d(1 + x)^-1 = -y dx y."""
+    """dx = -(y^T dy y^T) below the diagonal, from d(1 + x)^-1 = -y dx y."""
     assert isinstance(eq.op, UnitInverse)
     row, column, third = eq.op.row, eq.op.column, eq.op.third
     x, y = eq.args[0], eq.out

@@ -164,8 +164,7 @@ def masks_as_factors(program: Program) -> Program:
         if isinstance(eq.op, Contract):
             for v in eq.args:
                 summed.setdefault(v, set()).update({a for x in eq.args for a in x.axes} - set(eq.op.keep))
-    b = Builder(program.name, program.axes)
-    b._taken = set(program.names())
+    b = Builder.beside(program)
     for eq in program.equations:
         parts = _masked_product(eq)
         if parts:

@@ -88,7 +88,7 @@ def followed(wanted: Iterable[Var], equations: Sequence[Equation]) -> list[Equat
 
 
 def copy_prop(program: Program) -> Program:
-    """Y = x  (a Map of x0, or a contraction of one array over nothing)  ->  x itself.  Value unchanged, idempotent.
+    """y = x  (a Map of x0, or a contraction of one array over nothing)  ->  x itself.  Value unchanged, idempotent.
 
     An output keeps its name: a copy that is asked for stays.
     """
@@ -129,14 +129,13 @@ def share(program: Program) -> Program:
 
 
 def expose_lse(program: Program) -> Program:
-    """P = softmax(x over sequence axes)  ->  l = lse(x);  p = exp(x - l) where the mask holds, else 0.
+    """p = softmax(x over sequence axes)  ->  l = lse(x);  p = exp(x - l) where the mask holds, else 0.
 
     Only softmaxes over axes of run-time extent: l is what forward keeps for backward.  Where x itself may be -oo (a
     score function that masks), l may be too: p is 0 there.  Law: value unchanged.
     """
     masking = {eq.out for eq in program.equations if isinstance(eq.op, Map) and eq.op.expr.has(-sp.oo)}
-    b = Builder(program.name, program.axes)
-    b._taken = set(program.names())
+    b = Builder.beside(program)
     extents = program.extents
     for eq in program.equations:
         if not isinstance(eq.op, Softmax) or all(isinstance(extents[a], int) for a in eq.op.axes):
@@ -171,8 +170,7 @@ def split_counts(program: Program) -> Program:
 
 def _split(program: Program, operations: tuple[type[Op], ...]) -> Program:
     definitions = program.definitions
-    b = Builder(program.name, program.axes)
-    b._taken = set(program.names())
+    b = Builder.beside(program)
     for eq in program.equations:
         found = next((c for v in eq.args if (c := complement(definitions.get(v)))), None)
         summed = isinstance(eq.op, Contract) or (isinstance(eq.op, Reduce) and eq.op.how == "sum" and len(eq.args) == 1)
@@ -208,8 +206,7 @@ def associate(program: Program) -> Program:
     Elsewhere private axes are summed first, which finds the block states phi_k^T v and the prefix over blocks.
     Law: value unchanged.
     """
-    b = Builder(program.name, program.axes)
-    b._taken = set(program.names())
+    b = Builder.beside(program)
     data = _data_masks(program)
     sizes = {a: e if isinstance(e, int) else LONG for a, e in program.axes}
     for eq in program.equations:
@@ -271,13 +268,12 @@ def _next_group(todo: Sequence[Var], keep: set[str], data: set[Var], sizes: Mapp
 
 
 def factor_out(program: Program) -> Program:
-    """Y = contract(c x, ...)  ->  y = c contract(x, ...), for a number c and an x that has axes which y lacks.
+    """y = contract(c x, ...)  ->  y = c contract(x, ...), for a number c and an x that has axes which y lacks.
 
     A tile is then summed as it is, and the sum is scaled once.  Law: value unchanged.
     """
     definitions = program.definitions
-    b = Builder(program.name, program.axes)
-    b._taken = set(program.names())
+    b = Builder.beside(program)
     for eq in program.equations:
         if isinstance(eq.op, Contract):
             scaled = [(v, *found) for v in eq.args if (found := scaling(definitions.get(v)))]
@@ -300,7 +296,7 @@ def scaling(eq: Equation | None) -> tuple[sp.Expr, Var] | None:
 
 
 def join_sums(together: Callable[[Equation], bool]) -> Pass:
-    """Y = (a - b) + c  ->  y = (a + c) - b  with the terms that belong together added first.
+    """y = (a - b) + c  ->  y = (a + c) - b  with the terms that belong together added first.
 
     Chains of +- whose inner results are read once are flattened; `together` says which equations' results belong
     together, so that a kernel can add them in one accumulator.  Law: value unchanged.
@@ -315,8 +311,7 @@ def join_sums(together: Callable[[Equation], bool]) -> Pass:
             *(g for _, g in program.gradients),
         ):
             uses[v] = uses.get(v, 0) + 1
-        b = Builder(program.name, program.axes)
-        b._taken = set(program.names())
+        b = Builder.beside(program)
         for eq in program.equations:
             terms = _signed_terms(eq, definitions, uses)
             joined = {v: sign for v, sign in terms.items() if v in definitions and together(definitions[v])}

@@ -35,8 +35,7 @@ def fold_products(too_large: Callable[[Var], bool]) -> Callable[[Program], Progr
 
     def apply(program: Program) -> Program:
         definitions = program.definitions
-        b = Builder(program.name, program.axes)
-        b._taken = set(program.names())
+        b = Builder.beside(program)
 
         def product(v: Var) -> _Product:
             eq = definitions.get(v)
@@ -106,12 +105,11 @@ def pull_factors(program: Program, last: Sequence[str] = ()) -> Program:
     are summed behind the others, so that a factor may carry them.  A sum of a product that is written as a Map becomes
     a contraction where it has such a factor.  Law: value unchanged.
     """
-    b = Builder(program.name, program.axes)
-    b._taken = set(program.names())
+    b = Builder.beside(program)
     definitions: dict[Var, Equation] = {}
 
     def factors(v: Var, summed: set[str]) -> _Product:
-        """V as numbers and variables without a summed axis, times the rest."""
+        """v as numbers and variables without a summed axis, times the rest."""
         eq = definitions.get(v)
         inner = _as_product(eq) if eq is not None else None
         if inner is None or not any(set(x.axes) & summed for x in inner.args):
@@ -242,7 +240,7 @@ def _without(items: Sequence[Var], taken: Sequence[Var]) -> list[Var] | None:
 
 
 def reuse_sums(program: Program) -> Program:
-    """F x + f y + z  ->  f s + z  where s = x + y is known, x and y products; likewise a product that holds another.
+    """f x + f y + z  ->  f s + z  where s = x + y is known, x and y products; likewise a product that holds another.
 
     The gradient of a decay, sum of q dq's terms and k dk's, becomes q dq - k dk.  Law: value unchanged.
     """

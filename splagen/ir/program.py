@@ -21,8 +21,8 @@ from typing import Literal, TypeAlias
 
 import sympy as sp
 
-from splagen.errors import ProgramError
-from splagen.expression import symbol
+from splagen.errors import PartitionError, ProgramError
+from splagen.expression import is_condition, symbol
 
 Kind: TypeAlias = Literal["real", "int", "bool"]
 Extent: TypeAlias = int | sp.Expr
@@ -203,6 +203,11 @@ class Program:
         """Every variable's name, in order."""
         return [v.name for v in (*self.inputs, *(eq.out for eq in self.equations))]
 
+    def in_order(self, equations: Iterable[Equation]) -> tuple[Equation, ...]:
+        """Those of the program's equations that are among the given ones, each once."""
+        wanted = set(equations)
+        return tuple(eq for eq in self.equations if eq in wanted)
+
     def with_equations(self, equations: Iterable[Equation]) -> Program:
         """The same program with other equations."""
         return replace(self, equations=tuple(equations))
@@ -223,13 +228,6 @@ def union_axes(variables: Iterable[Var], order: Mapping[str, int]) -> tuple[str,
     return ordered((a for v in variables for a in v.axes), order)
 
 
-def is_predicate(expr: sp.Basic) -> bool:
-    """True for an expression whose value is a truth value."""
-    return isinstance(expr, (sp.logic.boolalg.Boolean, sp.logic.boolalg.BooleanAtom)) and not isinstance(
-        expr, sp.Symbol
-    )
-
-
 def result(op: Op, args: tuple[Var, ...], order: Mapping[str, int]) -> tuple[tuple[str, ...], Kind]:
     """Axes and kind of `op(args)`: the typing rule of every operation."""
     match op:
@@ -237,7 +235,7 @@ def result(op: Op, args: tuple[Var, ...], order: Mapping[str, int]) -> tuple[tup
             return ordered(axes, order), "int"
         case Map(expr):
             axes = union_axes(args, order)
-            if is_predicate(expr) or (_is_bool_alias(expr, args)):
+            if is_condition(expr) or (_is_bool_alias(expr, args)):
                 return axes, "bool"
             whole = all(v.kind == "int" for v in args) and _is_whole(expr)
             return axes, "int" if whole else "real"
@@ -270,7 +268,7 @@ def _is_bool_alias(expr: sp.Basic, args: tuple[Var, ...]) -> bool:
 def _is_whole(expr: sp.Basic) -> bool:
     return all(
         isinstance(e, (sp.Integer, sp.Symbol, sp.Add, sp.Mul, sp.Piecewise))
-        or is_predicate(e)
+        or is_condition(e)
         or isinstance(e, sp.functions.elementary.piecewise.ExprCondPair)
         for e in sp.preorder_traversal(expr)
     )
@@ -298,3 +296,22 @@ def descendants(program: Program, sources: Iterable[Var]) -> set[Var]:
         if found & set(eq.args):
             found.add(eq.out)
     return found
+
+
+def slice_back(program: Program, wanted: Iterable[Var], stop: Iterable[Var]) -> list[Equation]:
+    """The equations that compute the wanted variables from those in `stop`, in program order.
+
+    Raises PartitionError for an input of the program that is needed and not in `stop`.
+    """
+    fence, definitions = set(stop), program.definitions
+    seen: set[Var] = set()
+    todo = [v for v in wanted if v not in fence]
+    while todo:
+        v = todo.pop()
+        if v in seen or v in fence:
+            continue
+        if v not in definitions:
+            raise PartitionError(f"{v} is an input that the kernel does not load")
+        seen.add(v)
+        todo.extend(definitions[v].args)
+    return [eq for eq in program.equations if eq.out in seen]

@@ -12,6 +12,7 @@ from dataclasses import replace
 import sympy as sp
 
 from splagen.errors import ProgramError
+from splagen.expression import is_condition
 from splagen.ir.passes import drop_unused
 from splagen.ir.program import (
     Contract,
@@ -29,7 +30,6 @@ from splagen.ir.program import (
     TopK,
     UnitInverse,
     Var,
-    is_predicate,
     placeholder,
     result,
 )
@@ -174,7 +174,7 @@ def share_exponentials(program: Program) -> Program:
     known: list[Equation] = []
     equations = []
     for eq in program.equations:
-        if isinstance(eq.op, Map) and not is_predicate(eq.op.expr):
+        if isinstance(eq.op, Map) and not is_condition(eq.op.expr):
             for old in known:
                 assert isinstance(old.op, Map)
                 if not set(old.args) <= set(eq.args):

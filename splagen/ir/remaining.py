@@ -24,8 +24,7 @@ def remaining_states(program: Program) -> Program:
     dφ(k) and dv, with the roles of queries and keys exchanged.  Exact for any masks.
     """
     sums = {s.equation: s for s in _worthwhile(program)}
-    b = Builder(program.name, program.axes)
-    b._taken = set(program.names())
+    b = Builder.beside(program)
     rests = {s.rest: s.masks for s in sums.values()}
     listed: dict[Var, Var] = {}
     known: dict[tuple[Var, frozenset[Var]], Var] = {}

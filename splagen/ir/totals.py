@@ -21,8 +21,7 @@ def take_from_total(program: Program) -> Program:
     state for all queries, where the sum over P is a prefix for each; what P leaves out is seen by the softmax anyway.
     Exact for any masks.  Counts stay as they are: they take no states.
     """
-    b = Builder(program.name, program.axes)
-    b._taken = set(program.names())
+    b = Builder.beside(program)
     for eq in program.equations:
         found = taken_from_total(program, eq)
         if not found or not isinstance(eq.op, Contract):

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import splagen
-from splagen import settings
 from splagen.errors import InputError, SpecError
 from splagen.paged_cache import MOST_TOKENS
 from splagen.spec import SPLASpec
@@ -56,9 +55,9 @@ def _after(past: int, x: Tensor) -> Tensor:
 
 
 class StepCache:
-    """A `splagen.SPLACache` of one layer: a step of decoding for a token, and one for every 8 tokens of a prompt.
+    """A `splagen.SPLACache` of one layer: a step of decoding for up to 8 tokens, prefill for a longer prompt.
 
-    Steps run on a GPU or in Triton's interpreter and have no gradient.
+    Both run on a GPU or in Triton's interpreter and have no gradient.
 
     Attributes:
         paged: the cache in pages; sequence b has slot b.
@@ -76,13 +75,16 @@ class StepCache:
         device: torch.device | str,
         folder: str | Path | None = None,
     ) -> None:
-        """Room for `sequences` of up to `tokens` positions; the module of steps is written as `Generated` says.
+        """Room for `sequences` of up to `tokens` positions.
+
+        Modules of steps and of prefill are written into `folder`; None is splagen's cache, and steps then take the
+        Schedules that `splagen tune --decode` found.
 
         Raises:
             SpecError: a query depends on others or on later keys.
             InputError: a size or dtype that `SPLACache` does not take.
         """
-        library = splagen.generate_decoding(spec, settings.cache_dir() / "kernels" if folder is None else folder)
+        library = splagen.load_decoding(spec) if folder is None else splagen.generate_decoding(spec, folder)
         self.paged = splagen.SPLACache(
             library, sequences=sequences, kv_heads=kv_heads, tokens=tokens, dtype=dtype, device=device,
             step_tokens=MOST_TOKENS,
@@ -109,12 +111,15 @@ class StepCache:
             raise InputError(what, "make a longer cache")
         given = {n: inputs[n].detach() for n in (a.name for a in self.paged.part.tokens)}
         by_token = {*KEY_ROWS, *QUERY_ROWS}
-        found = [
-            self.paged.step(*(x[:, t : t + MOST_TOKENS].contiguous() if n in by_token else x for n, x in given.items()))
-            for t in range(0, new, MOST_TOKENS)
-        ]
+        if new <= MOST_TOKENS:
+            o = self.paged.step(*(x.contiguous() if n in by_token else x for n, x in given.items()))
+        else:
+            first = torch.arange(self.paged.sequences + 1, dtype=torch.int32, device=self.paged.device) * new
+            packed = [x.flatten(0, 1) if n in by_token else x for n, x in given.items()]
+            o = self.paged.prefill(*packed, cu_seqlens=first, max_tokens=new, max_length=self.length + new)
+            o = o.view(-1, new, *o.shape[1:])
         self.length += new
-        return torch.cat(found, 1)
+        return o
 
 
 class StateCache:

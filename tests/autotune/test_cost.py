@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import sympy as sp
 
+from benchmarks.works import whole_spec
 from splagen import pipeline
 from splagen.autotune.attention_cost import Attention
 from splagen.autotune.cost import (
@@ -383,16 +384,16 @@ def correlation(pairs: list[tuple[float, float]]) -> float:
 
 
 def test_recorded_times_of_attention() -> None:
-    """Measured: 0.973 over the kernels of two shapes."""
+    """Measured: 0.989 over the kernels of ten shapes, and from 0.900 to 0.975 over those of each."""
     pairs = []
     for row in json.loads((RESULTS / "whole.json").read_text())["figures"]["rows"]:
         if "kernels_ms" in row:
-            select = Select(block_size=64, budget=13, sinks=1, local=1)
-            group = 32 // row["kv_heads"]
-            spec = SPLASpec(head_dim=128, group_size=group, select=select, linear=Residual(), combine="rms")
-            pairs += pairs_of(spec, (1, 32, row["length"]), row["kernels_ms"])
-    assert len(pairs) >= 36
-    assert correlation(pairs) > 0.95
+            shape = 1, row["heads"], row["length"]
+            found = pairs_of(whole_spec(row["group_size"]), shape, row["kernels_ms"])
+            assert correlation(found) > 0.88
+            pairs += found
+    assert len(pairs) >= 200
+    assert correlation(pairs) > 0.98
 
 
 # Measured: 0.978, 0.968 and 0.887, each over all lengths and routers.  The delta rule solves a triangular system row by

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from splagen import pipeline, step_verification
+from splagen import pipeline, step_verification, tuning
 from splagen.autotune import cache as store
 from splagen.autotune import tuned, tuner
 from splagen.autotune.device import DEVICES
@@ -121,7 +121,7 @@ def faked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tuner, "Bench", FakeStepBench)
     monkeypatch.setattr(tuner, "_verify", lambda *_: None)
     monkeypatch.setattr(tuned, "this_device", lambda: H200)
-    monkeypatch.setattr(pipeline, "this_device", lambda: H200)
+    monkeypatch.setattr(tuning, "this_device", lambda: H200)
     FakeStepBench.steps = []
 
 
@@ -163,7 +163,7 @@ def test_a_cache_made_after_tuning_has_its_splits(tmp_path: Path) -> None:
     library = pipeline.generate_decoding(SPEC, tmp_path)
     sizes: dict[str, Any] = {"sequences": 3, "kv_heads": 2, "tokens": 5000, "dtype": torch.float16, "device": "cpu"}
     before = SPLACache(library, **sizes)
-    (found,) = pipeline.tune(library, shapes=[(3, 4, 5000)], dtype=torch.float16, effort="full")
+    (found,) = tuning.tune(library, shapes=[(3, 4, 5000)], dtype=torch.float16, effort="full")
     module = library.module
     q = torch.empty(3, 4, 16, dtype=torch.float16)
     assert module.TUNED.get(("fp16", *module.bucket(q, before.page_table, before.pages["k_pages"])), None) == (
@@ -177,8 +177,8 @@ def test_a_cache_made_after_tuning_has_its_splits(tmp_path: Path) -> None:
 
 def test_tokens_below_a_page_are_those_of_a_page() -> None:
     for tokens, length in ((1, 256), (256, 256), (257, 512), (1500, 2048)):
-        assert pipeline.capacity(SPEC, (2, 2, tokens)) == (2, 2, -(-tokens // 256) * 256)
-        assert Bucket.of(SPEC, pipeline.capacity(SPEC, (2, 2, tokens))).length == length
+        assert tuning.capacity(SPEC, (2, 2, tokens)) == (2, 2, -(-tokens // 256) * 256)
+        assert Bucket.of(SPEC, tuning.capacity(SPEC, (2, 2, tokens))).length == length
 
 
 # -- the process that times ----------------------------------------------------------------------------------------
@@ -265,9 +265,9 @@ def test_tuning_on_a_gpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """What is found is verified by `tune` itself; a cache that is made afterwards takes it."""
     monkeypatch.setenv("SPLAGEN_CACHE_DIR", str(tmp_path))
     spec = SPECS[name]
-    library = pipeline.load_decoding(spec)
+    library = tuning.load_decoding(spec)
     heads = 2 * spec.group_size
-    (found,) = pipeline.tune(library, shapes=[(4, heads, 8192)], seconds=20)
+    (found,) = tuning.tune(library, shapes=[(4, heads, 8192)], seconds=20)
     assert not found.wrong
     cache = SPLACache(library, sequences=4, kv_heads=2, tokens=8192)
     sizes = step_sizes(decoding(spec), 4, 2, 8192, found.schedules["splitting"])

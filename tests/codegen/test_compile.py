@@ -115,6 +115,19 @@ def test_pointers_are_those_that_the_launcher_of_a_recurrence_passes(tmp_path: P
     assert pointed["table"] == "*fp32"
 
 
+def test_strides_of_prefill_count_the_heads_of_queries_and_of_keys() -> None:
+    """A head of 24 columns: 16 divides the row of all heads of queries, not that of the key heads."""
+    spec = SPLASpec(head_dim=24, group_size=2, select=Select(block_size=16, budget=2))
+    part = pipeline.prefill_kernels(spec)
+    strides = {
+        a.name: ahead_of_time._strides(a, part, kv_heads=1, length=64)
+        for k in part.kernels
+        for a in k.arrays
+        if a.layout == "token_rows"
+    }
+    assert strides == {x: [48, 24] for x in ("q_tokens", "o_tokens")} | {x: [24, 24] for x in ("k_tokens", "v_tokens")}
+
+
 def test_a_file_without_schedules_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.py").write_text("")
     with pytest.raises(InputError, match="no Schedules"):
@@ -156,6 +169,14 @@ def test_a_worker_that_dies_is_a_row_too(tmp_path: Path) -> None:
     row, *_ = compile_module(deadly, part, targets=["sm_80"], progress=False)
     assert "ended with status 7" in (row.error or "")
     assert "out of luck" in (row.error or "")
+
+
+def test_a_worker_that_takes_too_long_is_a_row_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead_of_time, "_SECONDS", 0.01)
+    part = pipeline.kernels(DENSE)
+    part.backward.clear()
+    row, *_ = compile_module(pipeline.generate(DENSE, tmp_path).path, part, targets=["sm_80"], progress=False)
+    assert row.error == "the compiler was stopped after 0.01 s: take smaller tiles or fewer stages"
 
 
 def test_too_much_shared_memory_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

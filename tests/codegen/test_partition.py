@@ -66,11 +66,6 @@ def test_a_kernel_covers_what_its_docstring_lists() -> None:
             assert equation_text(eq) in text
 
 
-def test_the_same_program_gives_the_same_kernels() -> None:
-    one, two = kernels(CASES["everything at once"]), kernels(CASES["everything at once"])
-    assert [kernel_text(k) for k in one.kernels] == [kernel_text(k) for k in two.kernels]
-
-
 # -- what no family takes ----------------------------------------------------------------------------------
 
 

@@ -267,6 +267,9 @@ def test_inputs_that_do_not_fit_are_refused(folder: Path) -> None:
     positions = torch.cat([torch.arange(30), torch.arange(LENGTH - 30)])[None]
     with pytest.raises(InputError, match="rise by one"):
         model(ids, position_ids=positions)
+    static = transformers.StaticCache(config=model.config, max_cache_len=LENGTH + 5)
+    with pytest.raises(InputError, match="StaticCache"):
+        model(ids, past_key_values=static)
     model.config.attention_dropout = 0.1
     for module in model.modules():
         if hasattr(module, "attention_dropout"):

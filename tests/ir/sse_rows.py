@@ -7,13 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from splagen.codegen.sequence_partition import parts_of
 from splagen.sequence import input_names
 from splagen.sse_spec import SSESpec
-
-
-def parts_of(spec: SSESpec) -> int:
-    """States of a sample: the shared one, then the partitions."""
-    return int(spec.shared) + (spec.router.partitions if spec.router else 0)
 
 
 def outputs_of(spec: SSESpec) -> tuple[str, ...]:

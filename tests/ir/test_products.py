@@ -83,28 +83,27 @@ def test_a_product_that_others_read_stays() -> None:
     assert reuse(p) == p
 
 
-def gradient_of_a_decay() -> Program:
-    """dq = a + 3 r w, dk = c + r u, and the terms of ddecay = q dq - k dk one by one."""
+def gradient_of_a_decay(joined: bool) -> Program:
+    """dq = a + 3 r w, dk = c + r u, and the terms of q dq and -k dk one by one: a sum of each, or one of all."""
     b = Builder("p", AXES)
     q, k, a, c, r, w, u = (b.input(n, ("i", "d") if n in "qkac" else ("i",)) for n in "qkacrwu")
     second = b.map("second", lambda x, y: 3 * x * y, r, w)
     dq = b.map("dq", lambda x, y: x + y, a, second)
     dk = b.map("dk", lambda x, y, z: x + y * z, c, r, u)
     product = b.map("product", lambda x, y: x * y, q, r)
-    ahead = b.map("ahead", lambda x, y: 3 * x * y, product, w)
-    inside = b.map("inside", lambda x, y: x * y, q, a)
-    left = b.map("left", lambda x, y: -x * y, k, c)
-    more = b.map("more", lambda x, y, z: -x * y * z, k, r, u)
-    total = b.map("ddecay", lambda *terms: sp.Add(*terms), ahead, inside, left, more)
-    return b.program(dq, dk, total)
+    of_q = [b.map("ahead", lambda x, y: 3 * x * y, product, w), b.map("inside", lambda x, y: x * y, q, a)]
+    of_k = [b.map("left", lambda x, y: -x * y, k, c), b.map("more", lambda x, y, z: -x * y * z, k, r, u)]
+    sums = {"ddecay": of_q + of_k} if joined else {"ddecay_q": of_q, "ddecay_k": of_k}
+    return b.program(dq, dk, *(b.map(n, lambda *x: sp.Add(*x), *terms) for n, terms in sums.items()))
 
 
 def test_the_gradient_of_a_decay_reads_the_gradients_of_rows() -> None:
-    p = gradient_of_a_decay()
-    after = check(run(p, (reuse_sums, reuse_sums, drop_unused)))
-    total = after.definitions[after.outputs[2]]
-    assert {v.name for v in total.args} == {"q", "k", "dq", "dk"} or len(after.equations) < len(p.equations) - 2
-    check_same(p, after, EXTENTS, 0)
+    """Of a sum that holds terms of both it reads the first: a sum is written with one other."""
+    for joined, read in ((False, [{"q", "dq"}, {"k", "dk"}]), (True, [{"q", "dq", "left", "more"}])):
+        p = gradient_of_a_decay(joined)
+        after = check(run(p, (reuse_sums, reuse_sums, drop_unused)))
+        assert [{v.name for v in after.definitions[total].args} for total in after.outputs[2:]] == read
+        check_same(p, after, EXTENTS, 0)
 
 
 def test_a_product_that_holds_another_reads_it() -> None:

@@ -14,7 +14,7 @@ from splagen.errors import InputError
 from splagen.paged_cache import SPLACache
 from splagen.pipeline import DecodingLibrary
 from splagen.verification import TOLERANCE
-from tests.kernels.decoding import BY_TOKEN, inputs, last_row, relative, selection_gap
+from tests.kernels.decoding import BY_TOKEN, chosen_blocks, inputs, last_row, relative
 
 PAGE = 16
 
@@ -100,14 +100,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def compare(self, row: int, o: Tensor, sequence: Sequence) -> None:
         """A token's output [1, Hq, E], row `row` of the step's, beside the definition, with the kernels' choice."""
-        scratch, free = self.cache.scratch, None
-        if "block_indices" in scratch:
-            blocks = -(-sequence.length // self.cache.part.geometry.block)
-            index = scratch["block_indices"][row].long()
-            mask = torch.zeros(self.kv_heads, blocks + 1, dtype=torch.bool, device=self.device)
-            free = mask.scatter(1, torch.where(index < 0, blocks, index), True)[None, :, None, :blocks]
-            gap = selection_gap(self.spec, sequence.rows, sequence.length, free)
-            assert gap <= TOLERANCE[self.dtype][2]
+        free = chosen_blocks(self.cache, sequence.rows, sequence.length, slice(row, row + 1))
         error = relative(o, last_row(self.spec, sequence.rows, sequence.length, free))
         assert error <= TOLERANCE[self.dtype][0]
 
@@ -215,17 +208,18 @@ class CacheMachine(RuleBasedStateMachine):
         self.live[slot] = replace(old.cut(0), before=0)
 
     @precondition(lambda self: self.live)
-    @rule(which=st.integers(0, 9))
-    def fork(self, which: int) -> None:
+    @rule(which=st.integers(0, 9), pages=st.none() | st.integers(0, 9))
+    def fork(self, which: int, pages: int | None) -> None:
         slot = self.picked(which)
         old = self.live[slot]
+        own = old.pages if pages is None else max(pages, -(-old.length // self.cache.page_size))
         try:
-            new = self.cache.fork(slot)
+            new = self.cache.fork(slot, None if pages is None else pages * self.cache.page_size)
         except InputError:
-            assert len(self.live) == self.slots or old.pages > self.free_pages
+            assert len(self.live) == self.slots or own > min(self.free_pages, self.width)
             return
         assert new not in self.live
-        self.live[new] = old
+        self.live[new] = replace(old, pages=own)
 
     @rule(target=saves)
     def save(self) -> Saved:

@@ -14,6 +14,7 @@ from splagen.ir.reference import evaluate
 from splagen.paged_cache import SPLACache
 from splagen.pipeline import DecodingLibrary, generate_decoding
 from splagen.spec import Residual, Select, SPLASpec, windows
+from splagen.step_verification import MARGIN
 from splagen.verification import TOLERANCE, relative_error
 from tests.ir.blocked import blocked, plain_rows
 from tests.kernels.cases import CELLS, DIAGONAL, USER
@@ -70,8 +71,15 @@ def cache_of(spec: SPLASpec, folder: Path, device: torch.device, **sizes: object
 
 
 def every_schedule(library: DecodingLibrary) -> list[dict[str, dict[str, int]]]:
-    """Schedules of a step's kernels, for each architecture and dtype: a test may replace some."""
+    """Schedules of a step's kernels, for each architecture and dtype."""
     return [schedules for by_dtype in library.module.SCHEDULES.values() for schedules in by_dtype.values()]
+
+
+def change_schedules(library: DecodingLibrary, patch: pytest.MonkeyPatch, **changes: Mapping[str, int]) -> None:
+    """Other numbers in Schedules of a step's kernels, for each architecture and dtype, until the patch is undone."""
+    for schedules in every_schedule(library):
+        for name, change in changes.items():
+            patch.setitem(schedules, name, {**schedules[name], **change})
 
 
 def inputs(
@@ -113,13 +121,22 @@ def tokens(rows: Mapping[str, Tensor], t: int) -> list[Tensor]:
     return [x[:, t] if n in BY_TOKEN else x for n, x in rows.items()]
 
 
-def chosen_blocks(cache: SPLACache, blocks: int) -> Tensor | None:
-    """The choice of the last step, [B, Hkv, 1, blocks]; None where a spec chooses nothing."""
+def chosen_blocks(
+    cache: SPLACache, rows: Mapping[str, Tensor], length: int, which: slice = slice(None)
+) -> Tensor | None:
+    """The choice of the last step for `which` of its rows, [B, Hkv, 1, blocks]; None where a spec chooses nothing.
+
+    Each is a token whose sequence, `rows`, has this length with it.  But for ties the choice is the definition's.
+    """
     if "block_indices" not in cache.scratch:
         return None
-    indices = cache.scratch["block_indices"].long()
+    blocks = -(-length // cache.part.geometry.block)
+    indices = cache.scratch["block_indices"][which].long()
     mask = torch.zeros(*indices.shape[:2], blocks + 1, dtype=torch.bool, device=indices.device)
-    return mask.scatter(2, torch.where(indices < 0, blocks, indices), True)[:, :, None, :blocks]
+    free = mask.scatter(2, torch.where(indices < 0, blocks, indices), True)[:, :, None, :blocks]
+    limit = MARGIN if cache.part.page_type == "e4m3" else TOLERANCE[cache.dtype][2]
+    assert selection_gap(cache.library.spec, rows, length, free) <= limit
+    return free
 
 
 def last_row(spec: SPLASpec, rows: Mapping[str, Tensor], length: int, free: Tensor | None, wanted: str = "o") -> Tensor:
@@ -176,6 +193,7 @@ def errors(
 ) -> float:
     """Step a cache at these lengths; the relative RMS error against the definition over all that are compared.
 
+    The definition has the blocks that the kernels chose, which are its own but for ties.
     `whole`: the steps between those compute their output too.
     """
     got, want = [], []
@@ -186,9 +204,8 @@ def errors(
             continue
         o = cache.step(*given)
         if length % every == 0:
-            blocks = -(-length // cache.part.geometry.block)
             got.append(o)
-            want.append(last_row(spec, rows, length, chosen_blocks(cache, blocks)))
+            want.append(last_row(spec, rows, length, chosen_blocks(cache, rows, length)))
     return relative(torch.stack(got), torch.stack(want))
 
 
@@ -220,10 +237,7 @@ def follow(cache: SPLACache, rows: Mapping[str, Tensor], steps: list[tuple[int, 
             alone = {n: x[b : b + 1] if n in BY_TOKEN else x for n, x in tried.items()}
             for i in range(count):
                 row = b * count + i
-                free = chosen_blocks(cache, cache.width * cache.page_size // cache.part.geometry.block)
-                if free is not None:
-                    free = free[row : row + 1, ..., : -(-(s + i + 1) // cache.part.geometry.block)]
-                    assert selection_gap(spec, alone, s + i + 1, free) <= TOLERANCE[cache.dtype][2]
+                free = chosen_blocks(cache, alone, s + i + 1, slice(row, row + 1))
                 got.append(o[b, i])
                 want.append(last_row(spec, alone, s + i + 1, free)[0])
         cache.accept(torch.tensor(kept, dtype=torch.int32, device=device))
@@ -232,13 +246,14 @@ def follow(cache: SPLACache, rows: Mapping[str, Tensor], steps: list[tuple[int, 
     return relative(torch.stack(got), torch.stack(want))
 
 
-def selection_gap(spec: SPLASpec, rows: dict[str, Tensor], length: int, free: Tensor) -> float:
+def selection_gap(spec: SPLASpec, rows: Mapping[str, Tensor], length: int, free: Tensor) -> float:
     """How far a choice is from the definition's: 0 if equal, small where scores tie, infinite if not a choice."""
     want = last_row(spec, rows, length, None, wanted="free")
     if torch.equal(free, want):
         return 0.0
-    if not torch.equal(free.sum(-1), want.sum(-1)):
+    far = last_row(spec, rows, length, None, wanted="far")
+    if bool((free & ~far).any()) or not torch.equal(free.sum(-1), want.sum(-1)):
         return float("inf")
     score = last_row(spec, rows, length, None, wanted="score")
     gap = score.masked_fill(~want | free, 0).sum(-1) - score.masked_fill(~free | want, 0).sum(-1)
-    return float((gap / score.amax(-1)).max())
+    return float((gap / score.masked_fill(~far, 0).amax(-1).clamp(min=1e-300)).max())

@@ -8,7 +8,7 @@ import torch
 from splagen import library as lib
 from splagen.kinds import oracle
 from splagen.pipeline import generate
-from splagen.spec import Select, SPLASpec, to_toml
+from splagen.spec import Residual, Select, SPLASpec, to_toml
 from splagen.verification import Report, compare, random_inputs
 from tests.kernels.cases import DIAGONAL, GPU, SMALL, USER, Case, Shape
 from tests.kernels.embedding import embedded, fill_empty_with_nan
@@ -112,17 +112,26 @@ def test_every_axis_has_a_case() -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_the_residual_is_exactly_0_where_nothing_is_left(causal: bool, device: torch.device, tmp_path: Path) -> None:
-    """Sums cancel to something near 0 there; the gate makes it 0, and its gradient too."""
+    """Sums cancel to something near 0 there; the gate makes it 0, and the gradient of its rows too."""
     select = Select(block_size=16, budget=2, sinks=1, local=1, metric=DIAGONAL)
-    spec = SPLASpec(head_dim=16, group_size=1, causal=causal, select=select, combine="add")
+    spec = SPLASpec(
+        head_dim=16, group_size=1, causal=causal, select=select, linear=Residual(own_rows=True), combine="add"
+    )
     library = generate(spec, tmp_path)
     truth = oracle(to_toml(spec))
     for length, empty in ((60, True), (100, False)):
         inputs = random_inputs(truth, (1, 1, length), torch.float32, device, 0)
         arguments = [inputs[a.name] for a in truth.partition.inputs]
         names = [a.name for a in (*truth.partition.outputs, *truth.partition.saved)]
-        found = library.module.forward(library.module.schedules_for(arguments[0]), *arguments)
-        results = dict(zip(names, found, strict=True))
+        schedules = library.module.schedules_for(arguments[0])
+        results = dict(zip(names, library.module.forward(schedules, *arguments), strict=True))
         assert bool((results["n_unsel"] == 0).all()) == empty
         if empty:
             assert torch.equal(results["o"], results["o_s"])
+            behind = [results[a.name] for a in truth.partition.residuals]
+            behind += [inputs[a.name] for a in truth.partition.cotangents]
+            found = library.module.backward(schedules, *arguments, *behind)
+            gradients = {name: x for (name, _), x in zip(truth.partition.gradients, found, strict=True)}
+            assert not gradients["q_r"].any()
+            assert not gradients["k_r"].any()
+            assert gradients["q"].any()

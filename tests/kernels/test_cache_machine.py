@@ -13,7 +13,7 @@ from splagen.library import taylor
 from splagen.pipeline import generate_decoding
 from splagen.spec import Select, SPLASpec, windows
 from tests.kernels.cache_machine import CacheMachine
-from tests.kernels.decoding import every_schedule
+from tests.kernels.decoding import change_schedules
 
 pytestmark = pytest.mark.usefixtures("fast_sort")
 
@@ -27,26 +27,25 @@ SPECS = {
 }
 
 
-def machine(spec: SPLASpec, folder: Path, device: torch.device, **sizes: Any) -> type[CacheMachine]:
+def machine(
+    spec: SPLASpec, folder: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch, **sizes: Any
+) -> type[CacheMachine]:
     """The machine on a cache of a spec."""
     block = spec.select.block_size if spec.select else 16
     library = generate_decoding(spec, folder)
     if device.type == "cpu":  # programs are slow in the interpreter
-        for schedules in every_schedule(library):
-            schedules["splitting"] = {"score": 4, "attend": 4, "chunk": 512}
+        change_schedules(library, monkeypatch, splitting={"score": 4, "attend": 4, "chunk": 512})
     given = {"library": library, "device": device, "page_size": block} | sizes
     return type("Machine", (CacheMachine,), given)
 
 
-def histories(spec: SPLASpec, folder: Path, device: torch.device, *, examples: int, rules: int, **sizes: Any) -> None:
+def histories(made: type[CacheMachine], examples: int, rules: int) -> None:
     """Random ones."""
-    run_state_machine_as_test(
-        machine(spec, folder, device, **sizes), settings=settings(max_examples=examples, stateful_step_count=rules)
-    )  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(made, settings=settings(max_examples=examples, stateful_step_count=rules))  # type: ignore[no-untyped-call]
 
 
-def test_a_history_of_every_rule(tmp_path: Path, device: torch.device) -> None:
-    made = machine(SMALL, tmp_path, device, pages=14, tokens=(1, 2, 8), runs=(1, 1))()
+def test_a_history_of_every_rule(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = machine(SMALL, tmp_path, device, monkeypatch, pages=14, tokens=(1, 2, 8), runs=(1, 1))()
 
     def then(rule: str, *given: Any) -> Any:
         found = getattr(made, rule)(*given)
@@ -55,7 +54,7 @@ def test_a_history_of_every_rule(tmp_path: Path, device: torch.device) -> None:
         return found
 
     made.begin()
-    then("fork", 0)
+    then("fork", 0, None)
     assert sorted(made.live) == [0, 1]
     then("step_and_accept", 1, [1, 0])
     then("reset", 0)
@@ -77,18 +76,18 @@ def test_a_history_of_every_rule(tmp_path: Path, device: torch.device) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SPECS)
-def test_histories(name: str, tmp_path: Path, device: torch.device) -> None:
-    histories(SPECS[name], tmp_path, device, examples=10, rules=12)
+def test_histories(name: str, tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    histories(machine(SPECS[name], tmp_path, device, monkeypatch), examples=10, rules=12)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ["default", "sinks, local", "windows", "dense below"])
-def test_histories_on_a_gpu(name: str, dtype: torch.dtype, tmp_path: Path, device: torch.device) -> None:
+def test_histories_on_a_gpu(
+    name: str, dtype: torch.dtype, tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     select = SPECS[name].select
     assert select is not None
     spec = replace(SPECS[name], head_dim=64, group_size=4, select=replace(select, budget=3))
-    histories(
-        spec, tmp_path, device, examples=60, rules=40, dtype=dtype, slots=5, kv_heads=2, width=24, pages=90,
-        runs=(1, 20),
-    )  # fmt: skip
+    sizes: dict[str, Any] = {"slots": 5, "kv_heads": 2, "width": 24, "pages": 90, "runs": (1, 20)}
+    histories(machine(spec, tmp_path, device, monkeypatch, dtype=dtype, **sizes), examples=60, rules=40)

@@ -22,6 +22,7 @@ from tests.kernels.decoding import (
     SMALL,
     SPECS,
     cache_of,
+    change_schedules,
     chosen_blocks,
     errors,
     every_schedule,
@@ -52,7 +53,7 @@ def test_a_step_is_the_last_row_of_the_definition(name: str, tmp_path: Path, dev
     cache.allocate(96)
     rows = inputs(spec, 1, 96, 1, torch.float32, device)
     assert errors(spec, cache, rows, range(1, 79), every=6, whole=name == "default") < LIMIT[torch.float32]
-    free = chosen_blocks(cache, -(-78 // cache.part.geometry.block))
+    free = chosen_blocks(cache, rows, 78)
     if free is not None:
         assert torch.equal(free, last_row(spec, rows, 78, None, wanted="free"))
 
@@ -64,28 +65,31 @@ def test_a_step_in_float16(tmp_path: Path, device: torch.device) -> None:
     assert errors(SMALL, cache, rows, range(1, 77), every=19, whole=False) < LIMIT[torch.float16]
 
 
-def split(cache_spec: SPLASpec, folder: Path, device: torch.device, **sizes: object) -> SPLACache:
+def split(
+    spec: SPLASpec, folder: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch, **sizes: object
+) -> SPLACache:
     """A cache whose steps have several splits and chunks."""
-    library = generate_decoding(cache_spec, folder)
-    for schedules in every_schedule(library):
-        schedules["splitting"] = {"score": 3 * 4, "attend": 5 * 4, "chunk": 4}
-    return cache_of(cache_spec, folder, device, **sizes)
+    splitting = {"score": 3 * 4, "attend": 5 * 4, "chunk": 4}
+    change_schedules(generate_decoding(spec, folder), monkeypatch, splitting=splitting)
+    return cache_of(spec, folder, device, **sizes)
 
 
-def cut(spec: SPLASpec, folder: Path, device: torch.device, splits: int, **sizes: object) -> SPLACache:
+def cut(
+    spec: SPLASpec, folder: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch, splits: int, **sizes: object
+) -> SPLACache:
     """A cache of one sequence and KV head whose steps attend in so many splits, and read up to 32 rows of states."""
-    library = generate_decoding(spec, folder)
-    for schedules in every_schedule(library):
-        schedules["splitting"]["attend"] = splits
-        schedules["attend"]["BLOCK_D"] = 32
+    changes = {"splitting": {"attend": splits}, "attend": {"BLOCK_D": 32}}
+    change_schedules(generate_decoding(spec, folder), monkeypatch, **changes)
     return cache_of(spec, folder, device, sequences=1, kv_heads=1, **sizes)
 
 
 @pytest.mark.parametrize("splits", [1, pytest.param(3, marks=pytest.mark.slow), 8])
-def test_rows_of_states_are_read_in_pieces(splits: int, tmp_path: Path, device: torch.device) -> None:
+def test_rows_of_states_are_read_in_pieces(
+    splits: int, tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of 128 rows a program of few reads 32 at a time, and one of 8 only 16."""
     spec = replace(SMALL, head_dim=128, select=replace(SELECT, budget=5))
-    cache = cut(spec, tmp_path, device, splits, tokens=192)
+    cache = cut(spec, tmp_path, device, monkeypatch, splits, tokens=192)
     cache.allocate(192)
     rows = inputs(spec, 1, 180, 1, torch.float32, device)
     assert errors(spec, cache, rows, range(1, 181), every=60, whole=False) < LIMIT[torch.float32]
@@ -103,9 +107,11 @@ def each(rows: Mapping[str, Tensor], starts: list[int | None], t: int) -> list[T
     return given
 
 
-def test_sequences_of_different_lengths_in_splits(tmp_path: Path, device: torch.device) -> None:
+def test_sequences_of_different_lengths_in_splits(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Slots in pages of any order; one without a sequence; one that joins later; several splits."""
-    cache = split(SMALL, tmp_path, device, sequences=3, tokens=128)
+    cache = split(SMALL, tmp_path, device, monkeypatch, sequences=3, tokens=128)
     rows = inputs(SMALL, 3, 100, 2, torch.float32, device)
     slots = [cache.allocate(128), cache.allocate(100), cache.allocate(0)]
     assert slots == [0, 1, 2]
@@ -123,27 +129,26 @@ def test_sequences_of_different_lengths_in_splits(tmp_path: Path, device: torch.
             continue
         o = cache.step(*given)
         assert not o[2].any()
-        free = chosen_blocks(cache, 8)
-        assert free is not None
         for b, start in ((0, 0), (1, 10)):
             if t < start:
                 continue
             alone = {n: x[b : b + 1] if n in ("q", "k", "v") else x for n, x in rows.items()}
-            want = last_row(SMALL, alone, t - start + 1, free[b : b + 1])
+            free = chosen_blocks(cache, alone, t - start + 1, slice(b, b + 1))
+            want = last_row(SMALL, alone, t - start + 1, free)
             assert relative(o[b : b + 1], want) < LIMIT[torch.float32]
     assert cache.seqlens.tolist() == [60, 50, -1]
 
 
 @pytest.mark.parametrize("name", ["diagonal", pytest.param("windows", marks=pytest.mark.slow)])
-def test_lists_of_chunks_meet(name: str, tmp_path: Path, device: torch.device) -> None:
+def test_lists_of_chunks_meet(name: str, tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """More lists than are taken at once: the best of those before go on among those behind."""
     spec = SPECS[name]
-    cache = split(spec, tmp_path, device, sequences=1, kv_heads=1, tokens=256)
+    cache = split(spec, tmp_path, device, monkeypatch, sequences=1, kv_heads=1, tokens=256)
     assert cache.scratch["candidate_keys"].shape[2:] == ((4, 2) if name == "diagonal" else (3, 2))
     cache.allocate(256)
     rows = inputs(spec, 1, 256, 1, torch.float32, device)
     assert errors(spec, cache, rows, range(1, 233), every=58, whole=False) < LIMIT[torch.float32]
-    free = chosen_blocks(cache, -(-232 // cache.part.geometry.block))
+    free = chosen_blocks(cache, rows, 232)
     assert free is not None
     assert torch.equal(free, last_row(spec, rows, 232, None, wanted="free"))
     assert not cache.scratch["arrived"].any()
@@ -210,7 +215,7 @@ def test_a_fork_goes_on_alone(tmp_path: Path, device: torch.device) -> None:
     joined |= {n: x for n, x in rows.items() if n not in joined}
     for t in range(70, 98):
         o = cache.step(*tokens(joined, t))
-    assert relative(o, last_row(spec, joined, 98, chosen_blocks(cache, 4))) < LIMIT[torch.float32]
+    assert relative(o, last_row(spec, joined, 98, chosen_blocks(cache, joined, 98))) < LIMIT[torch.float32]
     cache.free(first)
     assert len(cache._free) == 3
     cache.free(second)
@@ -308,9 +313,11 @@ def test_steps_on_a_gpu(name: str, dtype: torch.dtype, tmp_path: Path, device: t
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("splits", [1, 2, 8])
-def test_rows_of_states_are_read_in_pieces_on_a_gpu(splits: int, tmp_path: Path, device: torch.device) -> None:
+def test_rows_of_states_are_read_in_pieces_on_a_gpu(
+    splits: int, tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = replace(REAL, select=Select(block_size=64, budget=6))
-    cache = cut(spec, tmp_path, device, splits, tokens=1536, page_size=128, dtype=torch.bfloat16)
+    cache = cut(spec, tmp_path, device, monkeypatch, splits, tokens=1536, page_size=128, dtype=torch.bfloat16)
     cache.allocate(1536)
     rows = inputs(spec, 1, 1400, 1, torch.bfloat16, device)
     assert errors(spec, cache, rows, range(1, 1401), every=200) < LIMIT[torch.bfloat16]
@@ -345,7 +352,7 @@ def test_a_captured_step_is_replayed_up_to_the_capacity(tmp_path: Path, device: 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sequences", [1, 64])
 def test_kernels_that_overlap_give_what_they_give_one_after_the_other(
-    sequences: int, tmp_path: Path, device: torch.device
+    sequences: int, tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Programmatic dependent launches change no bit: nothing is read before it is there."""
     library, found = generate_decoding(REAL, tmp_path), []
@@ -353,7 +360,8 @@ def test_kernels_that_overlap_give_what_they_give_one_after_the_other(
     for overlap in (0, 1):
         for schedules in every_schedule(library):
             for schedule in schedules.values():
-                schedule.update(dict.fromkeys({*OVERLAPS} & schedule.keys(), overlap))
+                for name in {*OVERLAPS} & schedule.keys():
+                    monkeypatch.setitem(schedule, name, overlap)
         sizes = {"sequences": sequences, "kv_heads": 2, "tokens": 16384}
         cache = cache_of(REAL, tmp_path, device, **sizes, page_size=64, dtype=torch.bfloat16)
         for _ in range(sequences):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from splagen import library as lib
-from splagen import pipeline
+from splagen import pipeline, tuning
 from splagen.codegen.compile import compile_module, raise_if_failed
 from splagen.codegen.geometry import Geometry
 from splagen.codegen.packing import Packing
@@ -27,6 +27,7 @@ from splagen.packed_verification import verify
 from splagen.spec import Residual, Select, SPLASpec, to_toml
 from splagen.verification import random_inputs
 from tests.kernels.cases import DIAGONAL, SMALL
+from tests.kernels.launched import record_launches
 from tests.kernels.repeatable import repeatable
 from tests.kernels.shares import allow_a_share
 
@@ -336,7 +337,7 @@ def test_a_sequence_longer_than_max_seqlen_is_cut_there(tmp_path: Path) -> None:
 def test_a_loaded_op_takes_schedules_tuned_for_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of as many sequences of max_seqlen tokens: kernels of both have the same names."""
     monkeypatch.setenv("SPLAGEN_CACHE_DIR", str(tmp_path))
-    assert pipeline.load_packed(DENSE).__name__ == "spla_varlen"
+    assert tuning.load_packed(DENSE).__name__ == "spla_varlen"
     module = pipeline.generate_packed(DENSE, tmp_path).module
     q = torch.zeros(1, 100, 3, 16)
     sizes = module.sizes_of(q, torch.zeros(6, dtype=torch.int32), 60)
@@ -374,12 +375,13 @@ def test_parts_that_do_not_fit_go_by_heads(tmp_path: Path, monkeypatch: pytest.M
     found = modules(SPARSE, tmp_path, 1)
     inputs = random_inputs(oracle(to_toml(SPARSE)), (1, 4, 70), torch.float32, "cpu", 0)
     bounds = torch.tensor([1, 20, 69], dtype=torch.int32)
+    launched = record_launches(found.packed, monkeypatch)
     whole = found.run_packed(inputs, bounds, 49)
-    merge, merges = found.packed.launch_block_sparse_merge, []
-    monkeypatch.setattr(found.packed, "launch_block_sparse_merge", lambda *x: (merges.append(x), merge(*x))[1])
-    allow_a_share(found.packed, 2)
+    assert launched.count("block_sparse_merge") == launched.count("block_sparse_dq_merge") == 1
+    launched.clear()
+    allow_a_share(found.packed, 2, monkeypatch)
     shares = found.run_packed(inputs, bounds, 49)
-    assert len(merges) == 2
+    assert launched.count("block_sparse_merge") == launched.count("block_sparse_dq_merge") == 2
     for one, other in zip(whole, shares, strict=True):
         read = one.keys() - {a.name for a in found.part.saved}  # nobody writes those of tokens of no sequence
         assert all(torch.equal(one[name], other[name]) for name in read)

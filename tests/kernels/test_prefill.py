@@ -19,7 +19,20 @@ from splagen.paged_cache import SPLACache
 from splagen.pipeline import generate_decoding, generate_packed, generate_prefill
 from splagen.spec import Select, SPLASpec, to_toml
 from tests.kernels.cases import DIAGONAL
-from tests.kernels.decoding import BY_TOKEN, GPU, LIMIT, REAL, SMALL, SPECS, cache_of, follow, inputs, relative, some
+from tests.kernels.decoding import (
+    BY_TOKEN,
+    GPU,
+    LIMIT,
+    REAL,
+    SMALL,
+    SPECS,
+    cache_of,
+    change_schedules,
+    follow,
+    inputs,
+    relative,
+    some,
+)
 
 FAR = replace(SMALL, group_size=1, select=Select(block_size=16, budget=1, sinks=0, local=0, metric=DIAGONAL))
 DEFAULT = replace(FAR, select=Select(block_size=16, budget=1, sinks=0, local=0))
@@ -48,15 +61,26 @@ def last_rows(spec: SPLASpec, rows: Mapping[str, Tensor], lengths: Sequence[int]
 
 
 def prefill(
-    cache: SPLACache, rows: Mapping[str, Tensor], chunks: Sequence[Sequence[int]], held: list[int]
+    cache: SPLACache,
+    rows: Mapping[str, Tensor],
+    chunks: Sequence[Sequence[int]],
+    held: list[int],
+    slots: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The outputs of chunks of so many tokens of each slot, and what the definition says; `held` grows by them."""
+    """The outputs of chunks of so many tokens of each slot, and what the definition says; `held` grows by them.
+
+    `slots` orders them in every call, which is then told the length of the longest.
+    """
     got, want = [], []
+    order = [*(range(len(held)) if slots is None else slots)]
+    rows = {n: x[order] if n in BY_TOKEN else x for n, x in rows.items()}
     for counts in chunks:
-        where = ends(counts, cache.device)
-        got.append(cache.prefill(*packed(rows, held, counts), cu_seqlens=where, max_tokens=max(counts)))
+        before, own = [held[s] for s in order], [counts[s] for s in order]
         held[:] = [h + c for h, c in zip(held, counts, strict=True)]
-        want.append(last_rows(cache.library.spec, rows, held, counts))
+        named = {} if slots is None else {"slots": slots, "max_length": max(held)}
+        where = ends(own, cache.device)
+        got.append(cache.prefill(*packed(rows, before, own), cu_seqlens=where, max_tokens=max(own), **named))
+        want.append(last_rows(cache.library.spec, rows, [held[s] for s in order], own))
         assert cache.seqlens.tolist() == held
     return torch.cat(got), torch.cat(want)
 
@@ -103,9 +127,8 @@ CHUNKS = [(20, 13), (0, 20), (13, 0)]  # inside blocks; a sequence that takes no
 def test_chunks_leave_what_single_steps_leave(
     tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for schedules in generate_decoding(DEFAULT, tmp_path).module.SCHEDULES["sm_90"].values():
-        few = {"score": 2, "attend": 2, "chunk": 512}  # programs are slow in the interpreter
-        monkeypatch.setitem(schedules, "splitting", few)
+    few = {"score": 2, "attend": 2, "chunk": 512}  # programs are slow in the interpreter
+    change_schedules(generate_decoding(DEFAULT, tmp_path), monkeypatch, splitting=few)
     check(DEFAULT, tmp_path, CHUNKS, device)
 
 
@@ -139,6 +162,18 @@ def test_a_fork_and_a_reset_of_what_was_prefilled(tmp_path: Path, device: torch.
     assert not any(x[0].any() for x in cache.states.values())
     o = cache.prefill(*packed(rows, [0, 0], [0, 20]), cu_seqlens=ends([20], device), **where)
     assert relative(o, last_rows(FAR, {n: x[1:] if n in BY_TOKEN else x for n, x in rows.items()}, [20], [20])) < 1e-5
+
+
+def test_slots_in_another_order_with_the_length_of_the_longest(tmp_path: Path, device: torch.device) -> None:
+    """Outputs are the definition's, and the cache is left as by one chunk; pages hold more than that length."""
+    one, several = (one_slot(tmp_path, device, tokens=96) for _ in range(2))
+    rows = inputs(FAR, 2, 48, 1, torch.float32, device)
+    for cache in (one, several):
+        cache.allocate(96), cache.allocate(80)
+    prefill(one, rows, [(34, 37)], [0, 0])
+    got, want = prefill(several, rows, [(0, 21), (34, 16)], [0, 0], slots=[1, 0])
+    assert relative(got, want) < LIMIT[torch.float32]
+    assert_same(several, one, LIMIT[torch.float32])
 
 
 def test_states_go_on_from_those_of_the_cache(tmp_path: Path, device: torch.device) -> None:

@@ -1,6 +1,5 @@
 """A Schedule can never change a result, and the same call twice gives the same bits."""
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -99,7 +98,6 @@ def test_schedules_do_not_change_a_result(
     device: torch.device,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    record_property: Callable[[str, object], None],
 ) -> None:
     spec, shape = REAL[name]
     if dtype == torch.float32 and (change is not halved or name != "token"):
@@ -112,7 +110,6 @@ def test_schedules_do_not_change_a_result(
     for kernel in schedules:
         fall_back(module, kernel, default[kernel], monkeypatch)
     Report(spec.name, tuple(compare(module, truth, inputs, shape, schedules))).raise_if_wrong()
-    record_property("register_a_wgmma", register_a(module, truth.partition.kernels))
 
 
 def fall_back(module: ModuleType, kernel: str, default: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,17 +125,6 @@ def fall_back(module: ModuleType, kernel: str, default: Schedule, monkeypatch: p
             return launch(n, default, *inputs)
 
     monkeypatch.setattr(module, f"launch_{kernel}", careful)
-
-
-def register_a(module: ModuleType, kernels: list[Kernel]) -> dict[str, int]:
-    """How many wgmma read A from registers, by kernel: for information, see the Hopper miscompiles."""
-    counts = {}
-    for kernel in kernels:
-        function = getattr(module, f"{kernel.name}_kernel")
-        texts = [k.asm["ptx"] for cache in function.device_caches.values() for k in cache[0].values()]
-        found = [m for text in texts for m in re.findall(r"wgmma\.mma_async[^;]*;", text)]
-        counts[kernel.name] = sum(len(re.findall(r"\{[^}]*\}", m)) >= 2 for m in found)
-    return {name: n for name, n in counts.items() if n}
 
 
 @pytest.mark.gpu

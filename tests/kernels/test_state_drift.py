@@ -18,7 +18,7 @@ from splagen.paged_cache import SPLACache
 from splagen.pipeline import generate_decoding
 from splagen.spec import Select, SPLASpec
 from tests.ir.blocked import blocked
-from tests.kernels.decoding import BY_TOKEN, every_schedule, inputs, relative, some, tokens
+from tests.kernels.decoding import BY_TOKEN, change_schedules, inputs, relative, some, tokens
 
 pytestmark = pytest.mark.usefixtures("fast_sort")
 
@@ -69,10 +69,12 @@ def drift_from_blocks(cache: SPLACache, rows: dict[str, Tensor], blocks: int) ->
     return max(relative(x[0], alone.states[n].double().sum(0)) for n, x in cache.states.items())
 
 
-def test_a_block_costs_the_state_one_rounding(tmp_path: Path, device: torch.device) -> None:
+def test_a_block_costs_the_state_one_rounding(
+    tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blocks, library = 5, generate_decoding(SPEC, tmp_path)
-    for schedules in every_schedule(library):
-        schedules["splitting"] = {"score": 1, "attend": 1, "chunk": 512}  # programs are slow in the interpreter
+    few = {"score": 1, "attend": 1, "chunk": 512}  # programs are slow in the interpreter
+    change_schedules(library, monkeypatch, splitting=few)
     rows = inputs(SPEC, 1, 16 * blocks + 8, 1, torch.float32, device)
     cache = SPLACache(
         library, sequences=1, kv_heads=1, tokens=16 * blocks + 8, page_size=16, step_tokens=8, dtype=torch.float32,

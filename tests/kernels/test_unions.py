@@ -17,6 +17,7 @@ from splagen.kinds import oracle
 from splagen.spec import Residual, Select, SPLASpec, to_toml
 from splagen.verification import Shape, compare, random_inputs
 from tests.kernels.embedding import fill_empty_with_nan
+from tests.kernels.launched import record_launches
 from tests.kernels.test_parts import CASES as BY_KEY
 from tests.kernels.test_parts import TOKEN
 
@@ -69,14 +70,11 @@ def check(
     more = {"BLOCK_M": block_m} | ({"num_warps": 8} if block_m > 64 else {})
     schedules = {k: {**module.schedules_for(inputs["q"])[k], **more} for k in (NAME, DQ)}
     chosen = {"forward_strategy": {"strategy": 2}, "backward_strategy": {"strategy": 2}}
-    launched: list[str] = []
-    for name, launch in list(vars(module).items()):
-        if name.startswith("launch_"):
-            setattr(module, name, lambda *a, name=name, launch=launch: (launched.append(name), launch(*a))[1])
+    launched = record_launches(module, monkeypatch)
     rows = compare(module, truth, inputs, shape, schedules=chosen | schedules)
-    assert {f"launch_{NAME}", f"launch_{DQ}", "launch_block_sparse_dkv"} <= set(launched)
+    assert {NAME, DQ, "block_sparse_dkv"} <= set(launched)
     others = {"block_sparse_forward", "block_sparse_merge", "block_sparse_dq", "block_sparse_dq_merge"}
-    assert not {f"launch_{k}" for k in others} & set(launched)
+    assert not others & set(launched)
     assert not [f"{r.quantity}: {r.error:.1e}" for r in rows if not r.ok]
 
 

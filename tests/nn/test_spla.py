@@ -140,9 +140,9 @@ def test_pieces_on_a_cache_are_the_whole(make: Callable[..., SPLAAttention], spe
 
 
 @pytest.mark.usefixtures("fast_sort")
-@pytest.mark.parametrize("length", [3, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("length", [3, 20, pytest.param(60, marks=pytest.mark.slow)])
 def test_steps_are_the_whole(make: Callable[..., SPLAAttention], length: int) -> None:
-    """A prompt of all but two tokens, then two tokens, through the kernels of decoding."""
+    """A prompt of all but two tokens, by prefill where a step is too short for it, then two tokens."""
     layer, x = make(dtype=torch.float32), rows(2, length).float()
     with torch.no_grad():
         cache = layer.cache(2, length, steps=True)

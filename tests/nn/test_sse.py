@@ -13,14 +13,14 @@ from splagen.errors import InputError
 from splagen.nn import SSEAttention
 from splagen.sse_spec import Router, SSESpec
 
-WIDTH, HEADS, LENGTH = 24, 2, 21
+WIDTH, HEADS, LENGTH, PARTITIONS = 24, 4, 21, 3
 SPECS = {
-    "vector": SSESpec(head_dim=16, backbone="vector", router=Router(3)),
-    "scalar": SSESpec(head_dim=16, backbone="scalar", value_dim=24, router=Router(3)),
-    "constant": SSESpec(head_dim=16, backbone="constant", router=Router(3, scope="head")),
-    "delta": SSESpec(head_dim=16, backbone="delta", group_size=2, router=Router(3)),
-    "none": SSESpec(head_dim=16, backbone="none", shared=False, router=Router(3)),
-    "no router": SSESpec(head_dim=16, backbone="vector", router=None),
+    "vector": SSESpec(head_dim=16, backbone="vector", router=Router(PARTITIONS)),
+    "scalar": SSESpec(head_dim=16, backbone="scalar", value_dim=24, router=Router(PARTITIONS)),
+    "constant": SSESpec(head_dim=16, backbone="constant", group_size=2, router=Router(PARTITIONS, scope="head")),
+    "delta": SSESpec(head_dim=16, backbone="delta", group_size=2, router=Router(PARTITIONS)),
+    "none": SSESpec(head_dim=16, backbone="none", shared=False, router=Router(PARTITIONS)),
+    "no router": SSESpec(head_dim=16, backbone="vector", group_size=2, router=None),
 }
 
 
@@ -37,44 +37,81 @@ def rows(batch: int = 1, length: int = LENGTH) -> Tensor:
 
 
 def by_hand(layer: SSEAttention, x: Tensor) -> Tensor:
-    """The layer on one sample x [T, width], token by token, with softmax keys and silu queries (sse.md section 4)."""
+    """The layer on one sample x [T, width], by token and value head: docs/semantics.md, "SSE: one token"."""
     spec, out = layer.spec, []
-    keys = {n: torch.zeros(HEADS, spec.head_dim, spec.value_dim, dtype=x.dtype) for n in range(4)}
+    silu = nn.functional.silu
+    k_map: Callable[[Tensor], Tensor] = silu if spec.backbone == "delta" else lambda k: k.softmax(-1)
+    kinds = ["shared"] * spec.shared + ["sparse"] * (spec.router is not None)
+    states = torch.zeros(1 + PARTITIONS, HEADS, spec.head_dim, spec.value_dim, dtype=x.dtype)
 
     def low_rank(pair: nn.Sequential, y: Tensor) -> Tensor:
         return pair[1](pair[0](y))
 
+    def unit(row: Tensor) -> Tensor:
+        return row / (row.square().sum() + 1e-6).sqrt() if spec.backbone == "delta" else row
+
+    def decay(n: int, head: int, y: Tensor) -> Tensor:
+        """One number, or one per feature of keys."""
+        match spec.backbone:
+            case "none":
+                return torch.zeros(1, dtype=x.dtype)
+            case "vector":
+                g = low_rank(layer.decay[n], y).view(-1, spec.head_dim)[head // spec.group_size]
+            case "scalar":
+                g = low_rank(layer.decay[n], y)[head : head + 1]
+            case "constant":
+                g = layer.decay_bias[n, head : head + 1]
+            case "delta":
+                at = n * HEADS + head
+                step = nn.functional.softplus(layer.step_proj(y)[at] + layer.step_bias[at])
+                return -layer.rate_log[at].exp() * step[None]
+        return nn.functional.logsigmoid(g) / 16
+
     for y in x:
-        q, k = layer.q_proj(y), layer.k_proj(y)
-        q2, k2 = q + low_rank(layer.q_sparse, y), k + low_rank(layer.k_sparse, y)
-        v = nn.functional.silu(layer.v_proj(y)).view(HEADS, -1)
-        eta = layer.router(y).softmax(-1)
-        chosen = int(eta.argmax())
+        v = silu(layer.v_proj(y)).view(HEADS, -1)
         o = torch.zeros_like(v)
-        for n, qn, kn, decay, gate in (
-            (0, q, k, layer.decay[0], 1.0),
-            (1 + chosen, q2, k2, layer.decay[1], eta[chosen]),
-        ):
-            g = nn.functional.logsigmoid(low_rank(decay, y)) / 16
-            kept = g.view(HEADS, -1, 1).exp()  # one number per head, or one per feature of keys
-            write = gate * kn.view(HEADS, -1).softmax(-1)
-            keys[n] = kept * keys[n] + write[:, :, None] * v[:, None]
-            read = gate * nn.functional.silu(qn.view(HEADS, -1))
-            o = o + spec.head_dim**-0.5 * (read[:, :, None] * keys[n]).sum(1)
-        o = o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.norm.weight
-        out.append(layer.o_proj(o.flatten() * nn.functional.silu(low_rank(layer.output_gate, y))))
+        for n, kind in enumerate(kinds):
+            q, k = layer.q_proj(y), layer.k_proj(y)
+            if kind == "sparse":
+                q, k = q + low_rank(layer.q_sparse, y), k + low_rank(layer.k_sparse, y)
+            for head in range(HEADS):
+                key_head = head // spec.group_size
+                part, gate = 0, 1.0
+                if kind == "sparse":
+                    logits = layer.router(y).view(-1, PARTITIONS)
+                    eta = logits[key_head if spec.router.scope == "head" else 0].softmax(-1)
+                    part, gate = 1 + int(eta.argmax()), eta.max()
+                key = gate * unit(k_map(k.view(-1, spec.head_dim)[key_head]))
+                query = gate * unit(silu(q.view(-1, spec.head_dim)[key_head]))
+                state = decay(n, head, y).exp()[:, None] * states[part, head]
+                new = v[head]
+                if spec.backbone == "delta":
+                    new = layer.beta_proj(y)[n * HEADS + head].sigmoid() * (new - key @ state)
+                states[part, head] = state + key[:, None] * new
+                o[head] += spec.head_dim**-0.5 * query @ states[part, head]
+        o = (o / (o.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.norm.weight).flatten()
+        out.append(layer.o_proj(o if layer.output_gate is None else o * silu(low_rank(layer.output_gate, y))))
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("name", ["vector", "scalar"])
-def test_the_layer_is_the_recurrence_of_its_tokens(make: Callable[..., SSEAttention], name: str) -> None:
-    layer, x = make(SPECS[name]), rows()
+@pytest.mark.parametrize(
+    ("name", "output_gate"), [*((name, True) for name in SPECS), pytest.param("vector", False, id="no output gate")]
+)
+def test_the_layer_is_the_recurrence_of_its_tokens(
+    make: Callable[..., SSEAttention], name: str, output_gate: bool
+) -> None:
+    layer, x = make(SPECS[name], output_gate=output_gate), rows()
     nn.init.normal_(layer.norm.weight)
-    y, balance = layer(x)
-    torch.testing.assert_close(y[0], by_hand(layer, x[0]))
-    eta = layer.router(x).softmax(-1)[0]
-    often = nn.functional.one_hot(eta.argmax(-1), 3).double().mean(0)
-    torch.testing.assert_close(balance.double(), 3 * (often * eta.mean(0)).sum(), atol=1e-6, rtol=0)  # it is float32
+    with torch.no_grad():
+        y, balance = layer(x)
+        torch.testing.assert_close(y[0], by_hand(layer, x[0]))
+    if name == "no router":
+        assert balance is None
+        return
+    eta = layer.router(x).view(-1, PARTITIONS).softmax(-1)  # of tokens, or of key heads too
+    often = nn.functional.one_hot(eta.argmax(-1), PARTITIONS).double().mean(0)
+    want = PARTITIONS * (often * eta.mean(0)).sum()
+    torch.testing.assert_close(balance.double(), want, atol=1e-6, rtol=0)  # it is float32
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -109,7 +146,8 @@ def test_packed_samples_are_samples(make: Callable[..., SSEAttention]) -> None:
 def test_decays_start_between_their_bounds(make: Callable[..., SSEAttention]) -> None:
     """Constant: heads forget 1/8 to 1/256 of a state per token; delta: steps from 0.001 to 0.1, rates from 1 to 16."""
     constant = make(SPECS["constant"])._decays(rows())["g1"]
-    torch.testing.assert_close(1 - constant.exp(), torch.tensor([2.0**-3, 2.0**-8], dtype=torch.float64))
+    assert (constant.diff() > 0).all()
+    torch.testing.assert_close(1 - constant[[0, -1]].exp(), torch.tensor([2.0**-3, 2.0**-8], dtype=torch.float64))
     layer = make(SPECS["delta"])
     step = nn.functional.softplus(layer.step_bias)
     assert (step > 0.99e-3).all()
