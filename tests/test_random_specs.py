@@ -23,7 +23,7 @@ def check(spec: SPLASpec, blocks: int, folder: Path) -> None:
 
 @given(small_specs(), st.sampled_from(SHAPES))
 @settings(
-    max_examples=4,
+    max_examples=2,
     derandomize=True,
     deadline=None,
     database=None,

@@ -227,7 +227,7 @@ def test_blocks_that_tiles_visit(name: str) -> None:
         return sum(met) / len(tiles)
 
     facts = {walk.chosen: False} if walk.chosen else {}
-    counted = {"forced": share(walk.predicates.expand(walk.seen, facts))}
+    counted = {"forced": share(walk.predicates.expand(walk.lse.args[1], facts))}
     if selection := Selection.of(program):
         counted["far"] = share(walk.predicates.expand(selection.far, {}))
     for what, mean in counted.items():

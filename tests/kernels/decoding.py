@@ -247,7 +247,10 @@ def follow(cache: SPLACache, rows: Mapping[str, Tensor], steps: list[tuple[int, 
 
 
 def selection_gap(spec: SPLASpec, rows: Mapping[str, Tensor], length: int, free: Tensor) -> float:
-    """How far a choice is from the definition's: 0 if equal, small where scores tie, infinite if not a choice."""
+    """How far a choice is from the definition's: 0 if equal, small where scores tie, infinite if not a choice.
+
+    As `verify` measures it: the best score left out minus the worst chosen, relative to the row's largest.
+    """
     want = last_row(spec, rows, length, None, wanted="free")
     if torch.equal(free, want):
         return 0.0
@@ -255,5 +258,7 @@ def selection_gap(spec: SPLASpec, rows: Mapping[str, Tensor], length: int, free:
     if bool((free & ~far).any()) or not torch.equal(free.sum(-1), want.sum(-1)):
         return float("inf")
     score = last_row(spec, rows, length, None, wanted="score")
-    gap = score.masked_fill(~want | free, 0).sum(-1) - score.masked_fill(~free | want, 0).sum(-1)
-    return float((gap / score.masked_fill(~far, 0).amax(-1).clamp(min=1e-300)).max())
+    worst = score.masked_fill(~free, float("inf")).amin(-1)
+    best = score.masked_fill(free | ~far, -float("inf")).amax(-1)
+    top = score.masked_fill(~far, 0).amax(-1).clamp(min=1e-300)
+    return float(((best - worst) / top).clamp(min=0).max())

@@ -156,7 +156,7 @@ def check_packed(
             assert torch.equal(entries[h, :count], wanted.entries[h, :count])
 
 
-@settings(max_examples=10)
+@settings(max_examples=4)
 @example(lengths=[LEAST * 64 + 1], Hkv=1, before=0, seed=0)
 @example(lengths=[0, 0, 1, 16, 8 * LEAST], Hkv=2, before=5, seed=0)
 @given(

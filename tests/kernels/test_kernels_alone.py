@@ -329,6 +329,7 @@ def test_the_specs_have_every_kernel_family() -> None:
         "inverse_index",
         *("index", "index_tally", "index_starts", "index_entries"),
         *("packed_module", "packed_index", "segment_lengths", "prefill_module", "prefill_places"),
+        *("packed_sizes", "packed_bounds", "packed_bucket"),
         *("carried_state", "as_paged", "key_visits", "key_segment", "takes_direct", "step_length"),
         *FUNCTIONS,
         *decode_module.FUNCTIONS,

@@ -19,7 +19,7 @@ ROUNDING = {"input": 2e-6, "e4m3": 0.13}  # the last of 4 digits, where a sum in
     ("name", "scales", "kv_heads", "length"),
     [
         ("windows", {}, 1, 72),
-        ("temperature, gate", {}, 2, 72),
+        ("temperature, gate", {}, 1, 72),
         ("default", {"k": 0.5, "v": 0.25}, 1, 72),
         *(pytest.param(name, {}, 2, 104, marks=pytest.mark.slow) for name in MORE),
     ],

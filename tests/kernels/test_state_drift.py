@@ -72,7 +72,7 @@ def drift_from_blocks(cache: SPLACache, rows: dict[str, Tensor], blocks: int) ->
 def test_a_block_costs_the_state_one_rounding(
     tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    blocks, library = 5, generate_decoding(SPEC, tmp_path)
+    blocks, library = 3, generate_decoding(SPEC, tmp_path)
     few = {"score": 1, "attend": 1, "chunk": 512}  # programs are slow in the interpreter
     change_schedules(library, monkeypatch, splitting=few)
     rows = inputs(SPEC, 1, 16 * blocks + 8, 1, torch.float32, device)
