@@ -242,7 +242,8 @@ def _without(items: Sequence[Var], taken: Sequence[Var]) -> list[Var] | None:
 def reuse_sums(program: Program) -> Program:
     """f x + f y + z  ->  f s + z  where s = x + y is known, x and y products; likewise a product that holds another.
 
-    The gradient of a decay, sum of q dq's terms and k dk's, becomes q dq - k dk.  Law: value unchanged.
+    Of the gradient of a decay, the sum of q dq's terms becomes q dq, and that of k dk's k dk; of one sum with the terms
+    of both, the first is found alone.  Law: value unchanged.
     """
     now = {eq.out: eq for eq in program.equations}
     asked = {*program.outputs, *(g for _, g in program.gradients)}
