@@ -23,7 +23,7 @@ if (_worker := os.environ.get("PYTEST_XDIST_WORKER")) and (_count := torch.cuda.
 # Drawing a spec or a Program with two workers on two cores is slow without being wrong, and `device` is the
 # same for every example of a test.
 _TOLERATED = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture]
-for _name, _examples, _fixed in (("dev", 50, False), ("ci", 200, True), ("nightly", 5000, False)):
+for _name, _examples, _fixed in (("dev", 50, False), ("ci", 100, True), ("nightly", 5000, False)):
     hypothesis.settings.register_profile(
         _name,
         max_examples=_examples,

@@ -296,7 +296,7 @@ def test_opcheck(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     torch.library.opcheck(module.dense_backward_op, arguments, test_utils=OPCHECKS[:1] + OPCHECKS[2:])
 
 
-@pytest.mark.parametrize("name", [pytest.param("rms", marks=pytest.mark.slow), "gate", "no residual"])
+@pytest.mark.parametrize("name", ["gate", *(pytest.param(n, marks=pytest.mark.slow) for n in ("rms", "no residual"))])
 def test_compiled_once_for_all_lengths_of_a_side(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lengths below the limit share a graph, and those from it on; both agree with the oracle."""
     from torch._dynamo.backends.debugging import aot_eager

@@ -18,7 +18,7 @@ ROUNDING = {"input": 2e-6, "e4m3": 0.13}  # the last of 4 digits, where a sum in
 @pytest.mark.parametrize(
     ("name", "scales", "kv_heads", "length"),
     [
-        ("windows", {}, 1, 72),
+        pytest.param("windows", {}, 1, 72, marks=pytest.mark.slow),
         ("temperature, gate", {}, 1, 72),
         ("default", {"k": 0.5, "v": 0.25}, 1, 72),
         *(pytest.param(name, {}, 2, 104, marks=pytest.mark.slow) for name in MORE),

@@ -69,6 +69,7 @@ def drift_from_blocks(cache: SPLACache, rows: dict[str, Tensor], blocks: int) ->
     return max(relative(x[0], alone.states[n].double().sum(0)) for n, x in cache.states.items())
 
 
+@pytest.mark.slow
 def test_a_block_costs_the_state_one_rounding(
     tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
