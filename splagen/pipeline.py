@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -190,22 +190,25 @@ Written = TypeVar("Written", bound=Library)
 def _written(library: Written, text: str) -> Written:
     """The library, once its file has the text."""
     op = library.op_name
-    if hasattr(builtins, op) or [*_bound(text)].count(op) > 1:
+    if hasattr(builtins, op) or _bound(text).count(op) > 1:
         raise SpecError(f"name is {library.spec.name!r}: its module has another {op}", "give the spec another name")
     write_generated(library.path, text)
     return library
 
 
-def _bound(text: str) -> Iterator[str]:
-    """The names that a module binds, as often as it does."""
+@functools.lru_cache(maxsize=32)
+def _bound(text: str) -> tuple[str, ...]:
+    """The names that a module binds, as often as it does; a model's layers share a module."""
+    found: list[str] = []
     for node in ast.parse(text).body:
         match node:
             case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
-                yield name
+                found.append(name)
             case ast.Assign(targets=targets):
-                yield from (x.id for target in targets for x in ast.walk(target) if isinstance(x, ast.Name))
+                found += [x.id for target in targets for x in ast.walk(target) if isinstance(x, ast.Name)]
             case ast.Import(names=names) | ast.ImportFrom(names=names):
-                yield from (x.asname or x.name for x in names)
+                found += [x.asname or x.name for x in names]
+    return tuple(found)
 
 
 def _path(spec: Spec, out: str | Path, stem: str) -> Path:
